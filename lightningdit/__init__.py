@@ -1,0 +1,1 @@
+"""VA-VAE and LightningDiT: a latent diffusion system for PyTorch."""

@@ -1,0 +1,325 @@
+"""Configuration: dataclasses hold every default once, YAML recipes override them, the command line overrides both.
+
+    config = parse(DiTConfig, sys.argv[1:], recipe="train/configs/digits.yaml")
+
+An unknown key, a wrong type or an impossible combination raises ConfigError, which names the field, what it got and what it
+expects, before any work starts. `save` writes the resolved configuration, which `load` reads back to the same object.
+"""
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: the message names the field, what it got and what it expects."""
+
+
+def require(condition, name, got, expected):
+    if not condition:
+        raise ConfigError(f"{name}: got {got!r}, expected {expected}")
+
+
+# size: (depth, hidden_size, num_heads); the digit after the slash is the patch size. Source: DiT, arXiv:2212.09748, and the official code.
+MODEL_SIZES = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
+}
+MODEL_PRESETS = {
+    f"{size}/{patch}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for size, (depth, width, heads) in MODEL_SIZES.items() for patch in (1, 2)
+}
+
+
+@dataclass
+class DataConfig:
+    path: str | None = None  # folder with one folder of images a class; None: the digits that scikit-learn ships
+    image_size: int = 256  # pixels a side, after the center crop
+    num_classes: int | None = None  # None: counted from the data
+    num_images: int | None = None  # for --dry-run without the data at hand; None: counted from the data
+    flip: bool = True  # mirror each image with probability 1/2
+    val_fraction: float = 0.0  # part of the images held out for the validation loss
+    cache: str | None = None  # folder for encoded latents; None: RUN/latents
+    workers: int = 4  # decoding threads
+
+    def validate(self):
+        require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
+        require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "a fraction in [0, 1)")
+        require(self.num_classes is None or self.num_classes > 0, "data.num_classes", self.num_classes, "a positive number, or null")
+        require(self.num_images is None or self.num_images > 0, "data.num_images", self.num_images, "a positive number, or null")
+        require(self.workers > 0, "data.workers", self.workers, "a positive number")
+
+
+@dataclass
+class TokenizerConfig:
+    path: str | None = None  # "digits" (bundled) or a .safetensors file; None: must be given before training
+    downsample: int = 16  # pixels a latent position, checked against the file
+    latent_channels: int = 32  # checked against the file
+
+    def validate(self):
+        require(self.downsample > 0, "tokenizer.downsample", self.downsample, "a positive number")
+        require(self.latent_channels > 0, "tokenizer.latent_channels", self.latent_channels, "a positive number")
+
+
+@dataclass
+class ModelConfig:
+    size: str | None = "XL/1"  # preset for depth, hidden_size, num_heads and patch_size; any of them may be overridden
+    depth: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    patch_size: int | None = None
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    use_qknorm: bool = False
+    use_swiglu: bool = True
+    use_rope: bool = True
+    use_rmsnorm: bool = True
+    wo_shift: bool = False
+    learn_sigma: bool = False
+    use_checkpoint: bool = False  # recompute each block's activations in the backward pass
+
+    def resolve(self):
+        """Fills the fields left None from the preset."""
+        if self.size is not None:
+            require(self.size in MODEL_PRESETS, "model.size", self.size, f"one of {', '.join(MODEL_PRESETS)}, or null")
+            for name, value in MODEL_PRESETS[self.size].items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+
+    def validate(self):
+        for name in ("depth", "hidden_size", "num_heads", "patch_size"):
+            value = getattr(self, name)
+            require(value is not None and value > 0, f"model.{name}", value, "a positive number, or model.size set to a preset")
+        require(self.hidden_size % self.num_heads == 0, "model.hidden_size", self.hidden_size,
+                f"a multiple of model.num_heads = {self.num_heads}")
+        require(self.hidden_size % 4 == 0, "model.hidden_size", self.hidden_size, "a multiple of 4 (2-D sin-cos position embedding)")
+        head_dim = self.hidden_size // self.num_heads
+        require(not self.use_rope or head_dim % 4 == 0, "model.hidden_size / model.num_heads", head_dim,
+                "a multiple of 4 with model.use_rope (two axes of interleaved pairs)")
+        require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "a positive number")
+        require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob, "a probability in [0, 1)")
+
+
+@dataclass
+class FlowConfig:
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    prediction: Literal["velocity", "noise", "score"] = "velocity"
+    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
+    cosine_loss: bool = True  # adds mean(1 - cosine over channels), 1 : 1
+    time: Literal["uniform", "logit_normal"] = "logit_normal"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0  # t' = s t / (1 + (s - 1) t)
+    time_switch_step: int | None = None  # from this step on t is drawn uniformly
+    train_eps: float | None = None  # None: 0 for velocity on linear and gvp, else as the path needs
+    sample_eps: float | None = None
+
+    def validate(self):
+        require(self.time_std > 0, "flow.time_std", self.time_std, "a positive number")
+        require(self.time_shift > 0, "flow.time_shift", self.time_shift, "a positive number")
+        require(self.time_switch_step is None or self.time_switch_step >= 0, "flow.time_switch_step", self.time_switch_step, "a step, or null")
+        require(not self.cosine_loss or self.prediction == "velocity", "flow.cosine_loss", self.cosine_loss,
+                f"false with flow.prediction = {self.prediction} (the cosine loss is defined on velocities)")
+        for name in ("train_eps", "sample_eps"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 0.5, f"flow.{name}", value, "a number in [0, 0.5), or null")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0  # steps of linear warm-up
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to lr * final_lr_fraction at the last step
+    final_lr_fraction: float = 0.0
+    clip_grad_norm: float | None = None
+    ema: float = 0.9999
+    ema_warmup: bool = False  # decay min(ema, (1 + step) / (10 + step)): the average forgets the initial weights sooner
+
+    def validate(self):
+        require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.eps > 0, "optim.eps", self.eps, "a positive number")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "a number >= 0")
+        require(self.warmup >= 0, "optim.warmup", self.warmup, "a number of steps >= 0")
+        require(0 <= self.final_lr_fraction <= 1, "optim.final_lr_fraction", self.final_lr_fraction, "a fraction in [0, 1]")
+        require(self.clip_grad_norm is None or self.clip_grad_norm > 0, "optim.clip_grad_norm", self.clip_grad_norm, "a positive number, or null")
+        require(0 <= self.ema < 1, "optim.ema", self.ema, "a decay in [0, 1)")
+
+
+@dataclass
+class SampleConfig:
+    method: Literal["euler", "heun", "midpoint", "dopri5", "sde_euler", "sde_heun"] = "euler"
+    num_steps: int = 249  # intervals of the time grid; the official "250 steps" are 250 points, so 249 intervals
+    shift: float = 0.3  # t' = s t / (1 + (s - 1) t); 1 is none
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # outside it the conditional velocity is used, and only that is computed
+    guidance_channels: int | None = None  # None: all; 3: the official behaviour
+    batch_size: int = 64
+    seed: int = 0
+
+    def validate(self):
+        require(self.num_steps > 0, "sample.num_steps", self.num_steps, "a positive number")
+        require(self.shift > 0, "sample.shift", self.shift, "a positive number; 1 is none")
+        low, high = self.guidance_interval
+        require(0 <= low <= high <= 1, "sample.guidance_interval", self.guidance_interval, "0 <= low <= high <= 1")
+        require(self.guidance_channels is None or self.guidance_channels > 0, "sample.guidance_channels", self.guidance_channels,
+                "a positive number, or null for all")
+        require(self.batch_size > 0, "sample.batch_size", self.batch_size, "a positive number")
+
+
+@dataclass
+class DiTConfig:
+    """One run of train/dit.py. The defaults are the paper's; recipes are in train/configs."""
+
+    run: str = "runs/dit"  # run directory; the same command run again resumes from it
+    seed: int = 0
+    steps: int = 80_000
+    batch_size: int = 1024  # images a step, over all processes and micro-batches
+    micro_batch: int | None = None  # images in one forward pass of one process; None: its whole share of the batch
+    compile: bool = False  # torch.compile, block by block
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast with an fp32 residual stream on CUDA, fp32 on CPU
+    init: str | None = None  # weights to start from: a run, a .pt or a .safetensors file
+    log_every: int = 100  # steps
+    checkpoint_every: int = 5_000
+    keep_checkpoints: int = 2
+    sample_every: int = 5_000
+    sample_num: int = 64  # images in a grid
+    validate_every: int = 1_000
+    final_samples: int = 0  # digits only: images drawn at the end and scored by a classifier
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @property
+    def latent_size(self):
+        return self.data.image_size // self.tokenizer.downsample
+
+    def validate(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num", "validate_every"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(self.final_samples >= 0, "final_samples", self.final_samples, "a number >= 0")
+        require(self.micro_batch is None or 0 < self.micro_batch <= self.batch_size and self.batch_size % self.micro_batch == 0,
+                "micro_batch", self.micro_batch, f"a divisor of batch_size = {self.batch_size}, or null")
+        require(self.data.image_size % self.tokenizer.downsample == 0, "data.image_size", self.data.image_size,
+                f"a multiple of tokenizer.downsample = {self.tokenizer.downsample}")
+        require(self.latent_size % self.model.patch_size == 0, "data.image_size", self.data.image_size,
+                f"latents of {self.latent_size} positions a side do not divide by model.patch_size = {self.model.patch_size}; "
+                f"a multiple of {self.tokenizer.downsample * self.model.patch_size}")
+        require(self.sample.guidance_channels is None or self.sample.guidance_channels <= self.tokenizer.latent_channels,
+                "sample.guidance_channels", self.sample.guidance_channels, f"at most tokenizer.latent_channels = {self.tokenizer.latent_channels}")
+        require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup, f"fewer than steps = {self.steps}")
+
+
+def from_dict(cls, values, name=""):
+    """Builds dataclass `cls` from nested dictionaries (a parsed YAML file); unknown keys and wrong types raise ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name or 'configuration'}: got {values!r}, expected a mapping of {', '.join(f.name for f in dataclasses.fields(cls))}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            raise ConfigError(f"{_join(name, key)}: unknown key" + (f"; did you mean {_join(name, close[0])}?" if close else f"; expected {', '.join(hints)}"))
+    return cls(**{key: _checked(hints[key], value, _join(name, key)) for key, value in values.items()})
+
+
+def _join(prefix, key):
+    return f"{prefix}.{key}" if prefix else str(key)
+
+
+def _checked(hint, value, name):
+    """`value` as the type `hint`, or ConfigError. Integers serve as floats and lists as tuples; nothing else is converted."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, name)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = [arg for arg in args if arg is not type(None)]
+        return _checked(hint, value, name)
+    if origin is Literal:
+        require(value in args and not isinstance(value, bool), name, value, f"one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        variadic = len(args) == 2 and args[1] is Ellipsis
+        require(isinstance(value, (list, tuple)) and (variadic or len(value) == len(args)), name, value,
+                f"a list of {'' if variadic else f'{len(args)} '}{args[0].__name__} values")
+        return tuple(_checked(args[0] if variadic else arg, item, f"{name}[{i}]")
+                     for i, (item, arg) in enumerate(zip(value, value if variadic else args, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    hint_text = hint.__name__
+    if hint is float and isinstance(value, str) and "e" in value.lower():
+        hint_text += " (YAML reads an exponent only after a decimal point: 1.0e-4)"
+    require(isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool), name, value, hint_text)
+    return value
+
+
+def finish(config):
+    """Resolves presets, then validates the parts and the whole; returns the same object."""
+    for part in (*(getattr(config, f.name) for f in dataclasses.fields(config)), config):
+        if hasattr(part, "resolve"):
+            part.resolve()
+        if hasattr(part, "validate"):
+            part.validate()
+    return config
+
+
+def read_yaml(path):
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config: no file {path}")
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not valid YAML: {error}") from None
+
+
+def load(cls, path):
+    """Reads a YAML file into a resolved and validated `cls`."""
+    return finish(from_dict(cls, read_yaml(path)))
+
+
+def save(config, path):
+    """Writes every field of `config` as YAML, in the order of the dataclass."""
+    values = dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def parse(cls, argv, *, recipe=None, description=None):
+    """Configuration from the command line: dataclass defaults, then `--config FILE` (default: `recipe`), then any field by its dotted name.
+
+    Args:
+        cls: a dataclass of this module.
+        argv: arguments without the program's name.
+        recipe: YAML file used when the command line has no `--config`.
+    Returns: the resolved and validated object.
+    Raises: ConfigError; SystemExit for --help and for what tyro rejects (it names the argument).
+    """
+    argv, path = list(argv), recipe
+    for i, argument in enumerate(argv):
+        if argument == "--config" or argument.startswith("--config="):
+            if argument == "--config" and i + 1 == len(argv):
+                raise ConfigError("config: --config needs a file")
+            path = argument.partition("=")[2] or argv[i + 1]
+            del argv[i : i + (2 if argument == "--config" else 1)]
+            break
+    default = from_dict(cls, read_yaml(path)) if path else cls()
+    note = f"--config FILE reads a YAML recipe first{f' (default: {recipe})' if recipe else ''}; the fields below override it."
+    return finish(tyro.cli(cls, args=argv, default=default, description=f"{description or (cls.__doc__ or '').strip()}\n\n{note}"))
