@@ -1,0 +1,41 @@
+"""What every op shares: the dtype rules.
+
+Statistics and products are accumulated in fp32 (fp64 for fp64 inputs). Results come in the input's dtype, or, inside
+torch.autocast, in the autocast dtype, because a matrix product is what consumes them.
+"""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which sums over x are taken."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def result_dtype(x: torch.Tensor) -> torch.dtype:
+    """x.dtype, or the autocast dtype where autocast is on for x's device. Like autocast itself it leaves fp64 alone."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
+    """ValueError unless every given tensor is floating point and all lie on one device. None is skipped."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected fp32, bf16, fp16 or fp64")
+        if device is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device} like the arguments before it")
+        device = tensor.device
+
+
+def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.Tensor | None) -> None:
+    """ValueError unless every given tensor has this shape. None is skipped."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} ({why})")
