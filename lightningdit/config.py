@@ -16,6 +16,8 @@ from typing import Literal
 import tyro
 import yaml
 
+from .model import PRESETS
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run: the message names the field, what it got and what it expects."""
@@ -24,21 +26,6 @@ class ConfigError(ValueError):
 def require(condition, name, got, expected):
     if not condition:
         raise ConfigError(f"{name}: got {got!r}, expected {expected}")
-
-
-# size: (depth, hidden_size, num_heads); the digit after the slash is the patch size. Source: DiT, arXiv:2212.09748, and the official code.
-MODEL_SIZES = {
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-    "1p0B": (24, 1536, 24),
-    "1p6B": (28, 1792, 28),
-}
-MODEL_PRESETS = {
-    f"{size}/{patch}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
-    for size, (depth, width, heads) in MODEL_SIZES.items() for patch in (1, 2)
-}
 
 
 @dataclass
@@ -91,8 +78,8 @@ class ModelConfig:
     def resolve(self):
         """Fills the fields left None from the preset."""
         if self.size is not None:
-            require(self.size in MODEL_PRESETS, "model.size", self.size, f"one of {', '.join(MODEL_PRESETS)}, or null")
-            for name, value in MODEL_PRESETS[self.size].items():
+            require(self.size in PRESETS, "model.size", self.size, f"one of {', '.join(PRESETS)}, or null")
+            for name, value in PRESETS[self.size].items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
 

@@ -1,0 +1,352 @@
+"""LightningDiT: a diffusion transformer on a square grid of latents, whole in this file.
+
+Flags and parameter names are the official ones (arXiv:2501.01423), so official YAML flags and checkpoints map one to one. With every flag off
+it is the plain DiT / SiT (arXiv:2212.09748, arXiv:2401.08740), the paper's baseline.
+
+B batch, N tokens, D hidden size, H heads, Dh head dim, F MLP width, C latent channels, P patch size, S latent positions a side.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightningdit_kernels import gated_residual_rms_norm_modulate, rms_norm_modulate, rope_attention, swiglu
+
+# Depth, hidden size, heads. Sources: DiT for S, B, L and XL, the official code for 1p0B and 1p6B.
+SIZES = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
+}
+PRESETS = {
+    f"{size}/{patch_size}": dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size)
+    for size, (depth, hidden_size, num_heads) in SIZES.items() for patch_size in (1, 2)
+}
+
+
+class RMSNorm(nn.Module):
+    """Holds the learnable weight (D,) and eps of an RMS norm; the norm itself is computed inside the fused ops."""
+
+    center = False
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), None, eps
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that is computed inside the fused ops: RMS norm of the centered row."""
+
+    center = True
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, S, S) latents -> (B, N, D) tokens, N = (S / P)^2, row by row."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        B, C, S, _ = x.shape
+        P, n = self.patch_size, S // self.patch_size
+        patches = x.reshape(B, C, n, P, n, P).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * P * P)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # the convolution as one matrix product
+
+
+class TimestepEmbedder(nn.Module):
+    """(B,) times in [0, 1], not multiplied by 1000 -> (B, D), through 256 features [cos | sin]."""
+
+    def __init__(self, hidden_size, num_features=256, max_period=10_000):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.num_features, self.max_period = num_features, max_period
+
+    def forward(self, t):
+        half = self.num_features // 2
+        freqs = torch.exp(-math.log(self.max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t[:, None].float() * freqs
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """(B,) class labels -> (B, D). With dropout_prob > 0 the table has one more row, the null label num_classes."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+
+    def forward(self, y, drop_labels=None):
+        if drop_labels is None and self.training and self.dropout_prob > 0:
+            drop_labels = torch.rand(y.shape, device=y.device) < self.dropout_prob
+        if drop_labels is not None:
+            y = torch.where(drop_labels, self.num_classes, y)
+        return self.embedding_table(y)
+
+
+class RotaryEmbedding(nn.Module):
+    """2-D RoPE (arXiv:2104.09864) of a grid: the first half of a head's channels turns with the row, the second with the column.
+
+    The attention op computes its angles from `positions` and `freqs`. The full tables are kept only because they are
+    in every official checkpoint.
+    """
+
+    def __init__(self, head_dim, grid_size, theta=10_000):
+        super().__init__()
+        half = head_dim // 2
+        freqs = theta ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)  # (Dh / 4,)
+        index = torch.arange(grid_size, dtype=torch.float32)
+        positions = torch.cartesian_prod(index, index)  # (N, 2): row, column
+        angles = (positions[:, :, None] * freqs).flatten(1).repeat_interleave(2, dim=1)  # (N, Dh)
+        self.register_buffer("freqs", freqs, persistent=False)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("freqs_cos", angles.cos())
+        self.register_buffer("freqs_sin", angles.sin())
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size, num_heads, use_qknorm, use_rmsnorm):
+        super().__init__()
+        head_dim = hidden_size // num_heads
+        self.num_heads, self.use_qknorm = num_heads, use_qknorm
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        norm = RMSNorm if use_rmsnorm else LayerNorm  # LayerNorm's default eps of 1e-5 is the official value here
+        self.q_norm = norm(head_dim) if use_qknorm else nn.Identity()
+        self.k_norm = norm(head_dim) if use_qknorm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x, rope=None):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        qk_norm = {}
+        if self.use_qknorm:
+            qk_norm = dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, q_bias=self.q_norm.bias, k_bias=self.k_norm.bias,
+                           eps=self.q_norm.eps, center=self.q_norm.center)
+        if rope is not None:
+            qk_norm.update(positions=rope.positions, freqs=rope.freqs)
+        return self.proj(rope_attention(qkv, **qk_norm))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(gate) * up), [gate | up] from one packed linear layer (arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size, width):
+        super().__init__()
+        self.w12 = nn.Linear(hidden_size, 2 * width)
+        self.w3 = nn.Linear(width, hidden_size)
+
+    def forward(self, x):
+        return self.w3(swiglu(self.w12(x)))
+
+
+class Mlp(nn.Module):
+    """The plain DiT's MLP: GELU with the tanh approximation."""
+
+    def __init__(self, hidden_size, width):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class LightningDiTBlock(nn.Module):
+    """One transformer block: x += gate * attn(modulate(norm1(x))), then x += gate * mlp(modulate(norm2(x))).
+
+    The block takes the residual stream x (B, N, D) with the branch y (B, N, D) and its gate (B, D) that are still to be added to it, and
+    returns the same three: the sum then fuses with the norm that follows it, across the block boundary too.
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift):
+        super().__init__()
+        norm = RMSNorm if use_rmsnorm else lambda dim: LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = norm(hidden_size), norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads, use_qknorm, use_rmsnorm)
+        width = int(hidden_size * mlp_ratio)
+        self.mlp = SwiGLU(hidden_size, int(2 / 3 * width)) if use_swiglu else Mlp(hidden_size, width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
+        self.wo_shift = wo_shift
+
+    def forward(self, x, y, gate, c, rope=None):
+        if self.wo_shift:
+            scale1, gate1, scale2, gate2 = self.adaLN_modulation(c).chunk(4, dim=1)  # (B, D) each
+            shift1 = shift2 = None
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        if y is None:  # the first block
+            h = rms_norm_modulate(x, scale1, shift1, self.norm1.weight, self.norm1.eps, self.norm1.center)
+        else:
+            x, h = gated_residual_rms_norm_modulate(x, y, gate, scale1, shift1, self.norm1.weight, self.norm1.eps, self.norm1.center)
+        y = self.attn(h, rope)
+        x, h = gated_residual_rms_norm_modulate(x, y, gate1, scale2, shift2, self.norm2.weight, self.norm2.eps, self.norm2.center)
+        return x, self.mlp(h), gate2
+
+
+class FinalLayer(nn.Module):
+    """Adds the last branch, norm and modulation (always with a shift), linear to P * P * C values a token."""
+
+    def __init__(self, hidden_size, patch_size, out_channels, use_rmsnorm):
+        super().__init__()
+        self.norm_final = RMSNorm(hidden_size) if use_rmsnorm else LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, y, gate, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        norm = self.norm_final
+        _, h = gated_residual_rms_norm_modulate(x, y, gate, scale, shift, norm.weight, norm.eps, norm.center)
+        return self.linear(h)
+
+
+class LightningDiT(nn.Module):
+    """Predicts the velocity (or noise, or score) of noisy latents.
+
+    Args:
+        input_size: latent positions a side, S. patch_size: P, a divisor of S. in_channels: latent channels, C.
+        hidden_size, depth, num_heads, mlp_ratio: the transformer's shape; PRESETS names the usual ones.
+        num_classes: labels 0 .. num_classes - 1; num_classes itself is the null label where class_dropout_prob > 0.
+        class_dropout_prob: probability of replacing a label by the null label in training.
+        learn_sigma: the network emits 2C channels, of which the second half is dropped (kept for old checkpoints).
+        use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift: the paper's architecture flags; wo_shift drops the shift in blocks only.
+        use_checkpoint: recompute the activations of each block in the backward pass.
+    Raises: ValueError for a shape that does not divide.
+    Source: arXiv:2501.01423, Table 2 for the flags.
+    """
+
+    def __init__(self, input_size=16, patch_size=1, in_channels=32, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
+                 num_classes=1000, class_dropout_prob=0.1, learn_sigma=False, use_qknorm=False, use_swiglu=False, use_rope=False,
+                 use_rmsnorm=False, wo_shift=False, use_checkpoint=False):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size: got {input_size}, expected a multiple of patch_size = {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size: got {hidden_size}, expected a multiple of num_heads = {num_heads} and of 4")
+        head_dim, grid_size = hidden_size // num_heads, input_size // patch_size
+        if use_rope and head_dim % 4:
+            raise ValueError(f"hidden_size / num_heads: got {head_dim}, expected a multiple of 4 with use_rope")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.learn_sigma, self.use_checkpoint = num_classes, learn_sigma, use_checkpoint
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, grid_size), requires_grad=False)  # (1, N, D)
+        self.feat_rope = RotaryEmbedding(head_dim, grid_size) if use_rope else None
+        self.blocks = nn.ModuleList(
+            LightningDiTBlock(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, use_rmsnorm)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Xavier for every linear layer (packed ones as one matrix), N(0, 0.02) for embeddings, zero for adaLN and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for layer in (*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, y, drop_labels=None):
+        """
+        Args:
+            x: (B, C, S, S) noisy latents. t: (B,) times, 0 noise and 1 data. y: (B,) int64 labels.
+            drop_labels: (B,) bool, True where the null label replaces y. None: drawn at random in training, nowhere in evaluation.
+        Returns: (B, C, S, S) prediction.
+        """
+        B, S, P = x.shape[0], self.input_size, self.patch_size
+        if tuple(x.shape[1:]) != (self.in_channels, S, S):
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {self.in_channels}, {S}, {S})")
+        if t.shape != (B,) or y.shape != (B,):
+            raise ValueError(f"t, y: got shapes {tuple(t.shape)} and {tuple(y.shape)}, expected ({B},) each")
+        # Under bf16 autocast the patches are bf16 and pos_embed is fp32, so the residual stream is fp32 from here to the final layer.
+        x, branch, gate = self.x_embedder(x) + self.pos_embed, None, None  # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (B, D)
+        for block in self.blocks:
+            if self.use_checkpoint and self.training:
+                x, branch, gate = checkpoint(block, x, branch, gate, c, self.feat_rope, use_reentrant=False)
+            else:
+                x, branch, gate = block(x, branch, gate, c, self.feat_rope)
+        x = self.final_layer(x, branch, gate, c)  # (B, N, P * P * out_channels)
+        n = S // P
+        x = x.view(B, n, n, P, P, self.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, S, S)
+        return x[:, : self.in_channels]
+
+    def load_weights(self, state):
+        """Loads a state dict of the official layout, of this or of another resolution.
+
+        `pos_embed` of another grid is interpolated (bicubic); the RoPE tables are rebuilt for this grid, never loaded.
+        Raises: ValueError that lists every missing, unexpected and misshaped key; the model is then unchanged.
+        """
+        state, own = dict(state), self.state_dict()
+        for key in [key for key in state if key.startswith("feat_rope.")]:
+            if self.feat_rope is not None:
+                state.pop(key)
+        position = state.get("pos_embed")
+        if position is not None and position.ndim == 3 and position.shape[1] != self.pos_embed.shape[1]:
+            side, new_side = math.isqrt(position.shape[1]), math.isqrt(self.pos_embed.shape[1])
+            if side * side == position.shape[1]:
+                grid = position.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+                grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+                state["pos_embed"] = grid.flatten(2).transpose(1, 2)
+        expected = {key: value for key, value in own.items() if not key.startswith("feat_rope.")}
+        problems = [f"missing {key} {tuple(value.shape)}" for key, value in expected.items() if key not in state]
+        problems += [f"unexpected {key} {tuple(value.shape)}" for key, value in state.items() if key not in expected]
+        problems += [f"misshaped {key}: got {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+                     for key, value in expected.items() if key in state and state[key].shape != value.shape]
+        if problems:
+            raise ValueError(f"state dict does not fit this model, {len(problems)} problems:\n  " + "\n  ".join(problems))
+        self.load_state_dict(state, strict=False)
+
+
+def sincos_pos_embed(dim, grid_size):
+    """Fixed sin-cos embedding (1, N, dim): the first half encodes the column, the second the row, each as [sin | cos] (MAE, arXiv:2111.06377)."""
+    omega = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega  # (grid, dim / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
+    column = axis[None].expand(grid_size, -1, -1)
+    row = axis[:, None].expand(-1, grid_size, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, grid_size * grid_size, dim).float()
+
+
+def forward_flops(model):
+    """Floating-point operations of one image's forward pass: 2 a multiply-add, linear layers and attention, nothing else.
+
+    A training step counts three times this (backward = twice forward, recomputation not counted).
+    """
+    N = model.pos_embed.shape[1]
+    flops = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            a_row_per_image = "adaLN_modulation" in name or name.startswith("t_embedder")
+            flops += 2 * module.in_features * module.out_features * (1 if a_row_per_image else N)
+    flops += 2 * N * model.x_embedder.proj.weight.numel()
+    flops += len(model.blocks) * 4 * N * N * model.pos_embed.shape[2]
+    return flops
+
+
+def activation_bytes(model, bytes_per_value):
+    """Estimated bytes that one image's forward pass keeps for the backward pass, with `bytes_per_value` for activations and an fp32 residual.
+
+    A token of a block keeps the residual twice (fp32) and norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden, MLP out; with
+    `use_checkpoint` only what the block takes in, plus one block that is being recomputed.
+    """
+    N, D = model.pos_embed.shape[1:]
+    mlp = model.blocks[0].mlp
+    width = mlp.w12.out_features + mlp.w3.in_features if isinstance(mlp, SwiGLU) else 2 * mlp.fc1.out_features
+    block = N * (2 * 4 * D + bytes_per_value * (8 * D + width))
+    if model.use_checkpoint:
+        return len(model.blocks) * N * D * (4 + bytes_per_value) + block
+    return len(model.blocks) * block
