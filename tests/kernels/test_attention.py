@@ -1,0 +1,123 @@
+"""rope_attention against rotation matrices, torch's norms and an explicit softmax in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+
+from lightningdit_kernels import rope_attention
+from lightningdit_kernels.attention import rope_ref
+from lightningdit_kernels.testing import assert_matches_truth, random_tensor
+
+
+def grid(rows, columns):
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+
+
+def frequencies(head_dim):
+    return 10_000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
+
+
+def eager(qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, eps=1e-6, center=False):
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, Dh) each
+    width = q.shape[-1:]
+    if q_weight is not None:
+        if center:
+            q, k = nnf.layer_norm(q, width, q_weight, q_bias, eps), nnf.layer_norm(k, width, k_weight, k_bias, eps)
+        else:
+            q, k = nnf.rms_norm(q, width, q_weight, eps), nnf.rms_norm(k, width, k_weight, eps)
+    if positions is not None:
+        # A rotation is the exponential of its generator: one (Dh, Dh) matrix per token, block diagonal in pairs.
+        angles = (positions[:, :, None].double() * freqs.double()).flatten(1)
+        turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+        rotation = torch.stack([torch.matrix_exp(torch.kron(torch.diag(a), turn)) for a in angles]).to(q.dtype)
+        q, k = torch.einsum("nij,bhnj->bhni", rotation, q), torch.einsum("nij,bhnj->bhni", rotation, k)
+    weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 4, 2, 24), (1, 7, 9, 1, 72), (2, 3, 5, 3, 20), (1, 1, 1, 1, 4)], ids=str)
+def test_rope_attention_matches_truth(shape, dtype):
+    batch, rows, columns, heads, head_dim = shape
+    inputs = dict(qkv=random_tensor(batch, rows * columns, 3, heads, head_dim, dtype=dtype), positions=grid(rows, columns))
+    assert_matches_truth(rope_attention, eager, inputs | dict(freqs=frequencies(head_dim)), frozen=("freqs",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize("rope", [False, True])
+def test_qk_norm(norm, rope, dtype):
+    inputs = dict(qkv=random_tensor(2, 12, 3, 2, 16, dtype=dtype))
+    if norm != "none":
+        inputs |= {f"{name}_weight": 1 + random_tensor(16, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 1)}
+    if norm == "layer":
+        inputs |= {f"{name}_bias": random_tensor(16, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 3)} | dict(center=True)
+        inputs |= dict(eps=1e-5)
+    if rope:
+        inputs |= dict(positions=grid(3, 4), freqs=frequencies(16))
+    # Without RoPE, softmax is blind to the key's bias: that gradient is zero, and what is computed is rounding noise.
+    assert_matches_truth(rope_attention, eager, inputs, frozen=("freqs",) if rope else ("freqs", "k_bias"))
+
+
+def test_non_contiguous_and_empty_batch():
+    inputs = dict(positions=grid(2, 3), freqs=frequencies(8))
+    strided = random_tensor(3, 6, 2, 2, 16)[..., ::2].permute(2, 1, 0, 3, 4)
+    assert strided.shape == (2, 6, 3, 2, 8)
+    assert_matches_truth(rope_attention, eager, inputs | dict(qkv=strided), frozen=("freqs",))
+    assert rope_attention(torch.zeros(0, 6, 3, 2, 8), **inputs).shape == (0, 6, 16)
+
+
+@pytest.mark.parametrize("name", ["dit_lightning", "dit_lightning_head72", "dit_qknorm"])
+def test_rope_turns_by_the_official_tables(golden, name):
+    tensors, metadata = golden(name)
+    cos, sin = tensors["param.feat_rope.freqs_cos"], tensors["param.feat_rope.freqs_sin"]  # (N, Dh), each entry twice
+    side, head_dim = round(len(cos) ** 0.5), cos.shape[1]
+    unit = torch.tensor([1.0, 0.0]).repeat(head_dim // 2).expand(1, len(cos), 1, head_dim)
+    turned = rope_ref(unit, grid(side, side), frequencies(head_dim))[0, :, 0]
+    assert torch.allclose(turned[:, 0::2], cos[:, 0::2], atol=1e-6) and torch.allclose(turned[:, 1::2], sin[:, 0::2], atol=1e-6)
+
+
+def test_autocast_casts_after_the_rotation():
+    inputs = dict(positions=grid(8, 8), freqs=frequencies(16))
+    qkv = 4 * random_tensor(1, 64, 3, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rope_attention(qkv, **inputs)
+    assert inside.dtype == torch.bfloat16
+    q, k, v = qkv.unbind(2)
+    q, k = (rope_ref(a, inputs["positions"], inputs["freqs"]) for a in (q, k))
+    rotated_then_cast = torch.stack((q, k, v), 2).bfloat16()
+    assert torch.equal(inside, rope_attention(rotated_then_cast))
+
+
+def test_gradcheck():
+    weights = [1 + random_tensor(8, dtype=torch.float64, seed=seed).requires_grad_() / 4 for seed in (1, 2, 3, 4)]
+    qkv = random_tensor(1, 4, 3, 2, 8, dtype=torch.float64).requires_grad_()
+
+    def call(*a):
+        return rope_attention(a[0], grid(2, 2), frequencies(8), *a[1:], center=True)
+
+    assert torch.autograd.gradcheck(call, (qkv, *weights))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(qkv=torch.zeros(2, 6, 2, 1, 8)), r"qkv has shape \(2, 6, 2, 1, 8\), expected \(B, N, 3, H, Dh\)"),
+        (dict(qkv=torch.zeros(2, 6, 24)), r"qkv has shape \(2, 6, 24\)"),
+        (dict(qkv=torch.zeros(2, 6, 3, 1, 6)), "head dimension 6, expected a multiple of 4"),
+        (dict(positions=None), "positions is None, expected both"),
+        (dict(freqs=None), "freqs is None, expected both"),
+        (dict(positions=grid(2, 2)), r"positions has shape \(4, 2\), expected \(6, 2\)"),
+        (dict(positions=grid(2, 3).to("meta")), "positions is on meta, expected cpu"),
+        (dict(freqs=torch.ones(4)), r"freqs has shape \(4,\), expected \(2,\)"),
+        (dict(q_weight=torch.ones(8)), "k_weight is None, expected both"),
+        (dict(q_weight=torch.ones(8), k_weight=torch.ones(4)), r"k_weight has shape \(4,\), expected \(8,\)"),
+        (dict(q_bias=torch.ones(8), k_bias=torch.ones(8)), "q_bias is given without q_weight"),
+        (dict(q_weight=torch.ones(8), k_weight=torch.ones(8), k_bias=torch.ones(8)), "q_bias is None, expected both"),
+        (dict(backend="magic"), "backend is 'magic', expected one of auto, sdpa"),
+    ],
+)
+def test_bad_input(change, message):
+    inputs = dict(qkv=torch.zeros(2, 6, 3, 1, 8), positions=grid(2, 3), freqs=frequencies(8))
+    with pytest.raises(ValueError, match=message):
+        rope_attention(**inputs | change)
