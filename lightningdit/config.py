@@ -198,6 +198,20 @@ class DiTConfig:
     def latent_size(self):
         return self.data.image_size // self.tokenizer.downsample
 
+    def use_bf16(self, device):
+        return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+
+    def model_arguments(self):
+        """Keyword arguments of LightningDiT."""
+        arguments = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model) if f.name != "size"}
+        return arguments | dict(input_size=self.latent_size, in_channels=self.tokenizer.latent_channels, num_classes=self.data.num_classes)
+
+    def sampling_arguments(self):
+        """Keyword arguments of sampler.sample, apart from the labels, the seeds and the device."""
+        arguments = {f.name: getattr(self.sample, f.name) for f in dataclasses.fields(self.sample) if f.name != "seed"}
+        return arguments | dict(latent_shape=(self.tokenizer.latent_channels, self.latent_size, self.latent_size), num_classes=self.data.num_classes,
+                                path=self.flow.path, prediction=self.flow.prediction, sample_eps=self.flow.sample_eps)
+
     def validate(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num", "validate_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
@@ -212,6 +226,113 @@ class DiTConfig:
         require(self.sample.guidance_channels is None or self.sample.guidance_channels <= self.tokenizer.latent_channels,
                 "sample.guidance_channels", self.sample.guidance_channels, f"at most tokenizer.latent_channels = {self.tokenizer.latent_channels}")
         require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup, f"fewer than steps = {self.steps}")
+
+
+@dataclass
+class ImageDataConfig:
+    path: str | None = None  # folder with one folder of images a class; None: the digits that scikit-learn ships
+    image_size: int = 256  # pixels a side, after the center crop
+    channels: Literal[1, 3] = 3  # grayscale or RGB
+    val_fraction: float = 0.1  # part of the images held out to measure the reconstruction
+    workers: int = 4  # decoding threads
+
+    def validate(self):
+        require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
+        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "a fraction in (0, 1)")
+        require(self.workers > 0, "data.workers", self.workers, "a positive number")
+        require(self.path is not None or (self.image_size, self.channels) == (8, 1), "data.path", self.path,
+                f"a folder, or data.image_size = 8 and data.channels = 1 for the digits (they are {self.image_size} and {self.channels})")
+
+
+@dataclass
+class EncoderConfig:
+    """The small frozen encoder, a classifier, that stands in for a foundation model."""
+
+    width: int = 24  # channels of its first layer
+    steps: int = 600
+    batch_size: int = 256
+    lr: float = 1e-3
+    shift: int = 1  # random translation in pixels, each way
+
+    def validate(self):
+        require(self.width > 0 and self.width % 8 == 0, "encoder.width", self.width, "a positive multiple of 8")
+        for name in ("steps", "batch_size"):
+            require(getattr(self, name) > 0, f"encoder.{name}", getattr(self, name), "a positive number")
+        require(self.lr > 0, "encoder.lr", self.lr, "a positive number")
+        require(self.shift >= 0, "encoder.shift", self.shift, "a number of pixels >= 0")
+
+
+@dataclass
+class AutoencoderConfig:
+    ch: int = 128  # channels of the first level
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # factor on them, one a level; the image is halved between levels
+    num_res_blocks: int = 2
+    z_channels: int = 32  # latent channels
+    attn_resolutions: tuple[int, ...] = (16,)  # sides of the levels that have self-attention
+    decoder_attention: bool = True  # False: MAR
+    num_groups: int = 32
+
+    @property
+    def downsample(self):
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def validate(self):
+        for name in ("ch", "num_res_blocks", "z_channels", "num_groups"):
+            require(getattr(self, name) > 0, f"autoencoder.{name}", getattr(self, name), "a positive number")
+        require(self.ch_mult and all(m > 0 for m in self.ch_mult), "autoencoder.ch_mult", self.ch_mult, "at least one positive number")
+        require(all(self.ch * m % self.num_groups == 0 for m in self.ch_mult), "autoencoder.num_groups", self.num_groups,
+                f"a divisor of every width: {', '.join(str(self.ch * m) for m in self.ch_mult)}")
+
+
+@dataclass
+class TokenizerLossConfig:
+    kl_weight: float = 1e-6
+    vf_weight: float = 0.1  # alignment; 0: none
+    adaptive_vf: bool = True  # times the ratio of gradient norms at the encoder's last layer
+    cos_margin: float = 0.5
+    distmat_margin: float = 0.25
+
+    def validate(self):
+        for name in ("kl_weight", "vf_weight"):
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a number >= 0")
+        for name, limit in (("cos_margin", 2), ("distmat_margin", 2)):
+            require(0 <= getattr(self, name) < limit, f"loss.{name}", getattr(self, name), f"a number in [0, {limit})")
+
+
+@dataclass
+class TokenizerOptimConfig:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+
+    def validate(self):
+        require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+
+
+@dataclass
+class VAVAEConfig:
+    """One run of train/vavae.py. The defaults are the paper's where it has them; the bundled tokenizer's recipe is train/configs/vavae_digits.yaml."""
+
+    run: str = "runs/vavae"  # run directory
+    tokenizer_out: str | None = None  # file for the tokenizer; None: RUN/tokenizer.safetensors
+    encoder_out: str | None = None  # file for the encoder; None: RUN/encoder.safetensors
+    seed: int = 0
+    steps: int = 250_000  # 50 epochs of ImageNet
+    batch_size: int = 256
+    log_every: int = 100  # steps
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
+
+    def validate(self):
+        for name in ("steps", "batch_size", "log_every"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(self.data.image_size % self.autoencoder.downsample == 0, "data.image_size", self.data.image_size,
+                f"a multiple of {self.autoencoder.downsample} (autoencoder.ch_mult has {len(self.autoencoder.ch_mult)} levels)")
 
 
 def from_dict(cls, values, name=""):
@@ -287,6 +408,20 @@ def save(config, path):
     """Writes every field of `config` as YAML, in the order of the dataclass."""
     values = dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def differences(old, new, ignore=(), name=""):
+    """["field: old value -> new value", ...] of two configurations, leaving out the dotted names in `ignore` and all below them."""
+    found = []
+    for f in dataclasses.fields(old):
+        path, before, after = _join(name, f.name), getattr(old, f.name), getattr(new, f.name)
+        if path in ignore:
+            continue
+        if dataclasses.is_dataclass(before):
+            found += differences(before, after, ignore, path)
+        elif before != after:
+            found.append(f"{path}: {before!r} -> {after!r}")
+    return found
 
 
 def parse(cls, argv, *, recipe=None, description=None):

@@ -16,7 +16,7 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
 
 def result_dtype(x: torch.Tensor) -> torch.dtype:
     """x.dtype, or the autocast dtype where autocast is on for x's device. Like autocast itself it leaves fp64 alone."""
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
