@@ -1,0 +1,178 @@
+"""What a run leaves behind while it trains: log.jsonl, TensorBoard files, loss.png, a progress bar and environment.json."""
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+def write_environment(run, device):
+    """run/environment.json: versions, device, commit and command line, for whoever asks later what made these numbers."""
+    versions = {name: _version(name) for name in ("lightningdit", "torch", "triton", "numpy", "safetensors")}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    try:
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    record = dict(date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), command=sys.argv, commit=commit or None,
+                  python=platform.python_version(), platform=platform.platform(), device=str(device), hardware=hardware, **versions)
+    (Path(run) / "environment.json").write_text(json.dumps(record, indent=1))
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class RunLog:
+    """One JSON line a step in run/log.jsonl, fetched from the device every `every` steps so that no step waits for the device.
+
+    Args:
+        run: run directory. start: updates done before; the lines of later ones, which will be repeated, are removed.
+        steps: total steps. images_per_step, flops_per_image: for throughput, in images/s and model TFLOP/s (backward included).
+    """
+
+    def __init__(self, run, start, steps, every, images_per_step, flops_per_image):
+        self.path = Path(run) / "log.jsonl"
+        kept = [line for line in read_log(run) if line["step"] <= start]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
+        self.file = self.path.open("a")
+        self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start)
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=0.5 if sys.stderr.isatty() else 10)
+        self.every, self.images_per_step, self.flops_per_image = every, images_per_step, flops_per_image
+        self.pending, self.since = [], time.perf_counter()
+
+    def step(self, step, lr, values):
+        """Records update number `step` (the first is 1); `values` are scalar tensors, read from the device only when `every` steps have come together."""
+        self.pending.append((step, lr, list(values), torch.stack([value.detach().float() for value in values.values()])))
+        if len(self.pending) >= self.every:
+            self.flush()
+        self.bar.update()
+
+    def flush(self):
+        """Writes the pending steps. Returns the means of their values, for the caller to judge."""
+        if not self.pending:
+            return {}
+        rows = torch.stack([values for *_, values in self.pending]).tolist()  # the one wait for the device
+        elapsed = time.perf_counter() - self.since
+        rate = len(rows) * self.images_per_step / elapsed
+        for (step, lr, names, _), row in zip(self.pending, rows, strict=True):
+            self._write(dict(step=step, **dict(zip(names, row, strict=True)), lr=lr, images_per_second=round(rate, 1)))
+        names, means = self.pending[-1][2], [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        step, means = self.pending[-1][0], dict(zip(names, means, strict=True))
+        tflops = 3 * rate * self.flops_per_image / 1e12
+        for name, value in (means | dict(lr=self.pending[-1][1], images_per_second=rate, model_tflops_per_second=tflops)).items():
+            self.tensorboard.add_scalar(f"train/{name}", value, step)
+        self.file.flush()
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+        self.pending, self.since = [], time.perf_counter()
+        return means
+
+    def event(self, step, **values):
+        """A line of its own, for what does not happen every step: validation, a checkpoint, a picture, a failed save."""
+        self.flush()
+        self._write(dict(step=step, **values))
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(name, value, step)
+        self.since = time.perf_counter()
+
+    def image(self, step, name, picture):
+        """Puts an (H, W, 3) uint8 array into TensorBoard."""
+        self.tensorboard.add_image(name, picture, step, dataformats="HWC")
+        self.since = time.perf_counter()
+
+    def say(self, text):
+        """Prints a line without tearing the progress bar."""
+        self.bar.write(text, file=sys.stdout)
+
+    def close(self):
+        self.flush()
+        self.bar.close()
+        self.file.close()
+        self.tensorboard.close()
+
+    def _write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+
+
+def read_log(run):
+    """The records of run/log.jsonl as dictionaries; a last line that a killed run left unfinished is dropped."""
+    path, records = Path(run) / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot_losses(run):
+    """Draws run/loss.png from log.jsonl: both loss terms, thin as logged and thick as a running mean, and the validation loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_log(run)
+    train = [record for record in records if "loss" in record]
+    validation = [record for record in records if "val_mse" in record]
+    names = [name for name in ("mse", "cos") if train and name in train[0]]
+    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(5.5 * max(1, len(names)), 3.6), squeeze=False)
+    for axis, name, color in zip(axes[0], names, ("tab:blue", "tab:orange"), strict=False):
+        steps, values = [record["step"] for record in train], [record[name] for record in train]
+        window, smooth, mean = max(1, len(values) // 50), [], values[0]
+        for value in values:
+            mean += (value - mean) / window
+            smooth.append(mean)
+        axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axis.plot(steps, smooth, color=color, label="training")
+        points = [(record["step"], record[f"val_{name}"]) for record in validation if f"val_{name}" in record]
+        if points:
+            axis.plot(*zip(*points, strict=True), "k.-", markersize=5, linewidth=0.8, label="validation, EMA")
+        low, high = min(values), sorted(values)[int(0.99 * (len(values) - 1))]  # the first steps would flatten the rest
+        axis.set_ylim(low - 0.1 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
+        axis.set(xlabel="step", ylabel={"mse": "velocity, mean squared error", "cos": "1 - cosine"}[name])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(run) / "loss.png", dpi=110)
+    plt.close(figure)
+    return Path(run) / "loss.png"
+
+
+def image_grid(images, columns=None, min_tile=48, gap=2):
+    """(n, H, W, C) uint8 images -> one (rows, columns) picture (H', W', 3) uint8, row by row; small images are enlarged without smoothing."""
+    images = np.asarray(images)
+    n, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows, zoom = -(-n // columns), max(1, -(-min_tile // max(height, width)))
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    if channels == 1:
+        images = images.repeat(3, axis=3)
+    tile_height, tile_width = height * zoom + gap, width * zoom + gap
+    picture = np.full((rows * tile_height - gap, columns * tile_width - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * tile_height, i % columns * tile_width
+        picture[y : y + height * zoom, x : x + width * zoom] = image
+    return picture
+
+
+def save_png(picture, path):
+    """Writes an (H, W, 3) uint8 array as a PNG file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
