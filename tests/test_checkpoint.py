@@ -1,0 +1,165 @@
+"""Checkpoints are complete or absent; damage is named; nothing untrusted is unpickled."""
+import errno
+import os
+import pickle
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightningdit import checkpoint
+from lightningdit.checkpoint import CheckpointError
+
+
+def write(run, step, value=0.0, keep=2):
+    tensors = {name: {"w": torch.full((1000,), value), "b": torch.arange(3)} for name in ("model", "ema")}
+    return checkpoint.save_checkpoint(run, step, tensors | {"trainer": {"rng.cpu": torch.get_rng_state()}}, {"seed": 1}, keep)
+
+
+def test_save_load_and_keep(tmp_path):
+    for step in (5, 10, 15):
+        write(tmp_path, step, float(step))
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [10, 15]
+    path, state = checkpoint.latest_checkpoint(tmp_path)
+    assert path.name == "step_0000015" and state["step"] == 15 and state["seed"] == 1
+    assert torch.equal(checkpoint.load_tensors(path, "model")["w"], torch.full((1000,), 15.0))
+    assert torch.equal(checkpoint.load_weights(tmp_path)["w"], torch.full((1000,), 15.0))  # a run
+    assert torch.equal(checkpoint.load_weights(path, "model")["b"], torch.arange(3))  # a checkpoint of it
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_0000010", "step_0000015"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state", "bad state"])
+def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage):
+    write(tmp_path, 1, 1.0)
+    path = write(tmp_path, 2, 2.0)
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(data[:-100])
+    elif damage == "flipped":
+        data[-50] ^= 1
+        file.write_bytes(data)
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no state":
+        (path / "state.json").unlink()
+    else:
+        (path / "state.json").write_text("[1]")
+    word = dict(truncated="is truncated", flipped="SHA-256 differs", missing="is missing").get(damage, "state.json is missing or damaged")
+    with pytest.raises(CheckpointError, match=word):
+        checkpoint.load_weights(path)
+    warnings = []
+    found, _ = checkpoint.latest_checkpoint(tmp_path, warn=warnings.append)
+    assert found.name == "step_0000001" and len(warnings) == 1 and word in warnings[0]
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
+    write(tmp_path, 1, 1.0)
+    save_file, calls = checkpoint.save_file, []
+
+    def full_disk(tensors, path, metadata=None):
+        calls.append(path)
+        save_file(tensors, path, metadata)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, 2, 2.0)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
+    assert checkpoint.latest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_a_write_that_the_system_refuses(tmp_path):
+    """A real refusal rather than a simulated one: the kernel limits the size of files of a child process."""
+    write(tmp_path, 1, 1.0)
+    code = ("import sys, signal, resource, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lightningdit import checkpoint\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "try: checkpoint.save_checkpoint(sys.argv[1], 2, {'model': {'w': torch.zeros(1_000_000)}}, {})\n"
+            "except OSError as error: print('refused:', error)")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=os.environ)
+    assert "refused:" in result.stdout, result.stderr
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
+
+
+def test_read_only_directory_is_an_oserror(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OSError):
+        write(tmp_path, 1)
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_malicious_pickle_is_refused(tmp_path):
+    victim = tmp_path / "executed"
+    torch.save({"ema": Attack(victim)}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack(victim)))
+    for name in ("evil.pt", "plain.pt"):
+        with pytest.raises(CheckpointError, match="refuses it"):
+            checkpoint.load_weights(tmp_path / name)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("nothing.pt", None, "no file or folder"),
+    ("short.pt", b"PK\x03\x04 cut", "refuses it"),
+    ("empty.safetensors", b"", "not a whole safetensors file"),
+    ("text.safetensors", b"hello world, this is no header", "not a whole safetensors file"),
+])
+def test_files_that_are_no_weights(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load_weights(tmp_path / name)
+
+
+def test_entries_that_are_no_state_dict(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"ema": {"a": 3}}, tmp_path / "numbers.pt")
+    with pytest.raises(CheckpointError, match="got a list"):
+        checkpoint.load_weights(tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="not a state dict of tensors"):
+        checkpoint.load_weights(tmp_path / "numbers.pt")
+
+
+def test_empty_run(tmp_path):
+    assert checkpoint.latest_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match="holds no undamaged checkpoint"):
+        checkpoint.load_weights(tmp_path)
+
+
+def test_exported_name_must_say_the_format(tmp_path):
+    with pytest.raises(ValueError, match="ends in .pt or .safetensors"):
+        checkpoint.save_weights(tmp_path / "weights.bin", {})
+
+
+def test_optimizer_state_round_trip():
+    from lightningdit.optim import build_optimizer
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    optimizers = [build_optimizer(model, 0.1) for model in models]
+    train(models[0], optimizers[0], 3)
+    models[1].load_state_dict(models[0].state_dict())
+    checkpoint.restore_trainer(models[1], optimizers[1], {k: v.clone() for k, v in checkpoint.trainer_tensors(models[0], optimizers[0]).items()})
+    state = torch.get_rng_state()
+    train(models[0], optimizers[0], 2)
+    torch.set_rng_state(state)
+    train(models[1], optimizers[1], 2)
+    assert torch.equal(models[0].weight, models[1].weight)
+    with pytest.raises(CheckpointError, match="does not belong to this model"):
+        checkpoint.restore_trainer(torch.nn.Linear(5, 2), optimizers[1], checkpoint.trainer_tensors(models[0], optimizers[0]))
