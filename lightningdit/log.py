@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 def write_environment(run, device):
     """run/environment.json: versions, device, commit and command line, for whoever asks later what made these numbers."""
-    versions = {name: _version(name) for name in ("lightningdit", "torch", "triton", "numpy", "safetensors")}
+    versions = {name: _version(name) for name in ("lightningdit", "triton", "numpy", "safetensors")} | dict(torch=torch.__version__)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     try:
         commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,70 @@
+"""The run's log, plots and pictures."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightningdit.log import RunLog, image_grid, plot_losses, read_log, save_png, write_environment
+
+
+def record(run, start, stop, every=4):
+    log = RunLog(run, start, 20, every, images_per_step=8, flops_per_image=1e6)
+    for step in range(start + 1, stop + 1):
+        log.step(step, 1e-3, dict(loss=torch.tensor(step + 0.1), mse=torch.tensor(float(step)), cos=torch.tensor(0.1)))
+    return log
+
+
+def test_one_line_a_step_written_every_few(tmp_path):
+    log = record(tmp_path, 0, 6)
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4]  # the last two wait for two more, or for close
+    log.event(6, val_mse=1.5)
+    log.close()
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6] and lines[-1] == dict(step=6, val_mse=1.5)
+    assert lines[2]["loss"] == float(torch.tensor(3.1)) and lines[2]["lr"] == 1e-3 and lines[2]["images_per_second"] > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_repeats_no_line(tmp_path):
+    record(tmp_path, 0, 10).close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # killed while writing
+    record(tmp_path, 7, 9).close()
+    assert [line["step"] for line in read_log(tmp_path)] == list(range(1, 10))
+
+
+def test_flush_returns_means(tmp_path):
+    log = record(tmp_path, 0, 3)
+    means = log.flush()
+    log.close()
+    assert means["mse"] == pytest.approx(2.0) and log.flush() == {}
+
+
+def test_loss_plot_shows_both_terms(tmp_path):
+    log = record(tmp_path, 0, 20)
+    log.event(10, val_mse=9.0, val_cos=0.2)
+    log.close()
+    picture = np.asarray(Image.open(plot_losses(tmp_path)).convert("RGB")).astype(int)
+    blue = (picture[..., 2] - picture[..., 0] > 80).nonzero()[1]
+    orange = (picture[..., 0] - picture[..., 2] > 120).nonzero()[1]
+    width = picture.shape[1]
+    assert len(blue) > 50 and blue.max() < width / 2 and len(orange) > 50 and orange.min() > width / 2
+
+
+def test_grid_places_images_row_by_row(tmp_path):
+    images = np.zeros((5, 4, 4, 1), np.uint8)
+    images[:, :, :, 0] = np.arange(5)[:, None, None] * 50
+    grid = image_grid(torch.from_numpy(images), columns=3, min_tile=8, gap=1)
+    assert grid.shape == (17, 26, 3)
+    assert [grid[4, 4, 0], grid[4, 13, 0], grid[4, 22, 0], grid[13, 4, 0], grid[13, 13, 0]] == [0, 50, 100, 150, 200]
+    assert grid[13, 22, 0] == 255 and grid[8, 4, 0] == 255  # the empty place and the gap
+    save_png(grid, tmp_path / "deep" / "grid.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "deep" / "grid.png")), grid)
+
+
+def test_environment(tmp_path):
+    write_environment(tmp_path, torch.device("cpu"))
+    record = json.loads((tmp_path / "environment.json").read_text())
+    assert record["torch"] == torch.__version__ and record["device"] == "cpu" and record["date"] and record["command"]
