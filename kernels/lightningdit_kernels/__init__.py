@@ -1,5 +1,6 @@
 """The ops under LightningDiT and VA-VAE. Every function has its definition beside it as `<name>_ref`, in plain PyTorch."""
 
+from lightningdit_kernels import native
 from lightningdit_kernels.alignment import marginal_cosine_loss, marginal_distance_matrix_loss
 from lightningdit_kernels.attention import rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
@@ -7,6 +8,7 @@ from lightningdit_kernels.norm import gated_residual_rms_norm_modulate, rms_norm
 from lightningdit_kernels.swiglu import swiglu
 
 __all__ = [
+    "backends",
     "gated_residual_rms_norm_modulate",
     "group_norm_silu",
     "marginal_cosine_loss",
@@ -15,3 +17,16 @@ __all__ = [
     "rope_attention",
     "swiglu",
 ]
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What serves each op on this machine: op -> dict(cpu=, cuda=, why=). `python -m lightningdit_kernels` prints it as a table.
+
+    "native" is the C++ library, "reference" the op's definition in plain PyTorch, which torch.compile may fuse.
+    """
+    rows = {op: dict(cpu="reference", cuda="reference", why="defined in plain PyTorch only") for op in __all__ if op != "backends"}
+    if native.available:
+        rows["swiglu"] = dict(cpu="native", cuda="reference", why=f"{native.about}; fp32 and bf16, under torch.compile too; else reference")
+    else:
+        rows["swiglu"]["why"] = native.about
+    return rows

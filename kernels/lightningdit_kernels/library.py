@@ -1,8 +1,10 @@
-"""What every op shares: the dtype rules.
+"""What every op shares: the dtype rules, the checks of arguments, the registration with PyTorch.
 
 Statistics and products are accumulated in fp32 (fp64 for fp64 inputs). Results come in the input's dtype, or, inside
 torch.autocast, in the autocast dtype, because a matrix product is what consumes them.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -39,3 +41,27 @@ def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.T
     for name, tensor in tensors.items():
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} ({why})")
+
+
+# The namespace of the operators, torch.ops.lightningdit. Dropping this object would unregister them.
+LIBRARY = torch.library.Library("lightningdit", "DEF")
+
+
+def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None) -> None:
+    """Defines an operator: reference serves every device, cpu takes its place on CPU, fake makes empty outputs for tracing."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if cpu is not None:
+        LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
+
+
+def differentiable(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Gives operator `name` its backward; `name`_backward, the operator that backward calls, refuses to be differentiated again."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name} is differentiable once: its gradient was differentiated (create_graph=True?)")
+
+    torch.library.register_autograd(f"lightningdit::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"lightningdit::{name}_backward", refuse, lib=LIBRARY)

@@ -3,9 +3,30 @@
 import pytest
 import torch
 import torch.nn.functional as nnf
+import torch.utils.checkpoint
 
-from lightningdit_kernels import swiglu
+from lightningdit_kernels import native, swiglu
+from lightningdit_kernels.swiglu import swiglu_backward_ref, swiglu_ref
 from lightningdit_kernels.testing import assert_matches_truth, random_tensor
+
+needs_native = pytest.mark.skipif(not native.available, reason=native.about)
+
+
+@pytest.fixture(params=["baseline", "AVX2", "AVX-512", "reference"])
+def backend(request, monkeypatch):
+    """Every way in which this machine can compute the op."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", False)
+        yield
+        return
+    if not native.available:
+        pytest.skip(native.about)
+    wanted = {name: level for level, name in native.LEVELS.items()}[request.param]
+    highest = native.library.lightningdit_level()
+    if native.library.lightningdit_set_level(wanted) != wanted:
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    native.library.lightningdit_set_level(highest)
 
 
 def eager(packed):
@@ -14,17 +35,17 @@ def eager(packed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 16, 256), (3, 63, 74), (5, 14), (2,), (0, 4), (3, 0)], ids=str)
-def test_matches_truth(shape, dtype):
+@pytest.mark.parametrize("shape", [(2, 16, 256), (3, 63, 74), (5, 14), (2,), (0, 4), (3, 0), (1, 5000)], ids=str)
+def test_matches_truth(shape, dtype, backend):
     assert_matches_truth(swiglu, eager, dict(packed=3 * random_tensor(*shape, dtype=dtype)))
 
 
-def test_non_contiguous():
+def test_non_contiguous(backend):
     assert_matches_truth(swiglu, eager, dict(packed=random_tensor(12, 5, 3).transpose(0, 2)))
     assert_matches_truth(swiglu, eager, dict(packed=random_tensor(4, 5, 24)[::2, 1:, ::2]))
 
 
-def test_extreme_values_stay_finite():
+def test_extreme_values_stay_finite(backend):
     gate = torch.tensor([-3e38, -1e4, -104.0, -88.0, -0.0, 0.0, 88.0, 1e4])
     packed = torch.cat([gate, torch.full_like(gate, 2.0)]).requires_grad_()
     out = swiglu(packed)
@@ -37,6 +58,95 @@ def test_autocast_gives_the_autocast_dtype():
     packed = random_tensor(3, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert swiglu(packed).dtype == torch.bfloat16
+
+
+def test_fp32_to_bf16_rounds_once(backend):
+    """Inside autocast an fp32 packed is computed in fp32; only the result is bf16, and the gradient is fp32 again."""
+    packed = random_tensor(3, 7, 66).requires_grad_()
+    grad = random_tensor(3, 7, 33, dtype=torch.bfloat16, seed=1)
+    out = torch.ops.lightningdit.swiglu(packed, torch.bfloat16)
+    out.backward(grad)
+    assert out.dtype == torch.bfloat16 and packed.grad.dtype == torch.float32
+    truth = packed.detach().double().requires_grad_()
+    eager(truth).backward(grad.double())
+    assert (out.double() - eager(truth)).abs().max() <= eager(truth).abs().max() * 2**-8
+    assert (packed.grad.double() - truth.grad).abs().max() <= 1e-6 * truth.grad.abs().max()
+
+
+@needs_native
+def test_native_is_within_a_few_ulp_everywhere(backend):
+    """Elementwise, not only relative to the largest value: 4 units in the last place of fp32.
+
+    Below -88.72 exp(-gate) overflows in fp32 and silu becomes 0, in PyTorch too: off by at most 2.7e-37.
+    """
+    gate = torch.cat([torch.linspace(-104, 104, 20_001), torch.logspace(-30, 0, 2_000), -torch.logspace(-30, 0, 2_000)])
+    out = swiglu(torch.cat([gate, torch.ones_like(gate)])).double()
+    true = nnf.silu(gate.double())
+    error = ((out - true).abs() - 2.8e-37).clamp(min=0) / true.abs().clamp(min=1e-300)
+    assert error.max() <= 4 * 2**-24, f"worst at {gate[error.argmax()].item()}"
+
+
+@needs_native
+def test_special_values(backend):
+    nan, inf = float("nan"), float("inf")
+    assert swiglu(torch.tensor([nan, inf, 1.0, 1.0])).isnan().tolist() == [True, False]
+    for dtype in (torch.float32, torch.bfloat16):
+        out = swiglu(torch.tensor([nan, inf, 1.0, nan, 1.0, 1.0, -inf, 0.0], dtype=dtype))
+        assert out[0].isnan() and out[1] == inf and out[2] == -inf and out[3].isnan()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_the_result(dtype):
+    packed, grad = random_tensor(50, 4096, dtype=dtype), random_tensor(50, 2048, dtype=dtype, seed=1)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append((swiglu(packed), torch.ops.lightningdit.swiglu_backward(grad, packed)))
+    torch.set_num_threads(before)
+    for out, grad_packed in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(grad_packed, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_opcheck(dtype, backend):
+    packed = random_tensor(3, 4, 10, dtype=dtype)
+    torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.requires_grad_(), dtype))
+    torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.detach(), torch.bfloat16))
+    torch.library.opcheck(torch.ops.lightningdit.swiglu_backward, (random_tensor(3, 4, 5, dtype=dtype), packed.detach()))
+
+
+def test_backward_reference_is_the_gradient_of_the_reference():
+    packed = random_tensor(4, 12, dtype=torch.float64).requires_grad_()
+    grad = random_tensor(4, 6, dtype=torch.float64, seed=1)
+    (expected,) = torch.autograd.grad(swiglu_ref(packed, torch.float64), packed, grad)
+    torch.testing.assert_close(swiglu_backward_ref(grad, packed.detach()), expected)
+
+
+def test_checkpointing_recomputes_the_same():
+    packed = random_tensor(4, 12).requires_grad_()
+    (plain,) = torch.autograd.grad(swiglu(packed).sum(), packed)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(swiglu, packed, use_reentrant=False).sum(), packed)
+    assert torch.equal(plain, again)
+
+
+def test_second_derivative_is_refused():
+    packed = random_tensor(2, 4).requires_grad_()
+    (first,) = torch.autograd.grad(swiglu(packed).sum(), packed, create_graph=True)
+    with pytest.raises(RuntimeError, match="swiglu is differentiable once"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_compile_sees_the_operator_or_the_definition(available, monkeypatch):
+    """With a kernel the graph holds the operator; without one it holds the definition, for the compiler to fuse."""
+    if available and not native.available:
+        pytest.skip(native.about)
+    monkeypatch.setattr(native, "available", available)
+    graphs = []
+    torch._dynamo.reset()
+    torch.compile(swiglu, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(random_tensor(2, 8))
+    assert ("lightningdit.swiglu" in str(graphs[0].graph)) == available
 
 
 def test_gradcheck():

@@ -1,0 +1,74 @@
+// The C ABI: every exported function calls its twin at the highest instruction-set level that this processor has.
+#include "common.h"
+#include "swiglu.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+#define DECLARE(level)                             \
+  namespace level {                                \
+  LIGHTNINGDIT_SWIGLU_FORWARD(swiglu_forward);     \
+  LIGHTNINGDIT_SWIGLU_BACKWARD(swiglu_backward);   \
+  }
+
+DECLARE(baseline)
+#ifdef LIGHTNINGDIT_HAS_V3
+DECLARE(v3)
+#endif
+#ifdef LIGHTNINGDIT_HAS_V4
+DECLARE(v4)
+#endif
+
+// x86-64-v3 is AVX2 with FMA, x86-64-v4 is AVX-512 F, BW, CD, DQ, VL; 1 is the compiler's own baseline.
+static int detect_level() {
+#ifdef LIGHTNINGDIT_HAS_V3
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#ifdef LIGHTNINGDIT_HAS_V4
+  if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return 4;
+#endif
+  if (v3) return 3;
+#endif
+  return 1;
+}
+
+static const int detected_level = detect_level();
+static int level = detected_level;
+
+#ifdef LIGHTNINGDIT_HAS_V4
+#define TRY_V4(call) \
+  if (level >= 4) return v4::call;
+#else
+#define TRY_V4(call)
+#endif
+#ifdef LIGHTNINGDIT_HAS_V3
+#define TRY_V3(call) \
+  if (level >= 3) return v3::call;
+#else
+#define TRY_V3(call)
+#endif
+#define DISPATCH(call) \
+  TRY_V4(call)         \
+  TRY_V3(call)         \
+  return baseline::call;
+
+// Raised with every change of a signature, so that a library left over from an older build is refused.
+EXPORT int lightningdit_abi_version() { return 1; }
+
+EXPORT int lightningdit_level() { return level; }
+
+// Lowers the level for tests (never above what the processor has). Returns the level now in use.
+EXPORT int lightningdit_set_level(int wanted) { return level = wanted < detected_level ? wanted : detected_level; }
+
+EXPORT LIGHTNINGDIT_SWIGLU_FORWARD(lightningdit_swiglu_forward) {
+  DISPATCH(swiglu_forward(packed, out, rows, hidden, packed_dtype, out_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_SWIGLU_BACKWARD(lightningdit_swiglu_backward) {
+  DISPATCH(swiglu_backward(grad, packed, grad_packed, rows, hidden, grad_dtype, packed_dtype, threads))
+}

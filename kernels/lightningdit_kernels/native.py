@@ -1,0 +1,70 @@
+"""ctypes bindings of the native CPU library (kernels/csrc), which CMake installs beside this file.
+
+The functions take contiguous CPU tensors, write into tensors that the caller made, and use torch.get_num_threads() threads.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the numbers of common.h
+LEVELS = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
+MISSING = "native_missing.txt"  # written by setup.py in place of a library that could not be built: why
+
+_pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "lightningdit_swiglu_forward": [_pointer, _pointer, _size, _size, _int, _int, _int],
+    "lightningdit_swiglu_backward": [_pointer, _pointer, _pointer, _size, _size, _int, _int, _int],
+}
+
+
+def _load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library of this folder, or None, and one line about it."""
+    found = [path for path in sorted(folder.glob("liblightningdit_kernels.*")) if path.suffix in (".so", ".dylib", ".dll")]
+    if not found:
+        missing = folder / MISSING
+        return None, missing.read_text().strip() if missing.is_file() else "the native library was never built here (pip install builds it)"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return None, f"{found[0].name} does not load: {error}"
+    version = library.lightningdit_abi_version()
+    if version != ABI_VERSION:
+        return None, f"{found[0].name} has ABI {version}, this package needs {ABI_VERSION}: install again"
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library, f"{found[0].name}, {LEVELS[library.lightningdit_level()]}"
+
+
+library, about = _load(Path(__file__).parent)
+
+
+available = library is not None  # a plain bool, which torch.compile can read
+
+
+def serves(*dtypes: torch.dtype) -> bool:
+    """Whether the library is there and knows these dtypes."""
+    return available and all(dtype in DTYPES for dtype in dtypes)
+
+
+def swiglu_forward(packed: torch.Tensor, out: torch.Tensor) -> None:
+    """out (..., F) = silu(gate) * up of packed (..., 2F)."""
+    hidden = out.shape[-1]
+    rows = out.numel() // hidden if hidden else 0
+    numbers = DTYPES[packed.dtype], DTYPES[out.dtype]
+    _run("lightningdit_swiglu_forward", packed.data_ptr(), out.data_ptr(), rows, hidden, *numbers)
+
+
+def swiglu_backward(grad: torch.Tensor, packed: torch.Tensor, grad_packed: torch.Tensor) -> None:
+    """grad_packed (..., 2F) from grad (..., F) and packed (..., 2F)."""
+    hidden = grad.shape[-1]
+    rows = grad.numel() // hidden if hidden else 0
+    numbers = DTYPES[grad.dtype], DTYPES[packed.dtype]
+    _run("lightningdit_swiglu_backward", grad.data_ptr(), packed.data_ptr(), grad_packed.data_ptr(), rows, hidden, *numbers)
+
+
+def _run(name: str, *arguments) -> None:
+    code = getattr(library, name)(*arguments, torch.get_num_threads())
+    assert code == 0, f"{name} returned {code} for {arguments}"
