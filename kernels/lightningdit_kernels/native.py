@@ -4,6 +4,7 @@ The functions take contiguous CPU tensors, write into tensors that the caller ma
 """
 
 import ctypes
+import logging
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ library, about = _load(Path(__file__).parent)
 
 
 available = library is not None  # a plain bool, which torch.compile can read
+if not available:
+    logging.getLogger("lightningdit_kernels").warning("no native CPU kernels: %s; on CPU every op uses its plain PyTorch definition", about)
 
 
 def serves(*dtypes: torch.dtype) -> bool:

@@ -41,6 +41,13 @@ def test_missing_library_says_reference_and_why(tmp_path, monkeypatch):
     assert kernels.backends()["swiglu"] == dict(cpu="reference", cuda="reference", why=about)
 
 
+def test_falling_back_is_logged_once(tmp_path):
+    copy = shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("liblightningdit_kernels.*", "__pycache__"))
+    command = [sys.executable, "-c", "import lightningdit_kernels, torch; lightningdit_kernels.swiglu(torch.ones(2, 4))"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(copy.parent)})
+    assert run.stderr.count("no native CPU kernels: the native library was never built here") == 1
+
+
 def test_unreadable_library_is_refused(tmp_path):
     (tmp_path / "liblightningdit_kernels.so").write_bytes(b"not a library")
     library, about = native._load(tmp_path)

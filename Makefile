@@ -1,0 +1,68 @@
+# Everything that people and CI run. `make demo` and `make test` do all their set-up on a machine with git, make and Python 3.11.
+
+PYTHON ?= python3
+PY ?= .venv/bin/python
+OUT ?= out
+export PYTHONUNBUFFERED = 1
+
+# Set-up is needed only for our own environment: `make test PY=python3` uses the one you name, as it is.
+STAMP := .venv/.installed
+READY = $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
+
+# torch.compile needs a C++ compiler on CPU.
+COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),--compile)
+
+# On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
+GPU_PY = PYTHONPATH=.:kernels $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
+
+.PHONY: help setup demo test lint bench assets test-gpu bench-gpu clean
+
+help:
+	@echo "setup      .venv with the exact versions of constraints.txt"
+	@echo "demo       train on the bundled digits and draw some; ARGS='--steps 100' adds flags"
+	@echo "test       all tests      lint   ruff      bench   microbenchmarks"
+	@echo "assets     remake the bundled tokenizer"
+	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
+	@echo "clean      remove what builds and tests left (not .venv, not runs)"
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is: $$($(PYTHON) --version 2>&1). Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@.venv/bin/python -m lightningdit_kernels
+	@touch $@
+
+demo: $(READY)
+	$(PY) train/dit.py $(COMPILE) $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest tests $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+bench: $(READY)
+	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+assets: $(READY)
+	$(PY) train/vavae.py --config train/configs/vavae_digits.yaml $(ARGS)
+
+test-gpu bench-gpu: gpu-present
+
+.PHONY: gpu-present
+gpu-present:
+	@$(GPU_PY) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "no CUDA device is visible to torch")'
+	@mkdir -p $(OUT)
+
+test-gpu:
+	$(GPU_PY) -m pytest tests -m gpu --junitxml=$(OUT)/test-gpu.xml $(ARGS)
+
+bench-gpu:
+	$(GPU_PY) -m pytest bench --benchmark-only -k cuda --benchmark-json=$(OUT)/bench-gpu.json $(ARGS)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis out
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
