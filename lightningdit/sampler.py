@@ -1,0 +1,390 @@
+"""Sampling: from noise to latents. Time grids, ODE and SDE solvers, classifier-free guidance, noise per sample seed.
+
+    latents = sample(model, labels=[207, 360], seeds=[0, 1], latent_shape=(32, 16, 16), num_classes=1000, guidance_scale=6.7)
+
+`sample` is the way in. Below it, the solvers integrate any predict(x, t), which takes the state x (B, ...) and the time t, a Python
+float, and returns the model's output. Times come from a grid on the host, so that no step waits for the device.
+
+Steps are counted as intervals of the grid: num_steps = 249 is what the official code calls 250 steps, linspace(0, 1, 250). Euler
+evaluates the model once an interval, Heun and midpoint twice, dopri5 as often as its tolerance asks; an SDE's last step is one more.
+
+Image i depends on its seed, its label and the settings, not on the other images: its noise comes from a generator of its own, and
+batches are filled up so that its arithmetic is the same (`padded_rows` says how far that holds). dopri5 is the exception: it chooses
+its steps by the error of the whole batch, so images drawn in different batches agree to about rtol only.
+"""
+
+import contextlib
+import math
+import operator
+
+import torch
+from tqdm import tqdm
+
+from . import flow
+from .flow import check_choice
+
+ODE_METHODS = ("euler", "heun", "midpoint", "dopri5")
+SDE_METHODS = ("sde_euler", "sde_heun")
+LAST_STEPS = ("mean", "tweedie", "euler")
+
+
+@torch.no_grad()
+def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, method="euler", shift=0.3, guidance_scale=1.0,
+           guidance_interval=(0.0, 1.0), guidance_channels=None, path="linear", prediction="velocity", sample_eps=None,
+           atol=1e-6, rtol=1e-3, diffusion_form="sigma", diffusion_norm=1.0, last_step="mean", last_step_size=0.04,
+           device="cpu", dtype=torch.float32, batch_size=None, progress=False):
+    """Draws one latent for each (label, seed).
+
+    Args:
+        model: model(x, t, y) -> (B, C, H, W), given x (B, C, H, W) in `dtype`, t (B,) fp32 and y (B,) int64. A module runs in
+            evaluation mode and gets its mode back. Autocast, where wanted, is the caller's.
+        labels: n integers in [0, num_classes]; num_classes is the null label of unconditional sampling.
+        seeds: n integers in [0, 2^32), see NoiseStream.
+        latent_shape: (C, H, W).
+        num_steps: intervals of the time grid; dopri5 has none.
+        method: ODE "euler", "heun", "midpoint", "dopri5"; SDE "sde_euler" (Euler-Maruyama), "sde_heun".
+        shift: of the time grid, see flow.shift_time; None, 0 or 1: none. The published numbers use 0.3.
+        guidance_scale, guidance_interval, guidance_channels: see GuidedModel. Scale 1 is no guidance.
+        path, prediction, sample_eps: what the model was trained on, see flow.integration_interval.
+        atol, rtol: of dopri5.
+        diffusion_form, diffusion_norm, last_step, last_step_size: of the SDE, see flow.diffusion and integrate_sde.
+        device, dtype: where the state lives, and the type in which the model gets it. The state is fp32 (fp64 if dtype is).
+        batch_size: most images at a time; None: all. Guidance runs twice as many rows.
+        progress: show a progress bar.
+    Returns: (n, C, H, W) latents in the type of the state, normalised as those that the model was trained on.
+    Raises: ValueError, before the model is called, that names the argument; ImportError if dopri5 lacks torchdiffeq;
+        RuntimeError if a latent comes out non-finite.
+    """
+    labels, seeds = _integers("labels", labels, num_classes), _integers("seeds", seeds, 2**32 - 1)
+    n = len(seeds)
+    if len(labels) != n:
+        raise ValueError(f"labels, seeds: got lengths {len(labels)} and {n}, expected one seed for each label")
+    if len(latent_shape) != 3 or min(latent_shape) < 1:
+        raise ValueError(f"latent_shape: got {tuple(latent_shape)}, expected (C, H, W), each at least 1")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected a number of at least 1, or None for all at once")
+    device, state_dtype = torch.device(device), torch.promote_types(dtype, torch.float32)
+    guidance = dict(num_classes=num_classes, scale=guidance_scale, interval=guidance_interval, channels=guidance_channels, dtype=dtype)
+    GuidedModel(model, torch.empty(0, dtype=torch.long), **guidance).check_channels(latent_shape[0])
+    method = check_choice("method", method, ODE_METHODS + SDE_METHODS)
+    if method in SDE_METHODS:
+        grid, options = _plan_sde(num_steps, shift, sample_eps, method=method, path=path, prediction=prediction, form=diffusion_form,
+                                  norm=diffusion_norm, last_step=last_step, last_step_size=last_step_size)
+    else:
+        t0, t1 = flow.integration_interval(path, prediction, mode="ode", sample_eps=sample_eps)
+        _check_start(t0, path, prediction)
+        grid = time_grid(num_steps, shift, t0, t1)
+        options = dict(method=method, path=path, prediction=prediction, atol=atol, rtol=rtol)
+
+    latents = torch.empty(n, *latent_shape, dtype=state_dtype, device=device)
+    batch_size = min(batch_size or n, n)
+    starts = range(0, n, batch_size) if n else ()
+    adaptive = method == "dopri5"  # would store the states that a callback asks for, so its bar moves once a batch
+    with _evaluation_mode(model), tqdm(total=len(starts) * (1 if adaptive else num_steps), desc="sampling", disable=not progress) as bar:
+        callback = None if adaptive else lambda *_: bar.update()
+        for start in starts:
+            chosen = list(range(start, min(start + batch_size, n)))
+            filled = chosen + chosen[-1:] * (padded_rows(batch_size, device) - len(chosen))
+            noise = NoiseStream([seeds[i] for i in filled], latent_shape, device, state_dtype)
+            predict = GuidedModel(model, torch.tensor([labels[i] for i in filled], device=device), **guidance)
+            if method in SDE_METHODS:
+                x = integrate_sde(predict, noise(), grid, noise, callback=callback, **options)
+            else:
+                x = integrate_ode(predict, noise(), grid, callback=callback, **options)
+            latents[start : start + len(chosen)] = x[: len(chosen)]
+            bar.update(adaptive)
+    broken = (~torch.isfinite(latents).flatten(1).all(1)).nonzero().flatten().tolist() if n else []
+    if broken:
+        raise RuntimeError(f"sample: {len(broken)} of {n} latents are not finite, the first of seed {seeds[broken[0]]} and label "
+                           f"{labels[broken[0]]}; the model or the guidance (scale {guidance_scale}) diverged")
+    return latents
+
+
+@torch.no_grad()
+def sample_images(model, tokenizer, *, labels, seeds, batch_size=None, device="cpu", progress=False, **settings):
+    """`sample`, then decoded: (n, H, W, C) uint8 images on the CPU. `settings` are the other arguments of `sample`.
+
+    Decoding runs in batches of one shape too, so that image i is the same whatever it is drawn with.
+    """
+    latents = sample(model, labels=labels, seeds=seeds, batch_size=batch_size, device=device, progress=progress, **settings)
+    n = len(latents)
+    rows, images = min(batch_size or n, n), []
+    for start in range(0, n, max(rows, 1)):
+        part = latents[start : start + rows]
+        filled = torch.cat([part, part[-1:].expand(padded_rows(rows, latents.device) - len(part), -1, -1, -1)])
+        images.append(tokenizer.decode_uint8(filled)[: len(part)].cpu())
+    return torch.cat(images)
+
+
+def padded_rows(n, device):
+    """Rows of a batch that hold n images, so that the arithmetic of one image does not depend on how many it is drawn with.
+
+    All batches of a call have one shape; copies fill what is missing in the last. On the CPU, n is also rounded up to a multiple of
+    8: matrix kernels round differently in rows left over by their tiles. With multiples of 8, images came out bitwise the same in
+    batches of 8 to 144 (fp32 LightningDiT, width 36 to 384, 1 and 2 threads, AMD EPYC), without them only to 1e-6. Elsewhere, and
+    for some widths at odd thread counts, batches of different shapes agree to fp32 rounding; batches of one shape agree exactly.
+    """
+    return math.ceil(n / 8) * 8 if device.type == "cpu" else n
+
+
+def _plan_sde(num_steps, shift, sample_eps, **options):
+    """Time grid and options of integrate_sde; refuses settings in which a singular end would turn images into NaN or noise."""
+    path, prediction, form, norm = (options[name] for name in ("path", "prediction", "form", "norm"))
+    last_step, last_step_size = _check_last_step(options["last_step"]), options["last_step_size"]
+    if last_step is not None and not 0 < last_step_size < 1:
+        raise ValueError(f"last_step_size: got {last_step_size!r}, expected a number in (0, 1)")
+    t0, t1 = flow.integration_interval(path, prediction, mode="sde", sample_eps=sample_eps, diffusion_form=form,
+                                       last_step_size=0.0 if last_step is None else last_step_size)
+    if t0 >= t1:
+        raise ValueError(f"last_step_size: got {last_step_size!r}, expected less than {1 - t0}, so that the SDE has an interval")
+    _check_start(t0, path, prediction, form)
+    end = torch.tensor(t1)
+    if flow.path_coefficients(end, path)[1].abs() < 1e-6 < flow.diffusion(end, form, norm, path) and options["method"] == "sde_heun":
+        raise ValueError(f"last_step: got None, expected one of {LAST_STEPS}, or sample_eps > 0: the score is singular at t = 1, where "
+                         f"diffusion_form {form!r} with diffusion_norm {norm} does not vanish")
+    # The shift acts between t0 and t1 and must not move them: the last step from t1 has a length of its own.
+    return t0 + (t1 - t0) * time_grid(num_steps, shift), options
+
+
+def _check_start(t0, path, prediction, form=None):
+    if t0 == 0 and path.lower() != "vp" and (prediction.lower() != "velocity" or form is not None and form.lower() == "sbdm"):
+        raise ValueError(f"sample_eps: got 0, expected a number > 0: on path {path!r} with prediction {prediction!r}"
+                         + (f" and diffusion_form {form!r}" if form else "") + " the drift is infinite at t = 0")
+
+
+def _check_last_step(last_step):
+    return None if last_step is None else check_choice("last_step", last_step, LAST_STEPS)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model):
+    """Evaluation mode (no label dropout) for the modules that were training, and for those only."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, torch.nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# Noise
+
+
+class NoiseStream:
+    """Standard normal noise per sample seed: each call returns the next (n, *shape) draw.
+
+    Every sample has a CPU generator of its own, so its noise is the same in any batch and on any device. The first call is the
+    initial noise, the following ones are the increments of an SDE in step order.
+
+    Args: seeds: n integers in [0, 2^32): PyTorch's CPU generator ignores higher bits, so that larger seeds would repeat images.
+    Raises: ValueError for a seed out of range.
+    """
+
+    def __init__(self, seeds, shape, device="cpu", dtype=torch.float32):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in _integers("seeds", seeds, 2**32 - 1)]
+        self.shape, self.device, self.dtype = tuple(shape), device, dtype
+
+    def __call__(self):
+        noise = torch.empty(len(self.generators), *self.shape)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(self.device, self.dtype)
+
+
+def initial_noise(seeds, shape, device="cpu", dtype=torch.float32):
+    """(n, *shape) standard normal noise x0 whose row i depends on seeds[i] only; drawn in fp32 on the CPU, see NoiseStream."""
+    return NoiseStream(seeds, shape, device, dtype)()
+
+
+def _integers(name, values, largest):
+    """`values` as a list of Python integers in [0, largest]."""
+    try:
+        integers = [operator.index(value) for value in (values.tolist() if isinstance(values, torch.Tensor) else values)]
+    except TypeError:
+        raise ValueError(f"{name}: got {values!r}, expected a sequence of integers") from None
+    for value in integers:
+        if not 0 <= value <= largest:
+            raise ValueError(f"{name}: got {value}, expected integers in [0, {largest}]")
+    return integers
+
+
+# Guidance
+
+
+class GuidedModel:
+    """predict(x, t) of a class-conditional model under classifier-free guidance: uncond + scale * (cond - uncond).
+
+    In the interval, low <= t <= high, one batch of 2 B rows gives both outputs. Outside it the conditional output is used and
+    nothing else is computed, likewise always with scale 1. Times and bounds are compared in fp32, as the official code does. A high
+    of 1 or more is no bound, because adaptive solvers look beyond t = 1.
+
+    Args:
+        model: model(x, t, y) -> output of the shape of x.
+        labels: (B,) int64, on the device of the state.
+        num_classes: the null label.
+        scale, interval: guidance scale, and (low, high).
+        channels: number of leading channels to guide, the others keep the conditional output; None: all. The published numbers
+            guide 3 of 32.
+        dtype: in which the model gets x; None: that of x. The guided output has the type of x.
+    Raises: ValueError for a scale that is not finite, low > high or channels < 1; on call, for channels > C or an output whose
+        shape is not that of x.
+    Source: classifier-free guidance, arXiv:2207.12598; interval, arXiv:2404.07724; three channels, the official forward_with_cfg.
+    """
+
+    def __init__(self, model, labels, num_classes, scale=1.0, interval=(0.0, 1.0), channels=None, dtype=None):
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale: got {scale!r}, expected a finite number")
+        low, high = interval
+        if not low <= high:
+            raise ValueError(f"guidance_interval: got {low}, {high}, expected low <= high")
+        if channels is not None and channels < 1:
+            raise ValueError(f"guidance_channels: got {channels}, expected a number of at least 1, or None for all")
+        self.model, self.scale, self.channels, self.dtype = model, scale, channels, dtype
+        self.low, self.high = _fp32(low), math.inf if high >= 1 else _fp32(high)
+        self.labels, self.both_labels = labels, torch.cat([labels, torch.full_like(labels, num_classes)])
+
+    def check_channels(self, C):
+        if self.channels is not None and self.channels > C:
+            raise ValueError(f"guidance_channels: got {self.channels}, expected at most the {C} channels of the latents, or None for all")
+
+    def __call__(self, x, t):
+        self.check_channels(x.shape[1])
+        guided = self.scale != 1 and self.low <= t <= self.high
+        inputs, labels = (torch.cat([x, x]), self.both_labels) if guided else (x, self.labels)
+        times = torch.full((len(inputs),), t, dtype=torch.float32, device=x.device)
+        output = self.model(inputs.to(self.dtype or x.dtype), times, labels)
+        if output.shape != inputs.shape:
+            raise ValueError(f"model: got an output of shape {tuple(output.shape)}, expected {tuple(inputs.shape)}")
+        output = output.to(x.dtype)
+        if not guided:
+            return output
+        cond, uncond = output.chunk(2)
+        mixed = uncond[:, : self.channels] + self.scale * (cond[:, : self.channels] - uncond[:, : self.channels])
+        return mixed if self.channels is None else torch.cat([mixed, cond[:, self.channels :]], dim=1)
+
+
+def _fp32(value):
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+# Solvers
+
+
+def time_grid(num_steps, shift=None, t0=0.0, t1=1.0):
+    """(num_steps + 1,) fp32 times on the CPU: flow.shift_time of equal intervals from t0 to t1, downwards if t0 > t1.
+
+    As in the official code, the shift also moves ends other than 0 and 1.
+    Raises: ValueError for num_steps < 1 or a negative shift.
+    """
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps: got {num_steps!r}, expected an integer of at least 1")
+    return flow.shift_time(torch.linspace(t0, t1, num_steps + 1, dtype=torch.float32), shift)
+
+
+def integrate_ode(predict, x, grid, *, method="euler", path="linear", prediction="velocity", atol=1e-6, rtol=1e-3, callback=None):
+    """Integrates dx/dt = v, the velocity, along the grid. Keeps one state, not the trajectory.
+
+    euler:    x + h v(x, t).                       heun: x + h / 2 (k + v(x + h k, t + h)) with k = v(x, t).
+    midpoint: x + h v(x + h / 2 k, t + h / 2).     dopri5: adaptive, by torchdiffeq, from the first to the last time of the grid.
+
+    Args:
+        predict: predict(x, t: float) -> the model's output, which flow.velocity_from converts.
+        x: (B, ...) state at grid[0].
+        grid: (num_steps + 1,) times on the CPU, increasing, or decreasing to go from data to noise.
+        callback: callback(i, t, x) after step i, x being the state at t = grid[i + 1]. dopri5 interpolates these states and stores
+            them all.
+    Returns: (B, ...) state at grid[-1].
+    Raises: ValueError for an unknown option; ImportError if dopri5 lacks torchdiffeq.
+    Source: these are the methods euler, heun2, midpoint and dopri5 of torchdiffeq.
+    """
+    method, path = check_choice("method", method, ODE_METHODS), check_choice("path", path, flow.PATHS)
+    prediction = check_choice("prediction", prediction, flow.PREDICTIONS)
+
+    def velocity(x, t):
+        return flow.velocity_from(predict(x, t), x, torch.tensor(t, dtype=grid.dtype), path, prediction)
+
+    if method == "dopri5":
+        # Beyond t = 1, where the last step may look, sigma of VP is not real: there the step must end with the grid.
+        return _dopri5(velocity, x, grid, atol, rtol, callback, overshoot=path != "vp" or prediction == "velocity")
+    steps = grid.diff()
+    times, middles, steps = grid.tolist(), (grid[:-1] + 0.5 * steps).tolist(), steps.tolist()
+    for i, h in enumerate(steps):
+        k = velocity(x, times[i])
+        if method == "heun":
+            k = 0.5 * (k + velocity(x + h * k, times[i + 1]))
+        elif method == "midpoint":
+            k = velocity(x + 0.5 * h * k, middles[i])
+        x = x + h * k
+        if callback is not None:
+            callback(i, times[i + 1], x)
+    return x
+
+
+def _dopri5(velocity, x, grid, atol, rtol, callback, overshoot):
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise ImportError("method 'dopri5' needs torchdiffeq: pip install torchdiffeq") from error
+    times = (grid if callback is not None else grid[[0, -1]]).to(x.device)
+    states = odeint(lambda t, x: velocity(x, float(t)), x, times, method="dopri5", atol=atol, rtol=rtol,
+                    options=None if overshoot else {"step_t": times[-1:]})
+    if callback is not None:
+        for i, t in enumerate(grid[1:].tolist()):
+            callback(i, t, states[i + 1])
+    return states[-1]
+
+
+def integrate_sde(predict, x, grid, noise, *, method="sde_euler", path="linear", prediction="velocity", form="sigma", norm=1.0,
+                  last_step="mean", last_step_size=0.04, callback=None):
+    """Integrates dx = f dt + sqrt(2 D) dw, f = v + D score, along the grid, then takes a last step without noise.
+
+    sde_euler: x + h f(x, t) + sqrt(2 D(t) h) w.
+    sde_heun:  x' = x + sqrt(2 D(t) h) w, then Heun's step with f from x'.
+    last_step, from t = grid[-1]: None: x; "mean": x + last_step_size f; "euler": x + last_step_size v; "tweedie": flow.data_from.
+
+    v and score are two views of one output, so f costs one evaluation of the model (the official code makes two). A setting that is
+    singular at grid[0], such as SBDM diffusion at t = 0 on the linear path, gives NaN as in the official code; `sample` refuses it.
+
+    Args:
+        predict, x, callback: as for integrate_ode.
+        grid: (num_steps + 1,) increasing times on the CPU.
+        noise: noise() -> w, standard normal of the shape of x, called once a step.
+        form, norm: of D, see flow.diffusion.
+    Returns: (B, ...) state after the last step.
+    Raises: ValueError for an unknown option or a grid that does not increase.
+    Source: SiT, arXiv:2401.08740, Sec. 2; noise before Heun's step as in EDM, arXiv:2206.00364, Alg. 2.
+    """
+    method, path = check_choice("method", method, SDE_METHODS), check_choice("path", path, flow.PATHS)
+    prediction, last_step = check_choice("prediction", prediction, flow.PREDICTIONS), _check_last_step(last_step)
+    steps = grid.diff()
+    if not (steps > 0).all():
+        raise ValueError(f"grid: got times from {float(grid[0])} to {float(grid[-1])}, expected increasing times")
+    times, steps = grid.tolist(), steps.tolist()
+
+    def drift(x, t):
+        output, at = predict(x, t), torch.tensor(t, dtype=grid.dtype)
+        if flow.path_coefficients(at, path)[1] == 0:
+            at = torch.nextafter(at, torch.zeros_like(at))  # D score is 0 * inf at sigma = 0; one ulp before, it is at its limit
+        D = flow.diffusion(at, form, norm, path)
+        return flow.velocity_from(output, x, at, path, prediction) + D * flow.score_from(output, x, at, path, prediction)
+
+    for i, h in enumerate(steps):
+        jump = torch.sqrt(2 * h * flow.diffusion(torch.tensor(times[i], dtype=grid.dtype), form, norm, path)) * noise()
+        if method == "sde_euler":
+            x = x + h * drift(x, times[i]) + jump
+        else:
+            x = x + jump
+            k = drift(x, times[i])
+            x = x + 0.5 * h * (k + drift(x + h * k, times[i + 1]))
+        if callback is not None:
+            callback(i, times[i + 1], x)
+    if last_step is None:
+        return x
+    if last_step == "mean":
+        return x + last_step_size * drift(x, times[-1])
+    output, at = predict(x, times[-1]), torch.tensor(times[-1], dtype=grid.dtype)
+    if last_step == "tweedie":
+        return flow.data_from(output, x, at, path, prediction)
+    return x + last_step_size * flow.velocity_from(output, x, at, path, prediction)
