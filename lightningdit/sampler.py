@@ -287,7 +287,8 @@ def integrate_ode(predict, x, grid, *, method="euler", path="linear", prediction
     """Integrates dx/dt = v, the velocity, along the grid. Keeps one state, not the trajectory.
 
     euler:    x + h v(x, t).                       heun: x + h / 2 (k + v(x + h k, t + h)) with k = v(x, t).
-    midpoint: x + h v(x + h / 2 k, t + h / 2).     dopri5: adaptive, by torchdiffeq, from the first to the last time of the grid.
+    midpoint: x + h v(x + h / 2 k, t + h / 2).     dopri5: adaptive, by torchdiffeq, from the first to the last time of the grid; its
+              last step may ask the model about times beyond the end, as in the official code.
 
     Args:
         predict: predict(x, t: float) -> the model's output, which flow.velocity_from converts.
@@ -296,7 +297,7 @@ def integrate_ode(predict, x, grid, *, method="euler", path="linear", prediction
         callback: callback(i, t, x) after step i, x being the state at t = grid[i + 1]. dopri5 interpolates these states and stores
             them all.
     Returns: (B, ...) state at grid[-1].
-    Raises: ValueError for an unknown option; ImportError if dopri5 lacks torchdiffeq.
+    Raises: ValueError for an unknown option; ImportError if dopri5 lacks torchdiffeq, RuntimeError if it finds no step small enough.
     Source: these are the methods euler, heun2, midpoint and dopri5 of torchdiffeq.
     """
     method, path = check_choice("method", method, ODE_METHODS), check_choice("path", path, flow.PATHS)
@@ -328,8 +329,12 @@ def _dopri5(velocity, x, grid, atol, rtol, callback, overshoot):
     except ImportError as error:
         raise ImportError("method 'dopri5' needs torchdiffeq: pip install torchdiffeq") from error
     times = (grid if callback is not None else grid[[0, -1]]).to(x.device)
-    states = odeint(lambda t, x: velocity(x, float(t)), x, times, method="dopri5", atol=atol, rtol=rtol,
-                    options=None if overshoot else {"step_t": times[-1:]})
+    try:
+        states = odeint(lambda t, x: velocity(x, float(t)), x, times, method="dopri5", atol=atol, rtol=rtol,
+                        options=None if overshoot else {"step_t": times[-1:]})
+    except AssertionError as error:
+        raise RuntimeError(f"method 'dopri5': torchdiffeq stopped with {str(error)[:100]!r}; the model's output is not finite, or atol and "
+                           "rtol are too small for its precision") from error
     if callback is not None:
         for i, t in enumerate(grid[1:].tolist()):
             callback(i, t, states[i + 1])

@@ -140,7 +140,7 @@ class Gaussian:
         self.rows.append(len(x))
         self.times.append(float(t[0]))
         self.inputs.append((x.dtype, t.dtype, t.shape))
-        t = t.double().view(-1, 1, 1, 1)
+        t = t.double().clamp(max=1 - 1e-6).view(-1, 1, 1, 1)  # dopri5 looks beyond t = 1, where sigma of VP is not real
         alpha, sigma, d_alpha, d_sigma = flow.path_coefficients(t, self.path)
         centred = (x - alpha * self.mean(y)) / (alpha**2 * self.std**2 + sigma**2)
         noise, data = sigma * centred, self.mean(y) + alpha * self.std**2 * centred
@@ -419,6 +419,11 @@ def test_broken_images_are_reported():
 
     with pytest.raises(RuntimeError, match="1 of 3 latents are not finite, the first of seed 11 and label 2"):
         sampler.sample(model, labels=[0, 2, 1], seeds=[10, 11, 12], latent_shape=SHAPE, num_classes=3, num_steps=2)
+
+
+def test_dopri5_reports_a_model_that_breaks():
+    with pytest.raises(RuntimeError, match="method 'dopri5': torchdiffeq stopped with"):
+        sampler.sample(lambda x, t, y: x / 0, labels=[0], seeds=[0], latent_shape=SHAPE, num_classes=3, method="dopri5")
 
 
 def test_progress_bar(capsys):
