@@ -140,7 +140,9 @@ class Gaussian:
         self.rows.append(len(x))
         self.times.append(float(t[0]))
         self.inputs.append((x.dtype, t.dtype, t.shape))
-        t = t.double().clamp(max=1 - 1e-6).view(-1, 1, 1, 1)  # dopri5 looks beyond t = 1, where sigma of VP is not real
+        t = t.double().view(-1, 1, 1, 1)
+        if self.path == "vp":
+            t = t.clamp(max=1 - 1e-6)  # dopri5 looks beyond t = 1, where sigma is not real
         alpha, sigma, d_alpha, d_sigma = flow.path_coefficients(t, self.path)
         centred = (x - alpha * self.mean(y)) / (alpha**2 * self.std**2 + sigma**2)
         noise, data = sigma * centred, self.mean(y) + alpha * self.std**2 * centred
