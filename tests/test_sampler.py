@@ -185,8 +185,8 @@ def test_sample_follows_the_flow_from_its_noise(path, prediction, method):
     latents = sampler.sample(model, labels=labels, seeds=seeds, method=method, **settings)
     truth = model.transport(sampler.initial_noise(seeds, SHAPE).double(), t0, t1, torch.tensor(labels))
     assert latents.dtype == torch.float32
-    # Noise and score predictions start where alpha is 1e-3, so that fp32 rounding of x is magnified.
-    assert relative_error(latents, truth) < (1e-4 if prediction == "velocity" else 2e-3)
+    # dopri5's last step looks beyond t = 1, where the clamped closed form of VP has a kink: 7e-5 there, 6e-6 elsewhere.
+    assert relative_error(latents, truth) < (2e-4 if method == "dopri5" else 3e-5)
 
 
 def test_integration_back_to_the_noise():
