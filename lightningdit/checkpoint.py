@@ -208,6 +208,9 @@ def _save_safetensors(tensors, path, metadata=None):
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:  # its writer reports a full disk or a size limit this way
         raise OSError(f"could not write {path}: {error}") from None
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)  # the writer makes files that only their owner can read
     _flush(path)
 
 

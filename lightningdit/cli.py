@@ -17,7 +17,7 @@ from .distributed import pick_device
 from .log import image_grid, save_png
 from .model import LightningDiT
 from .sampler import sample_images
-from .tokenizer import Tokenizer
+from .tokenizer.vavae import Tokenizer
 
 
 def sample(checkpoint: str, classes: str = "", seed: int = 0, num: int = 16, out: str = "samples.png", guidance_scale: float | None = None,

@@ -122,7 +122,7 @@ def read_log(run):
 
 
 def plot_losses(run):
-    """Draws run/loss.png from log.jsonl: both loss terms, thin as logged and thick as a running mean, and the validation loss."""
+    """Draws run/loss.png from log.jsonl: both loss terms, thin as logged and thick as a moving mean, and the validation loss."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,15 +135,15 @@ def plot_losses(run):
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(5.5 * max(1, len(names)), 3.6), squeeze=False)
     for axis, name, color in zip(axes[0], names, ("tab:blue", "tab:orange"), strict=False):
         steps, values = [record["step"] for record in train], [record[name] for record in train]
-        window, smooth, mean = max(1, len(values) // 50), [], values[0]
-        for value in values:
-            mean += (value - mean) / window
-            smooth.append(mean)
+        half = len(values) // 60  # a centered mean does not lag behind the curve as a running one does
+        sums = np.cumsum([0.0, *values])
+        left, right = np.maximum(np.arange(len(values)) - half, 0), np.minimum(np.arange(len(values)) + half + 1, len(values))
+        smooth = (sums[right] - sums[left]) / (right - left)
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axis.plot(steps, smooth, color=color, label="training")
         points = [(record["step"], record[f"val_{name}"]) for record in validation if f"val_{name}" in record]
         if points:
-            axis.plot(*zip(*points, strict=True), "k.-", markersize=5, linewidth=0.8, label="validation, EMA")
+            axis.plot(*zip(*points, strict=True), "k.-", markersize=5, linewidth=0.8, label="validation (EMA, uniform t)")
         low, high = min(values), sorted(values)[int(0.99 * (len(values) - 1))]  # the first steps would flatten the rest
         axis.set_ylim(low - 0.1 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
         axis.set(xlabel="step", ylabel={"mse": "velocity, mean squared error", "cos": "1 - cosine"}[name])

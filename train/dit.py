@@ -18,7 +18,7 @@ from lightningdit.config import DiTConfig
 from lightningdit.distributed import check_compiler, generator_for, pick_device, world
 from lightningdit.log import RunLog, image_grid, plot_losses, save_png, write_environment
 from lightningdit.model import LightningDiT, activation_bytes, forward_flops
-from lightningdit.tokenizer import Tokenizer
+from lightningdit.tokenizer.vavae import Tokenizer
 
 RECIPE = Path(__file__).parent / "configs" / "digits.yaml"
 # What may change between a run and its resumption; anything else would make it another run.
@@ -50,7 +50,8 @@ def main(argv):
         model.load_weights(checkpoint.load_weights(config.init))
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup)
     optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay)
-    start = resume(run, model, average.model, optimizer)
+    facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes, **train_set.provenance)
+    start = resume(run, model, average.model, optimizer, facts)
     if config.compile:
         for block in model.blocks:  # one block's graph serves all of them: compile time does not grow with depth
             block.compile()
@@ -94,19 +95,15 @@ def main(argv):
             if val_set is not None and (done % config.validate_every == 0 or done == config.steps):
                 log.event(done, **validate(config, average.model, tokenizer, val_set, autocast, device))
             if done % config.sample_every == 0 or done == config.steps:
-                picture = save_samples(config, average.model, tokenizer, run / "samples" / f"step_{done:07d}.png", autocast, device)
-                log.image(done, "samples", picture)
+                log.image(done, "samples", save_samples(config, average.model, tokenizer, grid_path(run, done), autocast, device))
                 plot_losses(run)
             if done % config.checkpoint_every == 0 or last:
-                saved = save(log, run, done, saved, config, model, average.model, optimizer, tokenizer, last)
+                saved = save(log, run, done, saved, config.keep_checkpoints, model, average.model, optimizer, facts, last)
             if interrupted():
                 log.say(f"interrupted: step {done} is saved in {run}; the same command goes on from there")
                 return 130
 
-    grid = run / "samples" / f"step_{config.steps:07d}.png"
-    if not grid.is_file():
-        save_samples(config, average.model, tokenizer, grid, autocast, device)
-    print(f"grid of samples   {grid}\nloss curve        {plot_losses(run)}")
+    print(f"grid of samples   {grid_path(run, config.steps)}\nloss curve        {run / 'loss.png'}")
     if config.data.path is None and config.final_samples:
         score_digits(config, average.model, tokenizer, autocast, device)
     return 0
@@ -160,14 +157,15 @@ def open_run(config, tokenizer, device):
         trained_on = Tokenizer.load(run / "tokenizer.safetensors").sha256
         configuration.require(tokenizer.sha256 == trained_on, "tokenizer.path", f"{config.tokenizer.path}, SHA-256 {tokenizer.sha256[:16]}...",
                               f"the tokenizer that {run} was begun with, SHA-256 {trained_on[:16]}...")
-    (run / "samples").mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run / "tokenizer.safetensors")  # the run alone is enough to sample from
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run / "tokenizer.safetensors")  # the run alone is enough to sample from
     write_environment(run, device)
     return run
 
 
-def resume(run, model, average, optimizer):
-    """Loads the newest undamaged checkpoint; returns the number of updates done."""
+def resume(run, model, average, optimizer, facts):
+    """Loads the newest undamaged checkpoint; returns the number of updates done, 0 without one."""
     found = checkpoint.latest_checkpoint(run)
     if found is None:
         return 0
@@ -175,15 +173,16 @@ def resume(run, model, average, optimizer):
     model.load_weights(checkpoint.load_tensors(path, "model"))
     average.load_weights(checkpoint.load_tensors(path, "ema"))
     checkpoint.restore_trainer(model, optimizer, checkpoint.load_tensors(path, "trainer"))
+    if state["data"] != facts["data"]:
+        print(f"warning: the images have changed since {path} was saved; the order of the data is no longer the one of an undisturbed run")
     return state["step"]
 
 
-def save(log, run, step, saved, config, model, average, optimizer, tokenizer, last):
+def save(log, run, step, saved, keep, model, average, optimizer, facts, last):
     """Saves a checkpoint and returns its step. A failed save is told and, unless it is the last, survived: the previous checkpoint is whole."""
-    state = dict(seed=config.seed, images_seen=step * config.batch_size, model=config.model_arguments(), tokenizer=tokenizer.sha256)
     tensors = dict(model=model.state_dict(), ema=average.state_dict(), trainer=checkpoint.trainer_tensors(model, optimizer))
     try:
-        checkpoint.save_checkpoint(run, step, tensors, state, config.keep_checkpoints)
+        checkpoint.save_checkpoint(run, step, tensors, facts, keep)
         return step
     except OSError as error:
         text = f"could not save step {step}: {error}; " + (f"the checkpoint of step {saved} is whole" if saved else "there is no earlier checkpoint")
@@ -226,7 +225,7 @@ def flow_losses(config, model, autocast, x1, x0, t, y, drop):
 
 @torch.no_grad()
 def validate(config, model, tokenizer, val_set, autocast, device, most=2048):
-    """Mean losses of the EMA weights on held-out images at fixed (t, noise) pairs, so that curves of different runs compare."""
+    """Mean losses of the EMA weights on held-out images at fixed (t, noise) pairs, t uniform, so that curves of different recipes compare."""
     totals, count = {}, min(most, len(val_set))
     for start in range(0, count, config.sample.batch_size):
         indices = torch.arange(start, min(start + config.sample.batch_size, count))
@@ -244,6 +243,10 @@ def draw_images(config, model, tokenizer, labels, seeds, autocast, device):
     """(n, H, W, C) uint8 images of the given labels; image i depends on seeds[i] and labels[i] only."""
     with autocast:
         return sampler.sample_images(model, tokenizer, labels=labels, seeds=seeds, device=device, **config.sampling_arguments())
+
+
+def grid_path(run, step):
+    return run / "samples" / f"step_{step:07d}.png"
 
 
 def save_samples(config, model, tokenizer, path, autocast, device):
@@ -314,5 +317,5 @@ def print_plan(config, device):
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ValueError, FileNotFoundError, ImportError) as problem:
+    except (ValueError, OSError, ImportError) as problem:
         sys.exit(f"error: {problem}")
