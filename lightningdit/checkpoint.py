@@ -159,7 +159,8 @@ def load_weights(path, entry="ema"):
         except Exception as error:  # torch.load raises half a dozen types for damaged files, and UnpicklingError for what it refuses to run
             raise CheckpointError(f"checkpoint {path}: torch.load(weights_only=True) refuses it: {str(error).splitlines()[0]}") from None
         if not isinstance(state, dict):
-            raise CheckpointError(f"checkpoint {path}: got a {type(state).__name__}, expected a dictionary with 'ema' or 'model', or a state dict")
+            raise CheckpointError(f"checkpoint {path}: got a {type(state).__name__}, "
+                                  "expected a state dict, or a dictionary with 'ema' or 'model'")
         if "ema" in state or "model" in state:
             if entry not in state:
                 raise CheckpointError(f"checkpoint {path}: no entry {entry!r}, expected one of {', '.join(map(str, state))}")
@@ -170,7 +171,7 @@ def load_weights(path, entry="ema"):
 
 
 def save_weights(path, state, ema=None, metadata=None):
-    """Writes weights in the official layout: .pt as {"model": ..., "ema": ...}, .safetensors as the EMA weights (or the model's without them).
+    """Writes weights in the official layout: .pt as {"model", "ema"}, .safetensors as the EMA weights (or the model's without them).
 
     The file appears under its name only when it is complete.
     """

@@ -20,9 +20,20 @@ from .sampler import sample_images
 from .tokenizer.vavae import Tokenizer
 
 
-def sample(checkpoint: str, classes: str = "", seed: int = 0, num: int = 16, out: str = "samples.png", guidance_scale: float | None = None,
-           num_steps: int | None = None, shift: float | None = None, method: str | None = None, device: str = "auto", config: str | None = None,
-           tokenizer: str | None = None) -> int:
+def sample(
+    checkpoint: str,
+    classes: str = "",
+    seed: int = 0,
+    num: int = 16,
+    out: str = "samples.png",
+    guidance_scale: float | None = None,
+    num_steps: int | None = None,
+    shift: float | None = None,
+    method: str | None = None,
+    device: str = "auto",
+    config: str | None = None,
+    tokenizer: str | None = None,
+) -> int:
     """Draws a grid of images. Image i depends on its seed (seed + i) and class only, whatever else is drawn with it.
 
     Args:
@@ -50,9 +61,11 @@ def sample(checkpoint: str, classes: str = "", seed: int = 0, num: int = 16, out
     chosen = parse_classes(classes, settings.data.num_classes, names)
     labels = torch.tensor(chosen)[torch.arange(num) % len(chosen)]
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.use_bf16(device)):
-        images = sample_images(model, decoder, labels=labels, seeds=range(seed, seed + num), device=device, progress=True, **settings.sampling_arguments())
+        images = sample_images(model, decoder, labels=labels, seeds=range(seed, seed + num), device=device, progress=True,
+                               **settings.sampling_arguments())
     save_png(image_grid(images, columns=len(chosen) if 1 < len(chosen) <= 16 else None), out)
-    print(f"{num} images of classes {', '.join(names[c] if names else str(c) for c in chosen[:20])}{', ...' if len(chosen) > 20 else ''} in {out}")
+    listed = ", ".join(names[c] if names else str(c) for c in chosen[:20]) + (", ..." if len(chosen) > 20 else "")
+    print(f"{num} images of classes {listed} in {out}")
     return 0
 
 
@@ -97,7 +110,8 @@ def load_run(path, recipe=None, tokenizer=None, device="cpu"):
             raise configuration.ConfigError(f"data.num_classes: got None, expected a number in {recipe}")
     decoder = Tokenizer.load(tokenizer, device)
     if trained_on is not None and decoder.sha256 != trained_on:
-        raise configuration.ConfigError(f"tokenizer: {tokenizer} has SHA-256 {decoder.sha256}, but the model was trained on latents of {trained_on}")
+        raise configuration.ConfigError(f"tokenizer: {tokenizer} has SHA-256 {decoder.sha256}, but the model was trained on latents of "
+                                        f"{trained_on}")
     model = LightningDiT(**settings.model_arguments()).to(device).eval()
     model.load_weights(load_weights(path, "ema"))
     return settings, model, decoder, names
@@ -112,12 +126,14 @@ def parse_classes(text, num_classes, names):
         elif item.isdecimal() and int(item) < num_classes:
             chosen.append(int(item))
         else:
-            raise configuration.ConfigError(f"classes: got {item!r}, expected numbers 0 to {num_classes - 1}" + (" or class names" if names else ""))
+            expected = f"numbers 0 to {num_classes - 1}" + (" or class names" if names else "")
+            raise configuration.ConfigError(f"classes: got {item!r}, expected {expected}")
     return chosen or list(range(num_classes))
 
 
 def main(argv=None):
     try:
-        return tyro.extras.subcommand_cli_from_dict({"sample": sample, "export": export}, args=argv, prog="lightningdit", description=__doc__)
+        commands = {"sample": sample, "export": export}
+        return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lightningdit", description=__doc__)
     except (ValueError, OSError, ImportError) as problem:
         sys.exit(f"error: {problem}")

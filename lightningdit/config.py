@@ -114,7 +114,8 @@ class FlowConfig:
     def validate(self):
         require(self.time_std > 0, "flow.time_std", self.time_std, "a positive number")
         require(self.time_shift > 0, "flow.time_shift", self.time_shift, "a positive number")
-        require(self.time_switch_step is None or self.time_switch_step >= 0, "flow.time_switch_step", self.time_switch_step, "a step, or null")
+        require(self.time_switch_step is None or self.time_switch_step >= 0, "flow.time_switch_step", self.time_switch_step,
+                "a step, or null")
         require(not self.cosine_loss or self.prediction == "velocity", "flow.cosine_loss", self.cosine_loss,
                 f"false with flow.prediction = {self.prediction} (the cosine loss is defined on velocities)")
         for name in ("train_eps", "sample_eps"):
@@ -142,7 +143,8 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "a number >= 0")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "a number of steps >= 0")
         require(0 <= self.final_lr_fraction <= 1, "optim.final_lr_fraction", self.final_lr_fraction, "a fraction in [0, 1]")
-        require(self.clip_grad_norm is None or self.clip_grad_norm > 0, "optim.clip_grad_norm", self.clip_grad_norm, "a positive number, or null")
+        require(self.clip_grad_norm is None or self.clip_grad_norm > 0, "optim.clip_grad_norm", self.clip_grad_norm,
+                "a positive number, or null")
         require(0 <= self.ema < 1, "optim.ema", self.ema, "a decay in [0, 1)")
 
 
@@ -209,11 +211,13 @@ class DiTConfig:
     def sampling_arguments(self):
         """Keyword arguments of sampler.sample, apart from the labels, the seeds and the device."""
         arguments = {f.name: getattr(self.sample, f.name) for f in dataclasses.fields(self.sample) if f.name != "seed"}
-        return arguments | dict(latent_shape=(self.tokenizer.latent_channels, self.latent_size, self.latent_size), num_classes=self.data.num_classes,
-                                path=self.flow.path, prediction=self.flow.prediction, sample_eps=self.flow.sample_eps)
+        latent_shape = (self.tokenizer.latent_channels, self.latent_size, self.latent_size)
+        return arguments | dict(latent_shape=latent_shape, num_classes=self.data.num_classes, path=self.flow.path,
+                                prediction=self.flow.prediction, sample_eps=self.flow.sample_eps)
 
     def validate(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num", "validate_every"):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num",
+                     "validate_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         require(self.final_samples >= 0, "final_samples", self.final_samples, "a number >= 0")
         require(self.micro_batch is None or 0 < self.micro_batch <= self.batch_size and self.batch_size % self.micro_batch == 0,
@@ -223,9 +227,11 @@ class DiTConfig:
         require(self.latent_size % self.model.patch_size == 0, "data.image_size", self.data.image_size,
                 f"latents of {self.latent_size} positions a side do not divide by model.patch_size = {self.model.patch_size}; "
                 f"a multiple of {self.tokenizer.downsample * self.model.patch_size}")
-        require(self.sample.guidance_channels is None or self.sample.guidance_channels <= self.tokenizer.latent_channels,
-                "sample.guidance_channels", self.sample.guidance_channels, f"at most tokenizer.latent_channels = {self.tokenizer.latent_channels}")
-        require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup, f"fewer than steps = {self.steps}")
+        channels, latent_channels = self.sample.guidance_channels, self.tokenizer.latent_channels
+        require(channels is None or channels <= latent_channels, "sample.guidance_channels", channels,
+                f"at most tokenizer.latent_channels = {latent_channels}")
+        require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup,
+                f"fewer than steps = {self.steps}")
 
 
 @dataclass
@@ -295,19 +301,21 @@ class TokenizerLossConfig:
     def validate(self):
         for name in ("kl_weight", "vf_weight"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a number >= 0")
-        for name, limit in (("cos_margin", 2), ("distmat_margin", 2)):
-            require(0 <= getattr(self, name) < limit, f"loss.{name}", getattr(self, name), f"a number in [0, {limit})")
+        for name in ("cos_margin", "distmat_margin"):
+            require(0 <= getattr(self, name) < 2, f"loss.{name}", getattr(self, name), "a number in [0, 2)")
 
 
 @dataclass
 class TokenizerOptimConfig:
     lr: float = 1e-4
     betas: tuple[float, float] = (0.5, 0.9)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = 0  # steps of linear warm-up
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to 0
 
     def validate(self):
         require(self.lr > 0, "optim.lr", self.lr, "a positive number")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.warmup >= 0, "optim.warmup", self.warmup, "a number of steps >= 0")
 
 
 @dataclass
@@ -338,12 +346,14 @@ class VAVAEConfig:
 def from_dict(cls, values, name=""):
     """Builds dataclass `cls` from nested dictionaries (a parsed YAML file); unknown keys and wrong types raise ConfigError."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{name or 'configuration'}: got {values!r}, expected a mapping of {', '.join(f.name for f in dataclasses.fields(cls))}")
+        expected = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise ConfigError(f"{name or 'configuration'}: got {values!r}, expected a mapping of {expected}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
-            raise ConfigError(f"{_join(name, key)}: unknown key" + (f"; did you mean {_join(name, close[0])}?" if close else f"; expected {', '.join(hints)}"))
+            hint = f"did you mean {_join(name, close[0])}?" if close else f"expected {', '.join(hints)}"
+            raise ConfigError(f"{_join(name, key)}: unknown key; {hint}")
     return cls(**{key: _checked(hints[key], value, _join(name, key)) for key, value in values.items()})
 
 

@@ -29,7 +29,7 @@ def pick_device(name):
 
 
 def check_compiler(device):
-    """Raises ValueError where torch.compile cannot work for want of a host compiler: Inductor builds C++ on CPUs, Triton a C stub on GPUs."""
+    """ValueError where torch.compile cannot work for want of a host compiler: Inductor builds C++ on CPUs, Triton a C stub on GPUs."""
     names = (os.environ.get("CXX"), "g++", "clang++") if device.type == "cpu" else (os.environ.get("CC"), "gcc", "clang")
     if not any(name and shutil.which(name) for name in names):
         raise ValueError(f"compile: torch.compile on {device.type} needs a compiler ({' or '.join(names[1:])}), and none is on PATH; "

@@ -106,15 +106,16 @@ def load(path):
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            return LatentSet(file.get_tensor("moments"), file.get_tensor("labels"), json.loads(metadata["classes"]), json.loads(metadata["provenance"]))
+            classes, provenance = json.loads(metadata["classes"]), json.loads(metadata["provenance"])
+            return LatentSet(file.get_tensor("moments"), file.get_tensor("labels"), classes, provenance)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"latents {path}: damaged ({error}); delete the file and run again to encode anew") from None
 
 
 def batch_indices(step, batch_size, num_images, seed):
-    """Indices (batch_size,) of the images of update `step` (0-based): consecutive places in an endless row of epochs, each epoch shuffled anew.
+    """Indices (batch_size,) of the images of update `step` (0-based): the next places in an endless row of epochs, each shuffled anew.
 
-    Depends on (seed, step) only, so a resumed run reads on where it stopped, and no image is left out or seen twice in an epoch.
+    Depends on (seed, step) only, so a resumed run reads on where it stopped; no image is left out or seen twice in an epoch.
     """
     position, parts, missing = step * batch_size, [], batch_size
     while missing:

@@ -18,9 +18,11 @@ from tqdm import tqdm
 def write_environment(run, device):
     """run/environment.json: versions, device, commit and command line, for whoever asks later what made these numbers."""
     versions = {name: _version(name) for name in ("lightningdit", "triton", "numpy", "safetensors")} | dict(torch=torch.__version__)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    on_cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     try:
-        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
     record = dict(date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), command=sys.argv, commit=commit or None,
@@ -51,12 +53,13 @@ class RunLog:
         partial.replace(self.path)
         self.file = self.path.open("a")
         self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start)
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=0.5 if sys.stderr.isatty() else 10)
+        interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval)
         self.every, self.images_per_step, self.flops_per_image = every, images_per_step, flops_per_image
         self.pending, self.since = [], time.perf_counter()
 
     def step(self, step, lr, values):
-        """Records update number `step` (the first is 1); `values` are scalar tensors, read from the device only when `every` steps have come together."""
+        """Records update number `step` (the first is 1); the scalar tensors `values` are read from the device every `every` steps only."""
         self.pending.append((step, lr, list(values), torch.stack([value.detach().float() for value in values.values()])))
         if len(self.pending) >= self.every:
             self.flush()
@@ -74,7 +77,8 @@ class RunLog:
         names, means = self.pending[-1][2], [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         step, means = self.pending[-1][0], dict(zip(names, means, strict=True))
         tflops = 3 * rate * self.flops_per_image / 1e12
-        for name, value in (means | dict(lr=self.pending[-1][1], images_per_second=rate, model_tflops_per_second=tflops)).items():
+        scalars = means | dict(lr=self.pending[-1][1], images_per_second=rate, model_tflops_per_second=tflops)
+        for name, value in scalars.items():
             self.tensorboard.add_scalar(f"train/{name}", value, step)
         self.file.flush()
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} images/s", refresh=False)
@@ -156,7 +160,7 @@ def plot_losses(run):
 
 
 def image_grid(images, columns=None, min_tile=48, gap=2):
-    """(n, H, W, C) uint8 images -> one (rows, columns) picture (H', W', 3) uint8, row by row; small images are enlarged without smoothing."""
+    """(n, H, W, C) uint8 images -> one picture (H', W', 3) uint8, row by row; small images are enlarged without smoothing."""
     images = np.asarray(images)
     n, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))

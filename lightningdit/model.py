@@ -1,7 +1,7 @@
 """LightningDiT: a diffusion transformer on a square grid of latents, whole in this file.
 
-Flags and parameter names are the official ones (arXiv:2501.01423), so official YAML flags and checkpoints map one to one. With every flag off
-it is the plain DiT / SiT (arXiv:2212.09748, arXiv:2401.08740), the paper's baseline.
+Flags and parameter names are the official ones (arXiv:2501.01423), so official YAML flags and checkpoints map one to one. With every
+flag off it is the plain DiT / SiT (arXiv:2212.09748, arXiv:2401.08740), the paper's baseline.
 
 B batch, N tokens, D hidden size, H heads, Dh head dim, F MLP width, C latent channels, P patch size, S latent positions a side.
 """
@@ -255,7 +255,8 @@ class LightningDiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
-        for layer in (*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+        modulations = [module.adaLN_modulation[-1] for module in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -312,7 +313,10 @@ class LightningDiT(nn.Module):
 
 
 def sincos_pos_embed(dim, grid_size):
-    """Fixed sin-cos embedding (1, N, dim): the first half encodes the column, the second the row, each as [sin | cos] (MAE, arXiv:2111.06377)."""
+    """Fixed sin-cos embedding (1, N, dim): the first half encodes the column, the second the row, each as [sin | cos].
+
+    Source: MAE, arXiv:2111.06377, App. A.
+    """
     omega = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega  # (grid, dim / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
@@ -338,9 +342,9 @@ def forward_flops(model):
 
 
 def activation_bytes(model, bytes_per_value):
-    """Estimated bytes that one image's forward pass keeps for the backward pass, with `bytes_per_value` for activations and an fp32 residual.
+    """Estimated bytes that one image's forward pass keeps for the backward pass: `bytes_per_value` an activation, fp32 for the residual.
 
-    A token of a block keeps the residual twice (fp32) and norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden, MLP out; with
+    A token of a block keeps the residual twice (fp32), norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden and MLP out; with
     `use_checkpoint` only what the block takes in, plus one block that is being recomputed.
     """
     N, D = model.pos_embed.shape[1:]
@@ -350,3 +354,17 @@ def activation_bytes(model, bytes_per_value):
     if model.use_checkpoint:
         return len(model.blocks) * N * D * (4 + bytes_per_value) + block
     return len(model.blocks) * block
+
+
+def training_memory(model, images, bf16):
+    """Estimated bytes of training with AdamW on one device, by kind, for forward passes of `images` images."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "weights": 4 * total,
+        "gradients": 4 * trainable,
+        "optimizer (AdamW)": 8 * trainable,
+        "EMA": 4 * total,
+        "bf16 copies of weights": 2 * trainable if bf16 else 0,
+        f"activations of {images} images": images * activation_bytes(model, 2 if bf16 else 4),
+    }

@@ -6,7 +6,7 @@ import torch
 
 
 def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-    """AdamW, one fused kernel for all parameters, on CPU and CUDA. Weight decay acts on matrices, not on biases, norms and embeddings.
+    """AdamW, fused on CPU and CUDA. Weight decay acts on matrices, not on biases, norms and embeddings.
 
     Source: AdamW, arXiv:1711.05101; lr and beta2 of the defaults, arXiv:2501.01423.
     """
@@ -19,7 +19,7 @@ def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
 
 
 def lr_at(step, *, lr, steps, warmup=0, schedule="constant", final_lr_fraction=0.0):
-    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then constant, cosine or linear down to lr * final_lr_fraction."""
+    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then constant, or cosine or linear to lr * final_lr_fraction."""
     if step < warmup:
         return lr * (step + 1) / warmup
     if schedule == "constant":

@@ -155,7 +155,8 @@ def test_optimizer_state_round_trip():
     optimizers = [build_optimizer(model, 0.1) for model in models]
     train(models[0], optimizers[0], 3)
     models[1].load_state_dict(models[0].state_dict())
-    checkpoint.restore_trainer(models[1], optimizers[1], {k: v.clone() for k, v in checkpoint.trainer_tensors(models[0], optimizers[0]).items()})
+    stored = {name: tensor.clone() for name, tensor in checkpoint.trainer_tensors(models[0], optimizers[0]).items()}
+    checkpoint.restore_trainer(models[1], optimizers[1], stored)
     state = torch.get_rng_state()
     train(models[0], optimizers[0], 2)
     torch.set_rng_state(state)

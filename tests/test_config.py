@@ -82,14 +82,15 @@ def test_command_line_errors_name_the_argument(argv, message, capsys):
 def test_paper_recipes_state_the_official_values():
     short, long = (configuration.load(DiTConfig, CONFIGS / f"lightningdit_xl_{n}ep.yaml") for n in (64, 800))
     for config, steps, scale, start, switch in ((short, 80_000, 10.0, 0.10, None), (long, 1_000_000, 6.7, 0.125, 600_000)):
-        assert (config.steps, config.batch_size, config.model.depth, config.model.hidden_size, config.latent_size) == (steps, 1024, 28, 1152, 16)
-        assert (config.optim.lr, config.optim.betas, config.optim.weight_decay, config.optim.ema, config.optim.clip_grad_norm) == (2e-4, (0.9, 0.95), 0, 0.9999, None)
-        assert (config.optim.warmup, config.optim.schedule, config.optim.ema_warmup) == (0, "constant", False)
-        assert config.model.use_swiglu and config.model.use_rope and config.model.use_rmsnorm and not config.model.use_qknorm and not config.model.wo_shift
-        assert (config.flow.path, config.flow.prediction, config.flow.cosine_loss, config.flow.time, config.flow.time_switch_step) == (
-            "linear", "velocity", True, "logit_normal", switch)
-        assert (config.sample.method, config.sample.num_steps, config.sample.shift, config.sample.guidance_channels) == ("euler", 249, 0.3, 3)
-        assert (config.sample.guidance_scale, config.sample.guidance_interval) == (scale, (start, 1.0))
+        model, flow, optim, sample = config.model, config.flow, config.optim, config.sample
+        assert (config.steps, config.batch_size, model.depth, model.hidden_size, config.latent_size) == (steps, 1024, 28, 1152, 16)
+        assert (optim.lr, optim.betas, optim.weight_decay, optim.ema, optim.clip_grad_norm) == (2e-4, (0.9, 0.95), 0, 0.9999, None)
+        assert (optim.warmup, optim.schedule, optim.ema_warmup) == (0, "constant", False)
+        assert model.use_swiglu and model.use_rope and model.use_rmsnorm and not model.use_qknorm and not model.wo_shift
+        assert (flow.path, flow.prediction, flow.cosine_loss, flow.time) == ("linear", "velocity", True, "logit_normal")
+        assert flow.time_switch_step == switch
+        assert (sample.method, sample.num_steps, sample.shift, sample.guidance_channels) == ("euler", 249, 0.3, 3)
+        assert (sample.guidance_scale, sample.guidance_interval) == (scale, (start, 1.0))
     epoch = 1_281_167 / 1024
     assert round(short.steps / epoch) == 64 and round(long.steps / epoch) in (799, 800)
 

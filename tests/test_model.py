@@ -53,7 +53,8 @@ def test_fixed_tables_are_the_official_ones(golden, name):
 
 # SEMANTICS of the official logs. L/2 was counted on the 32 x 32 x 4 latents of SD-VAE, the others on 16 x 16 x 32.
 @pytest.mark.parametrize("name, millions, latents", [
-    ("B/1", 130.56, {}), ("XL/1", 675.26, {}), ("1p0B/1", 1029.4, {}), ("1p6B/1", 1631.8, {}), ("L/2", 458.12, dict(input_size=32, in_channels=4)),
+    ("B/1", 130.56, {}), ("XL/1", 675.26, {}), ("1p0B/1", 1029.4, {}), ("1p6B/1", 1631.8, {}),
+    ("L/2", 458.12, dict(input_size=32, in_channels=4)),
 ])
 def test_parameter_counts(name, millions, latents):
     with torch.device("meta"):
@@ -148,7 +149,8 @@ def test_weights_in_and_out(tmp_path, suffix, entry):
 
 def test_official_pt_with_ddp_prefix(tmp_path):
     model = randomised()
-    torch.save({"ema": {f"module.{k}": v for k, v in model.state_dict().items()}, "config": {"train": {"max_steps": 1}}}, tmp_path / "official.pt")
+    weights = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"ema": weights, "config": {"train": {"max_steps": 1}}}, tmp_path / "official.pt")
     other = LightningDiT(**TINY)
     other.load_weights(checkpoint.load_weights(tmp_path / "official.pt"))
     assert torch.equal(other.blocks[1].mlp.w12.weight, model.blocks[1].mlp.w12.weight)

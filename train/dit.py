@@ -6,33 +6,36 @@
 
 The same command run again resumes. B global batch, C latent channels, S latent positions a side.
 """
+
 import contextlib
+import math
 import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from lightningdit import checkpoint, config as configuration, flow, images, latents as latent_sets, metrics, optim, sampler
-from lightningdit.config import DiTConfig
+from lightningdit import checkpoint, flow, images, latents, metrics, optim, sampler
+from lightningdit.config import ConfigError, DiTConfig, differences, load, parse, require, save
 from lightningdit.distributed import check_compiler, generator_for, pick_device, world
 from lightningdit.log import RunLog, image_grid, plot_losses, save_png, write_environment
-from lightningdit.model import LightningDiT, activation_bytes, forward_flops
+from lightningdit.model import LightningDiT, forward_flops, training_memory
 from lightningdit.tokenizer.vavae import Tokenizer
 
 RECIPE = Path(__file__).parent / "configs" / "digits.yaml"
 # What may change between a run and its resumption; anything else would make it another run.
-MAY_CHANGE = ("run", "steps", "micro_batch", "compile", "device", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num",
-              "validate_every", "final_samples", "sample", "data.path", "data.cache", "data.workers", "data.num_images", "tokenizer.path")
+MAY_CHANGE = (
+    "run", "steps", "micro_batch", "compile", "device", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num",
+    "validate_every", "final_samples", "sample", "data.path", "data.cache", "data.workers", "data.num_images", "tokenizer.path",
+)
 
 
 def main(argv):
-    argv = list(argv)
     dry_run = "--dry-run" in argv
-    config = configuration.parse(DiTConfig, [a for a in argv if a != "--dry-run"], recipe=RECIPE, description=__doc__)
+    config = parse(DiTConfig, [a for a in argv if a != "--dry-run"], recipe=RECIPE, description=__doc__)
     world()
     device = pick_device(config.device)
-    if config.compile:
+    if config.compile and not dry_run:
         check_compiler(device)
     if dry_run:
         return print_plan(config, device)
@@ -41,7 +44,7 @@ def main(argv):
     tokenizer = load_tokenizer(config, device)
     run = open_run(config, tokenizer, device)
     train_set, val_set = load_latents(config, tokenizer, device)
-    configuration.save(config, run / "config.yaml")
+    save(config, run / "config.yaml")
 
     # Model, optimizer, average; then the newest checkpoint over them.
     torch.manual_seed(config.seed)
@@ -50,56 +53,50 @@ def main(argv):
         model.load_weights(checkpoint.load_weights(config.init))
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup)
     optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay)
-    facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes, **train_set.provenance)
-    start = resume(run, model, average.model, optimizer, facts)
+    facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes,
+                 **train_set.provenance)
+    start = saved = resume(run, model, average.model, optimizer, facts)
     if config.compile:
         for block in model.blocks:  # one block's graph serves all of them: compile time does not grow with depth
             block.compile()
-
-    micro = config.micro_batch or config.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.use_bf16(device))
+
     log = RunLog(run, start, config.steps, config.log_every, config.batch_size, forward_flops(model))
-    log.say(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_set)} images, {len(train_set.classes)} classes, "
-            f"{device}, {'bf16' if config.use_bf16(device) else 'fp32'}{', compiled' if config.compile else ''}, "
-            + (f"resuming at step {start}" if start else "from the beginning"))
-    saved = start
+    log.say(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_set)} images, "
+            f"{len(train_set.classes)} classes, {device}, {'bf16' if config.use_bf16(device) else 'fp32'}"
+            f"{', compiled' if config.compile else ''}, {f'resuming at step {start}' if start else 'from the beginning'}")
     model.train()
     with interruption() as interrupted, contextlib.closing(log):
-        for step in range(start, config.steps):
-            x1, x0, t, y, drop = draw_batch(config, tokenizer, train_set, step, device)
-            lr = optim.lr_at(step, lr=config.optim.lr, steps=config.steps, warmup=config.optim.warmup, schedule=config.optim.schedule,
-                             final_lr_fraction=config.optim.final_lr_fraction)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        for done in range(start + 1, config.steps + 1):  # updates done at the end of the iteration
+            x1, x0, t, y, drop = draw_batch(config, tokenizer, train_set, done - 1, device)
+            lr = set_lr(optimizer, done - 1, config)
             values = {}
-            for part in torch.arange(config.batch_size).split(micro):
-                part = slice(int(part[0]), int(part[-1]) + 1)
+            for part in micro_batches(config):
                 terms = flow_losses(config, model, autocast, x1[part], x0[part], t[part], y[part], drop[part])
-                terms = {name: term.mean() * len(x1[part]) / config.batch_size for name, term in terms.items()}
+                terms = {name: term.sum() / config.batch_size for name, term in terms.items()}
                 terms["loss"] = sum(terms.values())
                 terms["loss"].backward()
                 values = {name: values.get(name, 0) + term.detach() for name, term in terms.items()}
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            values["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+            values["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             if config.optim.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip_grad_norm, values["grad_norm"])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            average.update(step)
-
-            done = step + 1
+            average.update(done - 1)
             log.step(done, lr, values)
-            last = done == config.steps or interrupted()
-            if done % config.log_every == 0 or done % config.checkpoint_every == 0 or last:
+
+            end = done == config.steps
+            stop = end or interrupted()
+            if done % config.log_every == 0 or done % config.checkpoint_every == 0 or stop:
                 stop_if_not_finite(log, done, saved)
-            if val_set is not None and (done % config.validate_every == 0 or done == config.steps):
+            if val_set is not None and (done % config.validate_every == 0 or end):
                 log.event(done, **validate(config, average.model, tokenizer, val_set, autocast, device))
-            if done % config.sample_every == 0 or done == config.steps:
+            if done % config.sample_every == 0 or end:
                 log.image(done, "samples", save_samples(config, average.model, tokenizer, grid_path(run, done), autocast, device))
                 plot_losses(run)
-            if done % config.checkpoint_every == 0 or last:
-                saved = save(log, run, done, saved, config.keep_checkpoints, model, average.model, optimizer, facts, last)
-            if interrupted():
+            if done % config.checkpoint_every == 0 or stop:
+                saved = save_state(log, run, done, saved, config.keep_checkpoints, model, average.model, optimizer, facts, stop)
+            if stop and not end:
                 log.say(f"interrupted: step {done} is saved in {run}; the same command goes on from there")
                 return 130
 
@@ -111,11 +108,11 @@ def main(argv):
 
 def load_tokenizer(config, device):
     if config.tokenizer.path is None:
-        raise configuration.ConfigError("tokenizer.path: got None, expected 'digits' (bundled) or a tokenizer file; train/vavae.py makes one")
-    tokenizer = Tokenizer.load(config.tokenizer.path).to(device)
+        raise ConfigError("tokenizer.path: got None, expected 'digits' (bundled) or a tokenizer file; train/vavae.py makes one")
+    tokenizer = Tokenizer.load(config.tokenizer.path, device)
     for name, got in (("downsample", tokenizer.downsample), ("latent_channels", tokenizer.latent_channels)):
-        configuration.require(got == getattr(config.tokenizer, name), f"tokenizer.{name}", getattr(config.tokenizer, name),
-                              f"{got}, which the file {config.tokenizer.path} has")
+        require(got == getattr(config.tokenizer, name), f"tokenizer.{name}", getattr(config.tokenizer, name),
+                f"{got}, which the file {config.tokenizer.path} has")
     return tokenizer
 
 
@@ -123,40 +120,38 @@ def load_latents(config, tokenizer, device):
     """(training set, held-out set or None): from the cache where the same data was encoded by the same tokenizer before."""
     data = config.data
     if data.path is None:
-        batches = [images.digits()]
-        configuration.require(data.image_size == 8, "data.image_size", data.image_size, "8 for the bundled digits; data.path names images of your own")
-        classes, fingerprint = [str(digit) for digit in range(10)], "scikit-learn digits"
+        require(data.image_size == 8, "data.image_size", data.image_size, "8 for the bundled digits; data.path names images of your own")
+        batches, classes, fingerprint = [images.digits()], [str(digit) for digit in range(10)], "scikit-learn digits"
     else:
         folder = images.ImageFolder(data.path, data.image_size, channels=tokenizer.image_channels)
         batches = folder.batches(config.sample.batch_size, workers=data.workers)
-        classes, fingerprint = folder.classes, latent_sets.fingerprint(folder.path, folder.files)
+        classes, fingerprint = folder.classes, latents.fingerprint(folder.path, folder.files)
         if tokenizer.image_channels == 1:
             print(f"note: images are read as grayscale, which is what the tokenizer {config.tokenizer.path} was made for")
     if data.num_classes is None:
         data.num_classes = len(classes)
-    configuration.require(len(classes) <= data.num_classes, "data.num_classes", data.num_classes, f"at least {len(classes)}, the classes of the data")
+    require(len(classes) <= data.num_classes, "data.num_classes", data.num_classes, f"at least {len(classes)}, the classes of the data")
     provenance = dict(tokenizer=tokenizer.sha256, data=fingerprint, image_size=data.image_size)
-    cached = latent_sets.cache_path(data.cache or Path(config.run) / "latents", provenance, data.flip)
+    cached = latents.cache_path(data.cache or Path(config.run) / "latents", provenance, data.flip)
     if cached.is_file():
-        latents = latent_sets.load(cached)
+        latent_set = latents.load(cached)
     else:
-        latents = latent_sets.encode(tokenizer, batches, flip=data.flip, device=device, classes=classes, provenance=provenance)
-        latent_sets.save(latents, cached)
-    return latents.split(data.val_fraction, generator_for(config.seed, "validation split"))
+        latent_set = latents.encode(tokenizer, batches, flip=data.flip, device=device, classes=classes, provenance=provenance)
+        latents.save(latent_set, cached)
+    return latent_set.split(data.val_fraction, generator_for(config.seed, "validation split"))
 
 
 def open_run(config, tokenizer, device):
     """Makes the run directory, or checks that the one there belongs to this configuration and tokenizer."""
     run = Path(config.run)
     if (run / "config.yaml").is_file():
-        before = configuration.load(DiTConfig, run / "config.yaml")
+        before = load(DiTConfig, run / "config.yaml")
         config.data.num_classes = config.data.num_classes or before.data.num_classes
-        differences = configuration.differences(before, config, ignore=MAY_CHANGE)
-        if differences:
-            raise configuration.ConfigError(f"run: {run} holds a run of another configuration; choose another --run, or undo\n  " + "\n  ".join(differences))
+        if changes := differences(before, config, ignore=MAY_CHANGE):
+            raise ConfigError(f"run: {run} holds a run of another configuration; choose another --run, or undo\n  " + "\n  ".join(changes))
         trained_on = Tokenizer.load(run / "tokenizer.safetensors").sha256
-        configuration.require(tokenizer.sha256 == trained_on, "tokenizer.path", f"{config.tokenizer.path}, SHA-256 {tokenizer.sha256[:16]}...",
-                              f"the tokenizer that {run} was begun with, SHA-256 {trained_on[:16]}...")
+        require(tokenizer.sha256 == trained_on, "tokenizer.path", f"{config.tokenizer.path}, SHA-256 {tokenizer.sha256[:16]}...",
+                f"the tokenizer that {run} was begun with, SHA-256 {trained_on[:16]}...")
     else:
         run.mkdir(parents=True, exist_ok=True)
         tokenizer.save(run / "tokenizer.safetensors")  # the run alone is enough to sample from
@@ -174,58 +169,73 @@ def resume(run, model, average, optimizer, facts):
     average.load_weights(checkpoint.load_tensors(path, "ema"))
     checkpoint.restore_trainer(model, optimizer, checkpoint.load_tensors(path, "trainer"))
     if state["data"] != facts["data"]:
-        print(f"warning: the images have changed since {path} was saved; the order of the data is no longer the one of an undisturbed run")
+        print(f"warning: the images have changed since {path} was saved, and with them the order of the data")
     return state["step"]
 
 
-def save(log, run, step, saved, keep, model, average, optimizer, facts, last):
-    """Saves a checkpoint and returns its step. A failed save is told and, unless it is the last, survived: the previous checkpoint is whole."""
+def save_state(log, run, step, saved, keep, model, average, optimizer, facts, last):
+    """Saves a checkpoint and returns its step. A failed save is told and, unless it is the last, survived: the one before is whole."""
     tensors = dict(model=model.state_dict(), ema=average.state_dict(), trainer=checkpoint.trainer_tensors(model, optimizer))
     try:
         checkpoint.save_checkpoint(run, step, tensors, facts, keep)
         return step
     except OSError as error:
-        text = f"could not save step {step}: {error}; " + (f"the checkpoint of step {saved} is whole" if saved else "there is no earlier checkpoint")
-        log.event(step, error=text)
+        before = f"the checkpoint of step {saved} is whole" if saved else "there is no earlier checkpoint"
+        text = f"could not save step {step}: {error}; {before}"
         if last:
             raise SystemExit(f"error: {text}") from None
+        log.event(step, error=text)
         log.say(f"warning: {text}; training goes on")
         return saved
 
 
 def draw_batch(config, tokenizer, train_set, step, device):
-    """The inputs of update `step` (0-based): normalised latents x1 and noise x0 (B, C, S, S), times t, labels y and label dropout (B,).
+    """The inputs of update `step` (0-based): normalised latents x1, noise x0 (B, C, S, S), times t, labels y, label dropout (B,).
 
     Drawn for the whole global batch from (seed, step) alone.
     """
-    B = config.batch_size
-    indices = latent_sets.batch_indices(step, B, len(train_set), config.seed)
+    B, settings = config.batch_size, config.flow
+    indices = latents.batch_indices(step, B, len(train_set), config.seed)
     mirror = torch.rand(B, generator=generator_for(config.seed, "mirror", step))
     generator = generator_for(config.seed, "noise", step, device=device)
     shape = (B, config.tokenizer.latent_channels, config.latent_size, config.latent_size)
     raw, y = train_set.draw(indices, torch.randn(shape, generator=generator, device=device), mirror)
     x0 = torch.randn(shape, generator=generator, device=device)
-    low, high = flow.integration_interval(config.flow.path, config.flow.prediction, train_eps=config.flow.train_eps, mode="train")
-    settings = config.flow
-    distribution = flow.timestep_distribution_at(step, settings.time, settings.time_switch_step)
-    t = flow.sample_timesteps(B, distribution=distribution, mean=settings.time_mean, std=settings.time_std, shift=settings.time_shift,
-                              low=low, high=high, generator=generator, device=device)
+    low, high = flow.integration_interval(settings.path, settings.prediction, mode="train", train_eps=settings.train_eps)
+    t = flow.sample_timesteps(B, distribution=flow.timestep_distribution_at(step, settings.time, settings.time_switch_step),
+                              mean=settings.time_mean, std=settings.time_std, shift=settings.time_shift, low=low, high=high,
+                              generator=generator)
     drop = torch.rand(B, generator=generator, device=device) < config.model.class_dropout_prob
     return tokenizer.normalise(raw), x0, t, y, drop
 
 
+def set_lr(optimizer, step, config):
+    lr = optim.lr_at(step, lr=config.optim.lr, steps=config.steps, warmup=config.optim.warmup, schedule=config.optim.schedule,
+                     final_lr_fraction=config.optim.final_lr_fraction)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def micro_batches(config):
+    """Slices of the global batch, each one forward and backward pass."""
+    micro = config.micro_batch or config.batch_size
+    return [slice(start, start + micro) for start in range(0, config.batch_size, micro)]
+
+
 def flow_losses(config, model, autocast, x1, x0, t, y, drop):
     """Per-image loss terms {"mse": (B,), "cos": (B,)} in fp32; the training loss is the sum of their means."""
-    x_t, _ = flow.interpolate(x1, x0, t, config.flow.path)
+    settings = config.flow
+    x_t, _ = flow.interpolate(x1, x0, t, settings.path)
     with autocast:
         prediction = model(x_t, t, y, drop)
-    return flow.losses(prediction.float(), x1, x0, t, path=config.flow.path, prediction=config.flow.prediction, weight=config.flow.loss_weight,
-                       cosine=config.flow.cosine_loss)
+    return flow.losses(prediction, x1, x0, t, path=settings.path, prediction=settings.prediction, weight=settings.loss_weight,
+                       cosine=settings.cosine_loss)
 
 
 @torch.no_grad()
 def validate(config, model, tokenizer, val_set, autocast, device, most=2048):
-    """Mean losses of the EMA weights on held-out images at fixed (t, noise) pairs, t uniform, so that curves of different recipes compare."""
+    """Mean losses of the EMA weights on held-out images at fixed (t, noise) pairs, t uniform, so that curves of recipes compare."""
     totals, count = {}, min(most, len(val_set))
     for start in range(0, count, config.sample.batch_size):
         indices = torch.arange(start, min(start + config.sample.batch_size, count))
@@ -234,7 +244,8 @@ def validate(config, model, tokenizer, val_set, autocast, device, most=2048):
         raw, y = val_set.draw(indices, torch.zeros(shape, device=device), torch.zeros(len(indices)))
         x0 = torch.randn(shape, generator=generator).to(device)
         t = torch.rand(len(indices), generator=generator).clamp(1e-3, 1 - 1e-3).to(device)
-        for name, term in flow_losses(config, model, autocast, tokenizer.normalise(raw), x0, t, y, torch.zeros_like(y, dtype=torch.bool)).items():
+        keep_labels = torch.zeros_like(y, dtype=torch.bool)
+        for name, term in flow_losses(config, model, autocast, tokenizer.normalise(raw), x0, t, y, keep_labels).items():
             totals[f"val_{name}"] = totals.get(f"val_{name}", 0) + term.sum()
     return {name: float(total) / count for name, total in totals.items()}
 
@@ -250,7 +261,7 @@ def grid_path(run, step):
 
 
 def save_samples(config, model, tokenizer, path, autocast, device):
-    """Draws the grid of fixed seeds and labels, saves it and returns it: the classes side by side where they fit, else spread over all."""
+    """Draws, saves and returns the grid of fixed seeds and labels: a column a class where there are few, else spread over all classes."""
     n, classes = config.sample_num, config.data.num_classes
     labels = torch.arange(n) % classes if classes <= n else torch.arange(n) * classes // n
     pixels = draw_images(config, model, tokenizer, labels, range(config.sample.seed, config.sample.seed + n), autocast, device)
@@ -262,17 +273,17 @@ def save_samples(config, model, tokenizer, path, autocast, device):
 def score_digits(config, model, tokenizer, autocast, device):
     """Prints how many generated digits an SVC trained on the real ones takes for the digit that was asked for."""
     labels = torch.arange(config.final_samples) % 10
-    seeds = range(10_000, 10_000 + config.final_samples)
-    generated = draw_images(config, model, tokenizer, labels, seeds, autocast, device)
+    generated = draw_images(config, model, tokenizer, labels, range(10_000, 10_000 + config.final_samples), autocast, device)
     accuracy = metrics.classifier_accuracy(generated, labels, *images.digits())
-    print(f"digits recognised {accuracy:.1%} of {config.final_samples} generated digits are classified as the digit asked for (SVC trained on the real ones)")
+    print(f"digits recognised {accuracy:.1%} of {config.final_samples} generated digits are classified as the digit asked for "
+          "(SVC trained on the real ones)")
 
 
 def stop_if_not_finite(log, step, saved):
     means = log.flush()
-    if not all(torch.isfinite(torch.tensor(value)) for value in means.values()):
-        raise SystemExit(f"error: non-finite loss or gradient at or before step {step}: {means}. The last checkpoint is of step {saved}. A lower optim.lr, "
-                         "optim.clip_grad_norm or model.use_qknorm helps against it")
+    if not all(map(math.isfinite, means.values())):
+        raise SystemExit(f"error: non-finite loss or gradient at or before step {step}: {means}. The last checkpoint is of step {saved}. "
+                         "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it")
 
 
 @contextlib.contextmanager
@@ -293,24 +304,22 @@ def interruption():
 
 def print_plan(config, device):
     """--dry-run: what this configuration would cost, from shapes alone."""
+    data = config.data
+    folder = images.ImageFolder(data.path, data.image_size) if data.path else None
+    num_images = data.num_images or (len(folder) if folder else len(images.digits()[1]))
+    data.num_classes = data.num_classes or (len(folder.classes) if folder else 10)
     with torch.device("meta"):
-        model = LightningDiT(**(config.model_arguments() | dict(num_classes=config.data.num_classes or (10 if config.data.path is None else 1000))))
-    total, trainable = (sum(p.numel() for p in model.parameters() if not only or p.requires_grad) for only in (False, True))
-    num_images = config.data.num_images
-    if num_images is None:
-        num_images = len(images.digits()[1]) if config.data.path is None else len(images.ImageFolder(config.data.path, config.data.image_size))
-    bf16, micro = config.use_bf16(device), config.micro_batch or config.batch_size
-    flops = forward_flops(model)
-    memory = {"weights": 4 * total, "gradients": 4 * trainable, "optimizer (AdamW)": 8 * trainable, "EMA": 4 * total,
-              "bf16 copies of weights": 2 * trainable if bf16 else 0, f"activations of {micro} images": micro * activation_bytes(model, 2 if bf16 else 4)}
-    print(f"parameters        {total / 1e6:.2f} M")
+        model = LightningDiT(**config.model_arguments())
+    bf16, micro, flops = config.use_bf16(device), config.micro_batch or config.batch_size, forward_flops(model)
+    memory = training_memory(model, micro, bf16)
+    steps = num_images * (1 - data.val_fraction) / config.batch_size
+    print(f"parameters        {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
     print(f"tokens an image   {model.pos_embed.shape[1]}")
     print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training")
     for name, size in memory.items():
         print(f"memory            {size / 2**30:9.3f} GiB  {name}")
     print(f"memory            {sum(memory.values()) / 2**30:9.3f} GiB  estimated in all, {'bf16' if bf16 else 'fp32'}")
-    print(f"steps an epoch    {num_images * (1 - config.data.val_fraction) / config.batch_size:.1f} of {config.batch_size} images; "
-          f"{config.steps} steps are {config.steps * config.batch_size / (num_images * (1 - config.data.val_fraction)):.1f} epochs")
+    print(f"steps an epoch    {steps:.1f} of {config.batch_size} images; {config.steps} steps are {config.steps / steps:.1f} epochs")
     return 0
 
 
