@@ -4,6 +4,8 @@ The interface is one method: features(pixels (B, C, H, W) in [-1, 1]) -> (B, N, 
 row; and one attribute, feature_channels = F.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +13,8 @@ from torch import nn
 from lightningdit.checkpoint import save_weights
 from lightningdit.tokenizer.vavae import ASSETS, header, load_state, read_weights
 from lightningdit_kernels import group_norm_silu
+
+BUNDLED = {"digits": ASSETS / "digits_encoder.safetensors"}
 
 
 class SmallEncoder(nn.Module):
@@ -59,9 +63,14 @@ class SmallEncoder(nn.Module):
     @classmethod
     def load(cls, name_or_path, device="cpu"):
         """The bundled encoder "digits" or one in a .safetensors file, frozen. Raises: FileNotFoundError, ValueError."""
-        path = ASSETS / "digits_encoder.safetensors" if str(name_or_path) == "digits" else name_or_path
+        path = BUNDLED.get(str(name_or_path), Path(name_or_path))
+        if not path.is_file():
+            raise FileNotFoundError(f"encoder: no file {path}; expected a .safetensors file or one of the bundled: {', '.join(BUNDLED)}")
         weights, about = read_weights(path, "encoder")
-        encoder = cls(**about["config"])
+        try:
+            encoder = cls(**about["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its metadata describes no encoder: {error}") from None
         load_state(encoder, weights, path)
         return encoder.requires_grad_(False).eval().to(device)
 
