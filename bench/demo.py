@@ -1,0 +1,69 @@
+"""Times the embedded default as users type it, with and without --compile, and keeps what it drew.
+
+    python bench/demo.py                      # writes bench/results/demo_cpu.json, docs/digits.png and docs/digits_loss.png
+
+Wall clock includes everything: imports, encoding, compilation, training, the grids and the 500 digits that are scored.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from lightningdit.log import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu_name():
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def run_demo(run, *flags):
+    """One run of train/dit.py in a fresh folder: wall clock, accuracy, validation losses, median images/s."""
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / "train" / "dit.py"), "--run", str(run), "--device", "cpu", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    wall_s = time.perf_counter() - start
+    records = read_log(run)
+    rates = sorted(record["images_per_second"] for record in records if "loss" in record)
+    validation = [record for record in records if "val_mse" in record][-1]
+    return dict(command="python train/dit.py " + " ".join(flags), wall_s=round(wall_s, 1), images_per_second_median=rates[len(rates) // 2],
+                recognised=float(re.search(r"digits recognised ([\d.]+)%", result.stdout)[1]) / 100, steps=validation["step"],
+                val_mse=validation["val_mse"], val_cos=validation["val_cos"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "demo_cpu.json")
+    out = parser.parse_args().out
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    record = dict(what="embedded default, digits", device=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                  load_before=round(os.getloadavg()[0], 2), versions=dict(python=platform.python_version(), torch=torch.__version__), commit=commit,
+                  date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), runs=[])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+            record["runs"].append(run_demo(Path(folder) / name, *flags))
+            print(json.dumps(record["runs"][-1]))
+        newest = max((Path(folder) / "eager" / "samples").iterdir())
+        shutil.copy(newest, ROOT / "docs" / "digits.png")
+        shutil.copy(Path(folder) / "eager" / "loss.png", ROOT / "docs" / "digits_loss.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
