@@ -50,9 +50,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "demo_cpu.json")
     out = parser.parse_args().out
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     record = dict(what="embedded default, digits", device=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(),
-                  load_before=round(os.getloadavg()[0], 2), versions=dict(python=platform.python_version(), torch=torch.__version__), commit=commit,
+                  load_before=round(os.getloadavg()[0], 2), versions=versions, commit=commit,
                   date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), runs=[])
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in (("eager", ()), ("compiled", ("--compile",))):

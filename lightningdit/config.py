@@ -320,7 +320,7 @@ class TokenizerOptimConfig:
 
 @dataclass
 class VAVAEConfig:
-    """One run of train/vavae.py. The defaults are the paper's where it has them; the bundled tokenizer's recipe is train/configs/vavae_digits.yaml."""
+    """One run of train/vavae.py. The defaults are the paper's where it has them; train/configs/vavae_digits.yaml made the bundled tokenizer."""
 
     run: str = "runs/vavae"  # run directory
     tokenizer_out: str | None = None  # file for the tokenizer; None: RUN/tokenizer.safetensors
@@ -330,6 +330,7 @@ class VAVAEConfig:
     batch_size: int = 256
     log_every: int = 100  # steps
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None  # of the CPU; None: PyTorch's choice. The last bits of every sum, and so the weights, depend on their number
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -339,6 +340,7 @@ class VAVAEConfig:
     def validate(self):
         for name in ("steps", "batch_size", "log_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(self.threads is None or self.threads > 0, "threads", self.threads, "a positive number, or null")
         require(self.data.image_size % self.autoencoder.downsample == 0, "data.image_size", self.data.image_size,
                 f"a multiple of {self.autoencoder.downsample} (autoencoder.ch_mult has {len(self.autoencoder.ch_mult)} levels)")
 

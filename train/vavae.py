@@ -40,6 +40,8 @@ def main(argv):
     start = time.perf_counter()
     config = configuration.parse(VAVAEConfig, argv, recipe=RECIPE, description=__doc__)
     device = pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     images, labels, classes = load_images(config.data)  # uint8 (n, H, W, C), int64 (n,)
     held_out, kept = split(len(images), config.data.val_fraction, config.seed)
     run = Path(config.run)
