@@ -320,7 +320,7 @@ class TokenizerOptimConfig:
 
 @dataclass
 class VAVAEConfig:
-    """One run of train/vavae.py. The defaults are the paper's where it has them; train/configs/vavae_digits.yaml made the bundled tokenizer."""
+    """One run of train/vavae.py. The defaults are the paper's where it has them; train/configs/vavae_digits.yaml made the bundled one."""
 
     run: str = "runs/vavae"  # run directory
     tokenizer_out: str | None = None  # file for the tokenizer; None: RUN/tokenizer.safetensors
