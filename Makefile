@@ -4,6 +4,8 @@ PYTHON ?= python3
 PY ?= .venv/bin/python
 OUT ?= out
 export PYTHONUNBUFFERED = 1
+# Threads that wait for each other give their core up; train/dit.py says why.
+export GOMP_SPINCOUNT ?= 3000
 
 # Set-up is needed only for our own environment: `make test PY=python3` uses the one you name, as it is.
 STAMP := .venv/.installed
@@ -48,7 +50,7 @@ bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
 assets: $(READY)
-	$(PY) train/vavae.py --config train/configs/vavae_digits.yaml $(ARGS)
+	$(PY) train/vavae.py --tokenizer-out lightningdit/assets/digits_tokenizer.safetensors --encoder-out lightningdit/assets/digits_encoder.safetensors $(ARGS)
 
 test-gpu bench-gpu: gpu-present
 
