@@ -104,7 +104,8 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
 def sample_images(model, tokenizer, *, labels, seeds, batch_size=None, device="cpu", progress=False, **settings):
     """`sample`, then decoded: (n, H, W, C) uint8 images on the CPU. `settings` are the other arguments of `sample`.
 
-    Decoding runs in batches of one shape too, so that image i is the same whatever it is drawn with.
+    Decoding runs in batches of one shape too, so that image i is the same whatever it is drawn with; and outside autocast, because
+    rounding to bf16 in the decoder shows in uint8 pixels.
     """
     latents = sample(model, labels=labels, seeds=seeds, batch_size=batch_size, device=device, progress=progress, **settings)
     n = len(latents)
@@ -112,7 +113,8 @@ def sample_images(model, tokenizer, *, labels, seeds, batch_size=None, device="c
     for start in range(0, n, max(rows, 1)):
         part = latents[start : start + rows]
         filled = torch.cat([part, part[-1:].expand(padded_rows(rows, latents.device) - len(part), -1, -1, -1)])
-        images.append(tokenizer.decode_uint8(filled)[: len(part)].cpu())
+        with torch.autocast(latents.device.type, enabled=False):
+            images.append(tokenizer.decode_uint8(filled)[: len(part)].cpu())
     return torch.cat(images)
 
 

@@ -496,3 +496,22 @@ def test_output_of_another_shape_is_named():
 def test_sde_needs_increasing_times():
     with pytest.raises(ValueError, match="grid: got times from 1.0 to 0.0, expected increasing"):
         sampler.integrate_sde(lambda x, t: x, torch.zeros(1), sampler.time_grid(3, None, 1.0, 0.0), lambda: torch.zeros(1))
+
+
+def test_decoding_is_left_out_of_autocast_and_batched():
+    seen = []
+
+    class Decoder:
+        def decode_uint8(self, latents):
+            seen.append((len(latents), torch.is_autocast_enabled("cpu")))
+            return latents.mul(10).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def model(x, t, y):
+        return torch.zeros_like(x)
+
+    arguments = dict(latent_shape=(2, 4, 4), num_classes=3, num_steps=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = sampler.sample_images(model, Decoder(), labels=[0] * 10, seeds=range(10), batch_size=8, **arguments)
+    assert seen == [(8, False), (8, False)] and images.shape == (10, 4, 4, 2)
+    alone = sampler.sample_images(model, Decoder(), labels=[0], seeds=[9], **arguments)
+    assert torch.equal(images[9], alone[0]) and not torch.equal(images[9], images[8])
