@@ -333,3 +333,6 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, ImportError) as problem:
         sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C: the last checkpoint stands
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
