@@ -1,9 +1,9 @@
 """How everything in bench/ is measured.
 
-Correctness first: a contestant that is further from fp64 than twice eager PyTorch gets a reason instead of a time. Then all contestants of a case
-take turns, round after round, so that clocks, temperature and neighbours hit all of them alike; a speed-up is the median over the rounds
-of the ratio within a round. Inputs rotate through copies that together exceed the last cache. On CUDA the copies are run inside one CUDA
-graph and timed by events, on CPU by perf_counter. Bytes and FLOPs are counted from the shapes: those that one perfect pass needs.
+Correctness first: a contestant that is further from fp64 than twice eager PyTorch gets a reason in place of a time. All contestants of a
+case take turns, round after round, so that clocks, temperature and neighbours hit all of them alike; a speed-up is the median over the
+rounds of the ratio within a round. Inputs rotate through copies that together exceed the last cache. On CUDA the copies are run inside
+one CUDA graph and timed by events, on CPU by perf_counter. Bytes and FLOPs are counted from the shapes: those that one perfect pass needs.
 """
 
 import dataclasses
