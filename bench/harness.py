@@ -305,7 +305,9 @@ def run_case(benchmark, case: Case, settings) -> dict:
         if row["status"] != "ok":
             continue
         for step in STEPS:
-            row[step] = summary(_times(samples, row["name"], step), counted[step], _times(samples, "eager", step))
+            times, baseline = _times(samples, row["name"], step), _times(samples, "eager", step)
+            if times and baseline:
+                row[step] = summary(times, counted[step], baseline)
     record = dict(kind="op", op=case.op, shapes=case.shapes, device=case.device, dtype=str(case.dtype).removeprefix("torch."))
     record |= dict(sizes=case.sizes(), counted=counted, sets=sets, load=os.getloadavg()[0], contestants=rows)
     if cuda:
@@ -319,11 +321,12 @@ def run_case(benchmark, case: Case, settings) -> dict:
 
 
 def _times(samples, name, step):
-    """Milliseconds per round. The backward is the difference of two figures of the same round: both with the state saved for it."""
+    """Milliseconds per round. The backward is what both steps take beyond the median forward; [] if that is lost in the noise."""
     if step != "backward":
         return samples[name, step]
-    both = zip(samples[name, "forward_backward"], samples[name, "forward"], strict=True)
-    return [max(total - forward, 1e-6) for total, forward in both]
+    forward = statistics.median(samples[name, "forward"])  # with what the backward needs saved
+    rest = [both - forward for both in samples[name, "forward_backward"]]
+    return rest if min(rest) > 0 else []
 
 
 def _cuda_columns(run) -> dict:

@@ -81,7 +81,7 @@ def op_rows(record: dict, limits: dict[str, float]) -> list[list[str]]:
         if row["status"] != "ok":
             rows.append([name, "", f"{row['status']}: {row['reason']}".replace("|", "/"), *[""] * 6])
             continue
-        for step in STEPS:
+        for step in (step for step in STEPS if step in row):
             one = row[step]
             interval = f"{one['speedup']:.2f} ({one['speedup_low']:.2f}-{one['speedup_high']:.2f})"
             spread = f"{number(one['median_ms'])} ({number(one['p20_ms'])}-{number(one['p80_ms'])})"
@@ -163,9 +163,9 @@ INTRODUCTION = """# Results
 
 Written by `make report` from the files in bench/results; do not edit. bench/harness.py says how each figure is taken: contestants are
 gated against fp64, take turns, and work on inputs that rotate through more memory than the last cache holds. Bytes and FLOPs are those of
-one perfect pass. "backward" is the difference of two figures of the same round. "compiled" is torch.compile of the op's definition; "ours"
-is the public function, with the backend that serves it here. Speed-ups are over eager, medians of the ratios per round with a 95 %
-bootstrap interval; below 1 is a loss, and stays."""
+one perfect pass. "backward" is what both take beyond the forward, left out where noise hides it. "compiled" is torch.compile of the op's
+definition; "ours" is the public function, with the backend that serves it here. Speed-ups are over eager, medians of the ratios per round
+with a 95 % bootstrap interval; below 1 is a loss, and stays."""
 
 
 def render(runs: dict[str, dict]) -> str:
@@ -261,7 +261,7 @@ def text_table(records: list[dict]) -> list[str]:
             if row["status"] != "ok":
                 lines.append(f"  {row['name']:14} {row['status']}: {row['reason']}")
                 continue
-            parts = [f"{STEP_NAMES[step]} {row[step]['median_ms']:9.4g} ms {row[step]['speedup']:5.2f} x" for step in STEPS]
+            parts = [f"{STEP_NAMES[step]} {row[step]['median_ms']:9.4g} ms {row[step]['speedup']:5.2f} x" for step in STEPS if step in row]
             of = percent(row["forward_backward"]["gb_per_s"], limits.get("copy"))
             lines.append(f"  {row['name']:14} " + "   ".join(parts) + (f"   {of} of copy" if of else ""))
     return lines
