@@ -9,7 +9,7 @@ from torch import Tensor
 from lightningdit_kernels import native
 from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, define, differentiable, result_dtype, triton_serves
 
-TRITON_MAX_WIDTH = 5120  # of wider rows the backward no longer fits the registers
+TRITON_MAX_WIDTH = 4608  # wider rows no longer fit the registers of the backward; they take the definition
 
 def rms_norm_modulate_ref(x, scale, shift=None, weight=None, eps=1e-6, center=False, out_dtype=None):
     """The definition of rms_norm_modulate in plain PyTorch."""
