@@ -85,13 +85,13 @@ def norm_backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean,
     tensors = grad_residual, grad_h, residual, y, gates, factor, mean, rstd, dx, dy, sums
     dtypes = DTYPES[residual.dtype], 0 if dy is None else DTYPES[dy.dtype], DTYPES[grad_h.dtype]
     _run("lightningdit_norm_backward", *map(_address, tensors), B, N, D, *dtypes)
-    by_scale, by_shift, by_gate = sums.sum(1).unbind(1)
+    by_scale, by_shift, by_gate = (sums[:, :, i].sum(1) for i in range(3))  # tensors of their own: results must not share memory
     return (
         dx,
         None if branch_dtype is None else dy,
         None if y is None else by_gate.to(gate.dtype),
         (by_scale if weight is None else by_scale * weight.float()).to(scale.dtype),
-        None if shift_dtype is None else by_shift.to(shift_dtype, copy=True),
+        None if shift_dtype is None else by_shift.to(shift_dtype),
         None if weight is None else (by_scale * (1 + scale.float())).sum(0).to(weight.dtype),
         dy.sum((0, 1), dtype=torch.float32) if bias else None,
     )

@@ -7,9 +7,18 @@ import torch
 from torch import Tensor
 
 from lightningdit_kernels import native
-from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, define, differentiable, result_dtype, triton_serves
+from lightningdit_kernels.library import (
+    accumulation_dtype,
+    check_floating,
+    check_shape,
+    define,
+    differentiable,
+    result_dtype,
+    triton_serves,
+)
 
 TRITON_MAX_WIDTH = 4608  # wider rows no longer fit the registers of the backward; they take the definition
+
 
 def rms_norm_modulate_ref(x, scale, shift=None, weight=None, eps=1e-6, center=False, out_dtype=None):
     """The definition of rms_norm_modulate in plain PyTorch."""
@@ -35,7 +44,10 @@ def gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift=None, weight=N
 
 
 def norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype):
-    """(x', h, mean, rstd): the definition once more, with the statistics that the backward keeps. y None: x' is x; mean is None without center."""
+    """(x', h, mean, rstd): the definition once more, with the statistics that the backward keeps.
+
+    Without y, x' is x; without center, mean is None.
+    """
     acc = accumulation_dtype(x)
     if y is not None:
         branch = y.to(acc) if gate is None else gate.to(acc).unsqueeze(1) * y.to(acc)
@@ -159,7 +171,8 @@ def _operators(forward, backward):
 
     def gated_backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, center, branch_dtype, shift_dtype, bias):
         mean = mean if center else None
-        return full(backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias), residual)
+        gradients = backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+        return full(gradients, residual)
 
     return norm, norm_backward, gated, gated_backward
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightningdit_kernels.tuning import Config, pick
 
-# Shape class: the largest power of two in D, at 256 columns a warp: a lane then holds one 16-byte vector of bf16 in a row, and keeps the sums
-# over tokens of its own columns. One row at a time: at D = 1152 with an fp32 residual the backward takes 116 registers on sm_90 (128 with the
-# bias gradient), so that four programs share a multiprocessor with 55 KB of loads under way; two rows at a time take 218.
+# Shape class: the largest power of two in D, at 256 columns a warp: a lane then holds one 16-byte vector of bf16 in a row, and keeps
+# the sums over tokens of its own columns. One row at a time: at D = 1152 with an fp32 residual the backward takes 116 registers on sm_90
+# (128 with the bias gradient), so that four programs share a multiprocessor with 55 KB of loads under way; two rows at a time take 218.
 _WARPS = {16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16}
 CONFIGS = {
     (80, str(width)): [Config(dict(ROWS=1), warps), Config(dict(ROWS=1), min(2 * warps, 32)), Config(dict(ROWS=2), warps)]
@@ -66,7 +66,7 @@ def _load_modulation(pointer, columns, offset: tl.constexpr, default: tl.constex
 
 @triton.jit
 def _row_sum(tiles, LANES: tl.constexpr):
-    """Sums over all columns, [ROWS, 1]. Each piece is first folded to LANES columns inside its threads: one exchange between threads, not one per piece."""
+    """Sums over all columns, [ROWS, 1]. Every piece is first folded to LANES columns inside its threads, so that threads exchange once."""
     folded = tl.sum(tl.reshape(tiles[0], [tiles[0].shape[0], LANES, tiles[0].shape[1] // LANES]), 2)
     for i in tl.static_range(1, len(tiles)):
         folded += tl.sum(tl.reshape(tiles[i], [tiles[0].shape[0], LANES, tiles[i].shape[1] // LANES]), 2)
@@ -144,9 +144,10 @@ def _norm_bwd_kernel(
     grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, sum_scale, sum_shift, sum_gate, sum_bias,
     N, chunks, chunk_rows, gate_stride, scale_stride, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, dy and, for this program's rows, sum dh * x_hat, sum dh, sum dx * y and sum dx; what is None is neither read nor written.
+    """Writes dx, dy and the sums over this program's rows of dh * x_hat, dh, dx * y and dx. What is None is neither read nor written.
 
-    x_hat = (x' - mean) * rstd, a = dh * (1 + scale) * weight, dx = grad_residual + rstd * (a - mean(a) - x_hat * mean(a * x_hat)), dy = gate * dx.
+    x_hat = (x' - mean) * rstd, a = dh * (1 + scale) * weight,
+    dx = grad_residual + rstd * (a - mean(a) - x_hat * mean(a * x_hat)), dy = gate * dx.
     """
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = tl.program_id(0) % chunks * chunk_rows
@@ -217,7 +218,7 @@ def _norm_sums_kernel(
     sum_scale, sum_shift, sum_gate, sum_bias, gate, scale, weight, dscale, dshift, dgate, for_weight, for_bias,
     chunks, gate_stride, scale_stride, D: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums (B, chunks, D) of one sample: dscale, dshift, dgate, and this sample's share of dweight and of the bias gradient."""
+    """Adds the partial sums (B, chunks, D) of one sample: dscale, dshift, dgate, and its share of dweight and of the bias gradient."""
     sample = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = columns < D
@@ -250,7 +251,7 @@ def _norm_sums_kernel(
 
 
 def _chunks(batch: int, tokens: int, programs: int, least: int) -> tuple[int, int]:
-    """(chunks a sample, tokens a chunk): about `programs` programs in all, at least `least` tokens each. Shapes alone decide, for bitwise repeatability."""
+    """(chunks a sample, tokens a chunk): about `programs` programs in all, of at least `least` tokens. It depends on shapes only."""
     size = max(least, triton.cdiv(tokens * batch, programs))
     size = max(1, min(size, tokens))
     return max(1, triton.cdiv(tokens, size)), size
@@ -274,10 +275,8 @@ def _configured(op: str, launch, like: Tensor, key: tuple):
     launch(pick(op, CONFIGS, like.device, str(pieces(width)[0]), (width, *key), launch))
 
 
-def norm_fwd(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None, weight: Tensor | None, eps: float, center: bool, out_dtype
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Launches the forward. Returns x' (None without y), h, mean (None unless center) and rstd (B, N, 1), both fp32."""
+def norm_fwd(x, y, gate, scale, shift, weight, eps: float, center: bool, out_dtype: torch.dtype):
+    """Launches the forward: arguments as in norm.norm_forward_ref. Returns x' (None without y), h, mean (None unless center), rstd."""
     x, (B, N, D) = x.contiguous(), x.shape
     y, weight = None if y is None else y.contiguous(), None if weight is None else weight.contiguous()
     (gate, gate_stride), (scale, scale_stride), (shift, shift_stride) = map(_by_sample, (gate, scale, shift))
@@ -299,9 +298,8 @@ def norm_fwd(
 
 
 def norm_bwd(
-    grad_residual: Tensor | None, grad_h: Tensor, residual: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, weight: Tensor | None,
-    mean: Tensor | None, rstd: Tensor, branch_dtype=None, shift_dtype=None, bias: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype=None, shift_dtype=None, bias: bool = False
+) -> tuple[Tensor | None, ...]:
     """Launches the backward.
 
     Args:
@@ -329,8 +327,8 @@ def norm_bwd(
 
     def launch(config):
         _norm_bwd_kernel[(B * chunks,)](
-            grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, *sums, N, chunks, chunk_rows, gate_stride, scale_stride,
-            **_constants(D, config), **config.launch(),
+            grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, *sums,
+            N, chunks, chunk_rows, gate_stride, scale_stride, **_constants(D, config), **config.launch(),
         )  # fmt: skip
 
     if B * D:
@@ -347,29 +345,31 @@ def norm_bwd(
 def audit_cases() -> list[dict]:
     """Every static configuration at the model's widths (XL 1152, B 768, S 384): bf16 activations, residual stream in fp32 and in bf16."""
     cases = []
+
+    def case(name, kernel, signature, constexprs, sizes, **options):
+        divisible = [argument for argument in signature if argument not in sizes]
+        options = dict(kind="memory", num_stages=1, archs=(80, 90, 100)) | options
+        cases.append(dict(name=name, kernel=kernel, signature=signature, constexprs=constexprs, divisible=divisible, **options))
+
     for width in (1152, 768, 384):
         config = CONFIGS[80, str(pieces(width)[0])][0]
-        common = dict(num_warps=config.num_warps, num_stages=config.num_stages, archs=(80, 90, 100), kind="memory")
         constants = dict(**_constants(width, config), **config.blocks)
+        sizes = dict(N="i32", chunks="i32", chunk_rows="i32")
+        vectors = dict(gate="*bf16", scale="*bf16", weight="*fp32", gate_stride="i32", scale_stride="i32")
+        sums = dict(sum_scale="*fp32", sum_shift="*fp32", sum_gate="*fp32")
         for stream in ("fp32", "bf16"):
-            activations = dict(y="*bf16", gate="*bf16", scale="*bf16", weight="*fp32", rstd="*fp32", gate_stride="i32", scale_stride="i32")
-            sizes = dict(N="i32", chunks="i32", chunk_rows="i32")
-            forward = activations | sizes | dict(x=f"*{stream}", residual=f"*{stream}", h="*bf16", shift="*bf16", shift_stride="i32")
-            backward = activations | sizes | dict(grad_residual=f"*{stream}", grad_h="*bf16", residual=f"*{stream}", dx=f"*{stream}", dy="*bf16")
-            backward |= dict(sum_scale="*fp32", sum_shift="*fp32", sum_gate="*fp32")
+            common = vectors | sizes | dict(y="*bf16", rstd="*fp32", residual=f"*{stream}")
+            forward = common | dict(x=f"*{stream}", h="*bf16", shift="*bf16", shift_stride="i32")
+            backward = common | sums | dict(grad_residual=f"*{stream}", grad_h="*bf16", dx=f"*{stream}", dy="*bf16")
             for name, kernel, signature, rest in (
                 ("fwd", _norm_fwd_kernel, forward, dict(mean=None, EPS=1e-6)),
                 ("bwd", _norm_bwd_kernel, backward, dict(mean=None, sum_bias=None)),
                 ("bwd+bias", _norm_bwd_kernel, backward | dict(sum_bias="*fp32"), dict(mean=None)),
             ):
-                cases.append(
-                    dict(
-                        name=f"norm_{name} D={width} residual {stream}",
-                        kernel=kernel,
-                        signature=signature,
-                        constexprs=constants | rest,
-                        divisible=[argument for argument in signature if argument not in sizes],
-                        **common,
-                    )
-                )
+                title = f"norm_{name} D={width} residual {stream}"
+                case(title, kernel, signature, constants | rest, sizes, num_warps=config.num_warps)
+        gradients = dict(dscale="*bf16", dshift="*bf16", dgate="*bf16", for_weight="*fp32", for_bias="*fp32")
+        signature = vectors | sums | gradients | dict(sum_bias="*fp32", chunks="i32")
+        constants = dict(D=width, COLUMNS=_SUM_COLUMNS)
+        case(f"norm_sums D={width}", _norm_sums_kernel, signature, constants, sizes, num_warps=1, kind="small")
     return cases

@@ -15,9 +15,9 @@ def swiglu_ref(packed: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 
 def swiglu_backward_ref(grad: Tensor, packed: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
-    """The gradient to packed, d silu(a)/da = s * (1 + a * (1 - s)) with s = sigmoid(a), and with bias its sum over rows, else an empty tensor.
+    """The gradient to packed, d silu(a)/da = s * (1 + a * (1 - s)) with s = sigmoid(a), and its sum over rows (empty without bias).
 
-    That sum is the gradient to the bias of the linear layer that made packed: it costs nothing beside the gradient, but a pass of its own later.
+    That sum is the gradient to the bias of the linear layer that made packed: it is free beside the gradient, a pass of its own later.
     """
     acc = accumulation_dtype(packed)
     gate, up = packed.to(acc).chunk(2, dim=-1)
@@ -68,7 +68,9 @@ def _swiglu_fake(packed, out_dtype):
 
 
 def _swiglu_backward_fake(grad, packed, bias):
-    return packed.new_empty(packed.shape), packed.new_empty(packed.shape[-1] if bias else 0, dtype=accumulation_dtype(packed) if bias else packed.dtype)
+    if not bias:
+        return packed.new_empty(packed.shape), packed.new_empty(0)
+    return packed.new_empty(packed.shape), packed.new_empty(packed.shape[-1], dtype=accumulation_dtype(packed))
 
 
 def _setup_context(ctx, inputs, output):

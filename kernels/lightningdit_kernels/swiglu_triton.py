@@ -15,8 +15,8 @@ from torch import Tensor
 from lightningdit_kernels.tuning import Config, pick
 
 # Shape class: columns of a program, 256 a warp, so that a lane holds one 16-byte vector of bf16 in each of its rows and the sums over rows
-# stay inside a thread. Two rows at a time: the backward with sums then takes 94 registers on sm_90, and five programs share a multiprocessor;
-# four rows take 160.
+# stay inside a thread. Two rows at a time: the backward with sums then takes 94 registers on sm_90, and five programs share a
+# multiprocessor; four rows take 160.
 _WARPS = {16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}
 CONFIGS = {(80, str(columns)): [Config(dict(ROWS=rows), warps) for rows in (2, 4, 1)] for columns, warps in _WARPS.items()}
 
@@ -36,7 +36,7 @@ def _swiglu_fwd_kernel(packed, out, M, F: tl.constexpr, COLUMNS: tl.constexpr, R
 def _swiglu_bwd_kernel(
     grad, packed, grad_packed, partial, M, chunk_rows, F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """d gate = grad * up * s * (1 + gate * (1 - s)), d up = grad * gate * s, s = sigmoid(gate); their sums over this chunk of rows, if partial."""
+    """d gate = grad * up * s * (1 + gate * (1 - s)), d up = grad * gate * s, s = sigmoid(gate); if partial, their sums over the chunk."""
     blocks: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     columns = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     chunk = tl.program_id(0) // blocks
@@ -95,7 +95,7 @@ def swiglu_bwd(grad: Tensor, packed: Tensor, bias: bool = False) -> tuple[Tensor
     grad, packed, F = grad.contiguous(), packed.contiguous(), grad.shape[-1]
     grad_packed = torch.empty_like(packed)
     M, columns = math.prod(packed.shape[:-1]), _columns(F)
-    # About 1,024 programs, one wave of eight on each of 132 multiprocessors; at M = 32,768, F = 3,072 the partial sums are 1 % of the bytes.
+    # About 1,024 programs, two waves of five on 132 multiprocessors; at M = 32,768, F = 3,072 the partial sums are 1 % of the bytes.
     chunk_rows = max(16, triton.cdiv(M * triton.cdiv(F, columns), 1024))
     chunks = triton.cdiv(M, chunk_rows)
     partial = packed.new_empty((chunks, 2 * F), dtype=torch.float32) if bias else None
@@ -120,7 +120,6 @@ def audit_cases() -> list[dict]:
         backward = dict(grad="*bf16", packed="*bf16", grad_packed="*bf16", partial="*fp32", M="i32", chunk_rows="i32")
         for name, kernel, signature in (("fwd", _swiglu_fwd_kernel, forward), ("bwd", _swiglu_bwd_kernel, backward)):
             divisible = [argument for argument, kind in signature.items() if kind.startswith("*")]
-            cases.append(
-                dict(name=f"swiglu_{name} F={hidden}", kernel=kernel, signature=signature, constexprs=constants, divisible=divisible, **common)
-            )
+            case = dict(name=f"swiglu_{name} F={hidden}", kernel=kernel, signature=signature, constexprs=constants, divisible=divisible)
+            cases.append(case | common)
     return cases

@@ -114,7 +114,10 @@ def test_final_layer_without_gradient_to_the_residual():
         assert without is with_zeros is None or torch.equal(without, with_zeros)
 
 
-@pytest.mark.parametrize("width, expected", [(1152, (1024, 128)), (768, (512, 256)), (384, (256, 128)), (97, (64, 64)), (64, (64,)), (1, (16,))])
+PIECES = [(1152, (1024, 128)), (768, (512, 256)), (384, (256, 128)), (97, (64, 64)), (64, (64,)), (1, (16,))]
+
+
+@pytest.mark.parametrize("width, expected", PIECES)
 def test_pieces(width, expected):
     assert norm_triton.pieces(width) == expected
 
@@ -134,7 +137,8 @@ def test_nothing_is_specialised_on_the_batch():
 from lightningdit_kernels import norm_triton, swiglu_triton
 for module in (norm_triton, swiglu_triton):
     for case in module.audit_cases():
-        print(*(p.name for p in case["kernel"].params if not p.is_constexpr and not p.do_not_specialize and case["signature"].get(p.name) == "i32"))
+        plain = {p.name for p in case["kernel"].params if not p.is_constexpr and not p.do_not_specialize}
+        print(*(name for name in plain if case["signature"].get(name) == "i32"))
 """
     environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=str(Path(norm_triton.__file__).parents[1]))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
