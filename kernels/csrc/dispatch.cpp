@@ -1,5 +1,6 @@
 // The C ABI: every exported function calls its twin at the highest instruction-set level that this processor has.
 #include "common.h"
+#include "norm.h"
 #include "swiglu.h"
 
 #if defined(_WIN32)
@@ -10,6 +11,8 @@
 
 #define DECLARE(level)                             \
   namespace level {                                \
+  LIGHTNINGDIT_NORM_FORWARD(norm_forward);         \
+  LIGHTNINGDIT_NORM_BACKWARD(norm_backward);       \
   LIGHTNINGDIT_SWIGLU_FORWARD(swiglu_forward);     \
   LIGHTNINGDIT_SWIGLU_BACKWARD(swiglu_backward);   \
   }
@@ -58,12 +61,21 @@ static int level = detected_level;
   return baseline::call;
 
 // Raised with every change of a signature, so that a library left over from an older build is refused.
-EXPORT int lightningdit_abi_version() { return 1; }
+EXPORT int lightningdit_abi_version() { return 2; }
 
 EXPORT int lightningdit_level() { return level; }
 
 // Lowers the level for tests (never above what the processor has). Returns the level now in use.
 EXPORT int lightningdit_set_level(int wanted) { return level = wanted < detected_level ? wanted : detected_level; }
+
+EXPORT LIGHTNINGDIT_NORM_FORWARD(lightningdit_norm_forward) {
+  DISPATCH(norm_forward(x, y, gate, factor, shift, residual, h, mean, rstd, batch, tokens, width, eps, x_dtype, y_dtype, h_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_NORM_BACKWARD(lightningdit_norm_backward) {
+  DISPATCH(norm_backward(grad_residual, grad_h, residual, y, gate, factor, mean, rstd, dx, dy, sums, batch, tokens, width, x_dtype, y_dtype,
+                         h_dtype, threads))
+}
 
 EXPORT LIGHTNINGDIT_SWIGLU_FORWARD(lightningdit_swiglu_forward) {
   DISPATCH(swiglu_forward(packed, out, rows, hidden, packed_dtype, out_dtype, threads))

@@ -4,7 +4,8 @@ from lightningdit_kernels import native
 from lightningdit_kernels.alignment import marginal_cosine_loss, marginal_distance_matrix_loss
 from lightningdit_kernels.attention import rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
-from lightningdit_kernels.norm import gated_residual_rms_norm_modulate, rms_norm_modulate
+from lightningdit_kernels.library import triton_available
+from lightningdit_kernels.norm import TRITON_MAX_WIDTH, gated_residual_rms_norm_modulate, rms_norm_modulate
 from lightningdit_kernels.swiglu import swiglu
 
 __all__ = [
@@ -22,11 +23,12 @@ __all__ = [
 def backends() -> dict[str, dict[str, str]]:
     """What serves each op on this machine: op -> dict(cpu=, cuda=, why=). `python -m lightningdit_kernels` prints it as a table.
 
-    "native" is the C++ library, "reference" the op's definition in plain PyTorch, which torch.compile may fuse.
+    "native" is the C++ library, "triton" the GPU kernels, "reference" the op's definition in plain PyTorch, which torch.compile may fuse.
     """
     rows = {op: dict(cpu="reference", cuda="reference", why="defined in plain PyTorch only") for op in __all__ if op != "backends"}
-    if native.available:
-        rows["swiglu"] = dict(cpu="native", cuda="reference", why=f"{native.about}; fp32 and bf16, under torch.compile too; else reference")
-    else:
-        rows["swiglu"]["why"] = native.about
+    cpu = f"CPU: {native.about}" + ("; fp32 and bf16, under torch.compile too; else reference" if native.available else "")
+    cuda = "CUDA: Triton; fp32, bf16 and fp16; else reference" if triton_available else "CUDA: triton is not installed"
+    for op in ("gated_residual_rms_norm_modulate", "rms_norm_modulate", "swiglu"):
+        serves = dict(cpu="native" if native.available else "reference", cuda="triton" if triton_available else "reference")
+        rows[op] = serves | dict(why=f"{cpu}. {cuda}" + ("" if op == "swiglu" else f", as are rows wider than {TRITON_MAX_WIDTH}"))
     return rows

@@ -4,10 +4,12 @@ Statistics and products are accumulated in fp32 (fp64 for fp64 inputs). Results 
 torch.autocast, in the autocast dtype, because a matrix product is what consumes them.
 """
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 
+triton_available = importlib.util.find_spec("triton") is not None  # a plain bool, which torch.compile can read
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -21,6 +23,11 @@ def result_dtype(x: torch.Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def triton_serves(*dtypes: torch.dtype) -> bool:
+    """Whether Triton is installed and the kernels know these dtypes. fp64 is left to the definitions."""
+    return triton_available and torch.float64 not in dtypes
 
 
 def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
@@ -47,13 +54,14 @@ def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.T
 LIBRARY = torch.library.Library("lightningdit", "DEF")
 
 
-def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None) -> None:
-    """Defines an operator: reference serves every device, cpu takes its place on CPU, fake makes empty outputs for tracing."""
+def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None, cuda: Callable | None = None) -> None:
+    """Defines an operator: reference serves every device, cpu and cuda take its place on theirs, fake makes empty outputs for tracing."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if cpu is not None:
-        LIBRARY.impl(name, cpu, "CPU")
+    for key, implementation in (("CPU", cpu), ("CUDA", cuda)):
+        if implementation is not None:
+            LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
 
 

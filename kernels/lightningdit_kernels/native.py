@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the numbers of common.h
 LEVELS = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
 MISSING = "native_missing.txt"  # written by setup.py in place of a library that could not be built: why
 
-_pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
+    "lightningdit_norm_forward": [_pointer] * 9 + [_size] * 3 + [_float] + [_int] * 4,
+    "lightningdit_norm_backward": [_pointer] * 11 + [_size] * 3 + [_int] * 4,
     "lightningdit_swiglu_forward": [_pointer, _pointer, _size, _size, _int, _int, _int],
     "lightningdit_swiglu_backward": [_pointer, _pointer, _pointer, _size, _size, _int, _int, _int],
 }
@@ -50,6 +52,63 @@ if not available:
 def serves(*dtypes: torch.dtype) -> bool:
     """Whether the library is there and knows these dtypes."""
     return available and all(dtype in DTYPES for dtype in dtypes)
+
+
+NORM_CHUNK = 32  # tokens, as in norm.h
+
+
+def norm_forward(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+    """What norm.norm_forward_ref computes. The (B, D) vectors are brought to fp32 here: they are N times smaller than x."""
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    gate, factor = _or_constant(gate, 1, scale), _factor(scale, weight)
+    shift = _or_constant(shift, 0, scale)
+    residual, h = None if y is None else torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    mean = torch.empty_like(rstd) if center else None
+    tensors = x, y, gate, factor, shift, residual, h, mean, rstd
+    dtypes = DTYPES[x.dtype], 0 if y is None else DTYPES[y.dtype], DTYPES[out_dtype]
+    _run("lightningdit_norm_forward", *map(_address, tensors), *x.shape, eps, *dtypes)
+    return x if y is None else residual, h, mean, rstd
+
+
+def norm_backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+    """What norm.norm_backward_ref computes. branch_dtype is y's where both are given; bias needs one of them."""
+    residual, grad_h = residual.contiguous(), grad_h.contiguous()
+    (B, N, D), chunks = residual.shape, -(-residual.shape[1] // NORM_CHUNK)
+    grad_residual = None if grad_residual is None else grad_residual.contiguous()
+    y = None if y is None else y.contiguous()
+    dx = torch.empty_like(residual)
+    y_dtype = branch_dtype if y is None else y.dtype
+    dy = None if y_dtype is None else torch.empty_like(residual, dtype=y_dtype)
+    sums = residual.new_empty((B, chunks, 3, D), dtype=torch.float32)
+    gates, factor = _or_constant(gate, 1, scale), _factor(scale, weight)
+    tensors = grad_residual, grad_h, residual, y, gates, factor, mean, rstd, dx, dy, sums
+    dtypes = DTYPES[residual.dtype], 0 if dy is None else DTYPES[dy.dtype], DTYPES[grad_h.dtype]
+    _run("lightningdit_norm_backward", *map(_address, tensors), B, N, D, *dtypes)
+    by_scale, by_shift, by_gate = (sums[:, :, i].sum(1) for i in range(3))  # tensors of their own: results must not share memory
+    return (
+        dx,
+        None if branch_dtype is None else dy,
+        None if y is None else by_gate.to(gate.dtype),
+        (by_scale if weight is None else by_scale * weight.float()).to(scale.dtype),
+        None if shift_dtype is None else by_shift.to(shift_dtype),
+        None if weight is None else (by_scale * (1 + scale.float())).sum(0).to(weight.dtype),
+        dy.sum((0, 1), dtype=torch.float32) if bias else None,
+    )
+
+
+def _or_constant(vector, constant, like):
+    """A (B, D) vector in fp32; a missing one as a constant, so that the kernel needs no variants."""
+    return like.new_full(like.shape, constant, dtype=torch.float32) if vector is None else vector.float().contiguous()
+
+
+def _factor(scale, weight):
+    factor = 1 + scale.float()
+    return (factor if weight is None else factor * weight.float()).contiguous()
+
+
+def _address(tensor):
+    return None if tensor is None else tensor.data_ptr()
 
 
 def swiglu_forward(packed: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,12 +1,23 @@
 """RMSNorm (or LayerNorm statistics) with adaLN modulation, and the same fused with the gated residual before it.
 
-B batch, N tokens, D width.
+B batch, N tokens, D width. The backward needs x' (or x), which the next op keeps anyway, and 4 bytes a token: rstd (with center, mean too).
 """
 
 import torch
 from torch import Tensor
 
-from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, result_dtype
+from lightningdit_kernels import native
+from lightningdit_kernels.library import (
+    accumulation_dtype,
+    check_floating,
+    check_shape,
+    define,
+    differentiable,
+    result_dtype,
+    triton_serves,
+)
+
+TRITON_MAX_WIDTH = 4608  # wider rows no longer fit the registers of the backward; they take the definition
 
 
 def rms_norm_modulate_ref(x, scale, shift=None, weight=None, eps=1e-6, center=False, out_dtype=None):
@@ -32,6 +43,203 @@ def gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift=None, weight=N
     return x, rms_norm_modulate_ref(x, scale, shift, weight, eps, center, out_dtype)
 
 
+def norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+    """(x', h, mean, rstd): the definition once more, with the statistics that the backward keeps.
+
+    Without y, x' is x; without center, mean is None.
+    """
+    acc = accumulation_dtype(x)
+    if y is not None:
+        branch = y.to(acc) if gate is None else gate.to(acc).unsqueeze(1) * y.to(acc)
+        x = (x.to(acc) + branch).to(x.dtype)
+    x_hat, mean = x.to(acc), None
+    if center:
+        mean = x_hat.mean(-1, keepdim=True)
+        x_hat = x_hat - mean
+    rstd = torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)
+    h = x_hat * rstd * _factor(scale, weight, acc)
+    if shift is not None:
+        h = h + shift.to(acc).unsqueeze(1)
+    return x, h.to(out_dtype), mean, rstd
+
+
+def norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+    """(dx, dy, dgate, dscale, dshift, dweight, dbias), where None is what was not asked for; residual is x'.
+
+    With x_hat = (x' - mean) * rstd and a = grad_h * (1 + scale) * weight,
+    dx = grad_residual + rstd * (a - [center] mean(a) - x_hat * mean(a * x_hat)), and dy = gate * dx. dgate is computed if y is given.
+    """
+    acc = accumulation_dtype(residual)
+    grad_h, x_hat = grad_h.to(acc), residual.to(acc)
+    x_hat = (x_hat if mean is None else x_hat - mean) * rstd
+    a = grad_h * _factor(scale, weight, acc)
+    dx = a - x_hat * (a * x_hat).mean(-1, keepdim=True)
+    if mean is not None:
+        dx = dx - a.mean(-1, keepdim=True)
+    dx = dx * rstd
+    if grad_residual is not None:
+        dx = dx + grad_residual.to(acc)
+    dy = dx if gate is None else gate.to(acc).unsqueeze(1) * dx
+    by_sample = (grad_h * x_hat).sum(1)
+    return (
+        dx.to(residual.dtype),
+        None if branch_dtype is None else dy.to(branch_dtype),
+        None if y is None else (dx * y.to(acc)).sum(1).to(gate.dtype),
+        (by_sample if weight is None else by_sample * weight.to(acc)).to(scale.dtype),
+        None if shift_dtype is None else grad_h.sum(1).to(shift_dtype),
+        None if weight is None else (by_sample * (1 + scale.to(acc))).sum(0).to(weight.dtype),
+        dy.sum((0, 1)) if bias else None,
+    )
+
+
+def _factor(scale, weight, acc):
+    factor = (1 + scale.to(acc)).unsqueeze(1)
+    return factor if weight is None else factor * weight.to(acc)
+
+
+# The operators. A schema has no optional result: what a variant lacks is an empty tensor.
+
+
+def _forward_cpu(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+    if not native.serves(x.dtype, x.dtype if y is None else y.dtype, out_dtype):
+        return norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+    return native.norm_forward(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+
+
+def _backward_cpu(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+    dtypes = residual.dtype, grad_h.dtype, residual.dtype if y is None else y.dtype, branch_dtype or residual.dtype
+    backward = native.norm_backward if native.serves(*dtypes) else norm_backward_ref
+    return backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+
+
+def _forward_cuda(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+    if not _triton_serves(x, out_dtype, y, gate, scale, shift, weight):
+        return norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+    from lightningdit_kernels.norm_triton import norm_fwd
+
+    residual, *rest = norm_fwd(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+    return x if y is None else residual, *rest
+
+
+def _backward_cuda(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+    if not _triton_serves(residual, grad_h.dtype, y, gate, scale, weight):
+        return norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+    from lightningdit_kernels.norm_triton import norm_bwd
+
+    return norm_bwd(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+
+
+def _triton_serves(x, out_dtype, *others):
+    return triton_serves(x.dtype, out_dtype, *(t.dtype for t in others if t is not None)) and x.shape[-1] <= TRITON_MAX_WIDTH
+
+
+def _forward_fake(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=accumulation_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), torch.empty_like(rstd) if center else None, rstd
+
+
+def _backward_fake(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+    by_sample = residual.new_empty((residual.shape[0], residual.shape[2]))
+    return (
+        residual.new_empty(residual.shape),
+        None if branch_dtype is None else residual.new_empty(residual.shape, dtype=branch_dtype),
+        None if y is None else torch.empty_like(by_sample, dtype=gate.dtype),
+        torch.empty_like(by_sample, dtype=scale.dtype),
+        None if shift_dtype is None else torch.empty_like(by_sample, dtype=shift_dtype),
+        None if weight is None else weight.new_empty(weight.shape),
+        residual.new_empty(residual.shape[2:], dtype=accumulation_dtype(residual)) if bias else None,
+    )
+
+
+def _operators(forward, backward):
+    """The four operator functions around one way of computing: without and with the branch, forward and backward."""
+
+    def full(results, x):
+        return tuple(x.new_empty(0) if result is None else result for result in results)
+
+    def norm(x, scale, shift, weight, eps, center, out_dtype):
+        _, *rest = forward(x, None, None, scale, shift, weight, eps, center, out_dtype)
+        return full(rest, x)
+
+    def norm_backward(grad_h, x, scale, weight, mean, rstd, center, shift_dtype):
+        mean = mean if center else None
+        dx, _, _, *rest, _ = backward(None, grad_h, x, None, None, scale, weight, mean, rstd, None, shift_dtype, False)
+        return full((dx, *rest), x)
+
+    def gated(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+        return full(forward(x, y, gate, scale, shift, weight, eps, center, out_dtype), x)
+
+    def gated_backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, center, branch_dtype, shift_dtype, bias):
+        mean = mean if center else None
+        gradients = backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+        return full(gradients, residual)
+
+    return norm, norm_backward, gated, gated_backward
+
+
+_SCHEMAS = (
+    "rms_norm_modulate(Tensor x, Tensor scale, Tensor? shift, Tensor? weight, float eps, bool center, ScalarType out_dtype)"
+    " -> (Tensor h, Tensor mean, Tensor rstd)",
+    "rms_norm_modulate_backward(Tensor grad_h, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, bool center,"
+    " ScalarType? shift_dtype) -> (Tensor dx, Tensor dscale, Tensor dshift, Tensor dweight)",
+    "gated_residual_rms_norm_modulate(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor? shift, Tensor? weight, float eps,"
+    " bool center, ScalarType out_dtype) -> (Tensor residual, Tensor h, Tensor mean, Tensor rstd)",
+    "gated_residual_rms_norm_modulate_backward(Tensor? grad_residual, Tensor grad_h, Tensor residual, Tensor? y, Tensor? gate,"
+    " Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, bool center, ScalarType? branch_dtype, ScalarType? shift_dtype, bool bias)"
+    " -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift, Tensor dweight, Tensor dbias)",
+)
+for _schema, *_implementations in zip(
+    _SCHEMAS,
+    _operators(norm_forward_ref, norm_backward_ref),
+    _operators(_forward_fake, _backward_fake),
+    _operators(_forward_cpu, _backward_cpu),
+    _operators(_forward_cuda, _backward_cuda),
+    strict=True,
+):
+    define(_schema, *_implementations)
+
+
+def _setup_norm(ctx, inputs, output):
+    x, scale, shift, weight, _, ctx.center, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.shift_dtype = None if shift is None else shift.dtype
+    ctx.save_for_backward(x, scale, weight, mean, rstd)
+
+
+def _norm_backward(ctx, grad_h, *_):
+    dx, dscale, dshift, dweight = torch.ops.lightningdit.rms_norm_modulate_backward(grad_h, *ctx.saved_tensors, ctx.center, ctx.shift_dtype)
+    return _wanted(ctx, dx, dscale, dshift, dweight, None, None, None)
+
+
+def _setup_gated(ctx, inputs, output):
+    _, y, gate, scale, shift, weight, _, ctx.center, _ = inputs
+    residual, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # the final layer does not use x': its gradient is then not read
+    ctx.branch_dtype = y.dtype if ctx.needs_input_grad[1] else None
+    ctx.shift_dtype = None if shift is None else shift.dtype
+    ctx.out_dtype = output[1].dtype
+    ctx.save_for_backward(residual, y if gate is not None and ctx.needs_input_grad[2] else None, gate, scale, weight, mean, rstd)
+
+
+def _gated_backward(ctx, grad_residual, grad_h, *_):
+    if grad_h is None:
+        grad_h = torch.zeros_like(ctx.saved_tensors[0], dtype=ctx.out_dtype)
+    dx, dy, dgate, dscale, dshift, dweight, _ = torch.ops.lightningdit.gated_residual_rms_norm_modulate_backward(
+        grad_residual, grad_h, *ctx.saved_tensors, ctx.center, ctx.branch_dtype, ctx.shift_dtype, False
+    )
+    return _wanted(ctx, dx, dy, dgate, dscale, dshift, dweight, None, None, None)
+
+
+def _wanted(ctx, *gradients):
+    return tuple(gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+differentiable("rms_norm_modulate", _setup_norm, _norm_backward)
+differentiable("gated_residual_rms_norm_modulate", _setup_gated, _gated_backward)
+
+
 def rms_norm_modulate(
     x: Tensor,
     scale: Tensor,
@@ -54,7 +262,10 @@ def rms_norm_modulate(
     Source: RMSNorm, arXiv:1910.07467; LayerNorm, arXiv:1607.06450; modulation (adaLN), DiT, arXiv:2212.09748.
     """
     _check("rms_norm_modulate", x, scale, shift, weight)
-    return rms_norm_modulate_ref(x, scale, shift, weight, eps, center, out_dtype)
+    out_dtype = result_dtype(x) if out_dtype is None else out_dtype
+    if _compiler_fuses(x, None, out_dtype):
+        return rms_norm_modulate_ref(x, scale, shift, weight, eps, center, out_dtype)
+    return torch.ops.lightningdit.rms_norm_modulate(x, scale, shift, weight, eps, center, out_dtype)[0]
 
 
 def gated_residual_rms_norm_modulate(
@@ -84,7 +295,20 @@ def gated_residual_rms_norm_modulate(
     check_floating(op, x=x, y=y, gate=gate)
     check_shape(op, tuple(x.shape), "the shape of x", y=y)
     check_shape(op, (x.shape[0], x.shape[2]), "(B, D) of x", gate=gate)
-    return gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+    out_dtype = result_dtype(x) if out_dtype is None else out_dtype
+    if _compiler_fuses(x, y, out_dtype):
+        return gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+    return torch.ops.lightningdit.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, eps, center, out_dtype)[:2]
+
+
+def _compiler_fuses(x, y, out_dtype):
+    """Whether torch.compile is tracing and no kernel would serve: it then gets the definition, since it cannot look into an operator."""
+    if not torch.compiler.is_compiling():
+        return False
+    dtypes = (x.dtype, out_dtype) if y is None else (x.dtype, y.dtype, out_dtype)
+    if x.device.type == "cpu":
+        return not native.serves(*dtypes)
+    return not (x.device.type == "cuda" and triton_serves(*dtypes) and x.shape[-1] <= TRITON_MAX_WIDTH)
 
 
 def _check(op, x, scale, shift, weight):

@@ -5,7 +5,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from lightningdit_kernels import native
-from lightningdit_kernels.library import accumulation_dtype, check_floating, define, differentiable, result_dtype
+from lightningdit_kernels.library import accumulation_dtype, check_floating, define, differentiable, result_dtype, triton_serves
 
 
 def swiglu_ref(packed: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -14,12 +14,20 @@ def swiglu_ref(packed: Tensor, out_dtype: torch.dtype) -> Tensor:
     return (nnf.silu(gate) * up).to(out_dtype)
 
 
-def swiglu_backward_ref(grad: Tensor, packed: Tensor) -> Tensor:
-    """The gradient to packed: d silu(a)/da = s * (1 + a * (1 - s)), s = sigmoid(a)."""
+def swiglu_backward_ref(grad: Tensor, packed: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
+    """The gradient to packed, d silu(a)/da = s * (1 + a * (1 - s)) with s = sigmoid(a), and its sum over rows (empty without bias).
+
+    That sum is the gradient to the bias of the linear layer that made packed: it is free beside the gradient, a pass of its own later.
+    """
     acc = accumulation_dtype(packed)
     gate, up = packed.to(acc).chunk(2, dim=-1)
     grad, sigmoid = grad.to(acc), gate.sigmoid()
-    return torch.cat((grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid), dim=-1).to(packed.dtype)
+    grad_packed = torch.cat((grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid), dim=-1)
+    return grad_packed.to(packed.dtype), _row_sum(grad_packed) if bias else packed.new_empty(0)
+
+
+def _row_sum(grad_packed):
+    return grad_packed.to(accumulation_dtype(grad_packed)).reshape(-1, grad_packed.shape[-1]).sum(0)
 
 
 def _swiglu_cpu(packed, out_dtype):
@@ -30,20 +38,39 @@ def _swiglu_cpu(packed, out_dtype):
     return out
 
 
-def _swiglu_backward_cpu(grad, packed):
+def _swiglu_backward_cpu(grad, packed, bias):
     if not native.serves(grad.dtype, packed.dtype):
-        return swiglu_backward_ref(grad, packed)
-    grad_packed = _swiglu_backward_fake(grad, packed)
+        return swiglu_backward_ref(grad, packed, bias)
+    grad_packed = packed.new_empty(packed.shape)
     native.swiglu_backward(grad.contiguous(), packed.contiguous(), grad_packed)
-    return grad_packed
+    return grad_packed, _row_sum(grad_packed) if bias else packed.new_empty(0)
+
+
+def _swiglu_cuda(packed, out_dtype):
+    if not triton_serves(packed.dtype, out_dtype):
+        return swiglu_ref(packed, out_dtype)
+    from lightningdit_kernels.swiglu_triton import swiglu_fwd
+
+    return swiglu_fwd(packed, out_dtype)
+
+
+def _swiglu_backward_cuda(grad, packed, bias):
+    if not triton_serves(grad.dtype, packed.dtype):
+        return swiglu_backward_ref(grad, packed, bias)
+    from lightningdit_kernels.swiglu_triton import swiglu_bwd
+
+    grad_packed, grad_bias = swiglu_bwd(grad, packed, bias)
+    return grad_packed, packed.new_empty(0) if grad_bias is None else grad_bias
 
 
 def _swiglu_fake(packed, out_dtype):
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2), dtype=out_dtype)
 
 
-def _swiglu_backward_fake(grad, packed):
-    return packed.new_empty(packed.shape)
+def _swiglu_backward_fake(grad, packed, bias):
+    if not bias:
+        return packed.new_empty(packed.shape), packed.new_empty(0)
+    return packed.new_empty(packed.shape), packed.new_empty(packed.shape[-1], dtype=accumulation_dtype(packed))
 
 
 def _setup_context(ctx, inputs, output):
@@ -51,11 +78,17 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return torch.ops.lightningdit.swiglu_backward(grad, *ctx.saved_tensors), None
+    return torch.ops.lightningdit.swiglu_backward(grad, *ctx.saved_tensors, False)[0], None
 
 
-define("swiglu(Tensor packed, ScalarType out_dtype) -> Tensor", swiglu_ref, _swiglu_fake, _swiglu_cpu)
-define("swiglu_backward(Tensor grad, Tensor packed) -> Tensor", swiglu_backward_ref, _swiglu_backward_fake, _swiglu_backward_cpu)
+define("swiglu(Tensor packed, ScalarType out_dtype) -> Tensor", swiglu_ref, _swiglu_fake, _swiglu_cpu, _swiglu_cuda)
+define(
+    "swiglu_backward(Tensor grad, Tensor packed, bool bias) -> (Tensor grad_packed, Tensor grad_bias)",
+    swiglu_backward_ref,
+    _swiglu_backward_fake,
+    _swiglu_backward_cpu,
+    _swiglu_backward_cuda,
+)
 differentiable("swiglu", _setup_context, _backward)
 
 
@@ -72,6 +105,7 @@ def swiglu(packed: Tensor) -> Tensor:
     if packed.dim() == 0 or packed.shape[-1] % 2:
         raise ValueError(f"swiglu: packed has shape {tuple(packed.shape)}, expected an even last dimension (gate and up)")
     out_dtype = result_dtype(packed)
-    if torch.compiler.is_compiling() and not (packed.device.type == "cpu" and native.serves(packed.dtype, out_dtype)):
+    serves = {"cpu": native.serves, "cuda": triton_serves}.get(packed.device.type)
+    if torch.compiler.is_compiling() and not (serves and serves(packed.dtype, out_dtype)):
         return swiglu_ref(packed, out_dtype)  # no kernel: the compiler fuses the definition, but cannot look into an operator
     return torch.ops.lightningdit.swiglu(packed, out_dtype)

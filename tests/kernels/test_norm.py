@@ -1,14 +1,47 @@
 """rms_norm_modulate and gated_residual_rms_norm_modulate against torch's own norms in fp64."""
 
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as nnf
+import torch.utils.checkpoint as checkpointing
 
-from lightningdit_kernels import gated_residual_rms_norm_modulate, rms_norm_modulate
+from lightningdit_kernels import gated_residual_rms_norm_modulate, native, rms_norm_modulate
+from lightningdit_kernels.norm import norm_backward_ref, norm_forward_ref
 from lightningdit_kernels.testing import assert_matches_truth, random_tensor
 
+OPERATORS = torch.ops.lightningdit
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 16, 192), (3, 63, 100), (1, 1, 3), (2, 0, 8), (0, 4, 8)]
+
+
+@pytest.fixture(params=["baseline", "AVX2", "AVX-512", "reference"])
+def backend(request, monkeypatch):
+    """Every way in which this machine can compute the op."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", False)
+        yield
+        return
+    if not native.available:
+        pytest.skip(native.about)
+    wanted = {name: level for level, name in native.LEVELS.items()}[request.param]
+    highest = native.library.lightningdit_level()
+    if native.library.lightningdit_set_level(wanted) != wanted:
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    native.library.lightningdit_set_level(highest)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "reference"])
+def kernels_or_reference(request, monkeypatch):
+    if request.param and not native.available:
+        pytest.skip(native.about)
+    monkeypatch.setattr(native, "available", request.param)
 
 
 def eager_norm(x, scale, shift=None, weight=None, eps=1e-6, center=False):
@@ -35,19 +68,19 @@ def norm_inputs(shape, dtype, shift=True, weight=True):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
-def test_norm_matches_truth(shape, dtype, center):
+def test_norm_matches_truth(shape, dtype, center, backend):
     assert_matches_truth(rms_norm_modulate, eager_norm, norm_inputs(shape, dtype) | dict(center=center, eps=1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
-def test_gated_residual_matches_truth(shape, dtype, center):
+def test_gated_residual_matches_truth(shape, dtype, center, backend):
     more = dict(y=random_tensor(*shape, dtype=dtype, seed=5), gate=random_tensor(shape[0], shape[2], dtype=dtype, seed=6), center=center)
     assert_matches_truth(gated_residual_rms_norm_modulate, eager_residual, norm_inputs(shape, dtype) | more)
 
 
-def test_width_one():
+def test_width_one(backend):
     """Only the RMS: of a single centred number nothing is left, and its gradient is rounding noise times 1/sqrt(eps)."""
     inputs = norm_inputs((1, 1, 1), torch.float32)
     assert_matches_truth(rms_norm_modulate, eager_norm, inputs)
@@ -57,14 +90,14 @@ def test_width_one():
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
-def test_optional_arguments(shift, weight, gate):
+def test_optional_arguments(shift, weight, gate, backend):
     inputs = norm_inputs((2, 7, 36), torch.float32, shift, weight)
     assert_matches_truth(rms_norm_modulate, eager_norm, inputs)
     inputs |= dict(y=random_tensor(2, 7, 36, seed=5), gate=random_tensor(2, 36, seed=6) if gate else None)
     assert_matches_truth(gated_residual_rms_norm_modulate, eager_residual, inputs)
 
 
-def test_non_contiguous_and_broadcast():
+def test_non_contiguous_and_broadcast(backend):
     inputs = norm_inputs((2, 6, 10), torch.float32)
     inputs["x"] = random_tensor(6, 2, 10).transpose(0, 1)
     inputs["scale"], inputs["shift"] = random_tensor(2, 20).chunk(2, dim=1)
@@ -73,7 +106,7 @@ def test_non_contiguous_and_broadcast():
     assert_matches_truth(gated_residual_rms_norm_modulate, eager_residual, inputs)
 
 
-def test_fp32_residual_with_bf16_branch():
+def test_fp32_residual_with_bf16_branch(backend):
     inputs = norm_inputs((2, 16, 48), torch.float32) | dict(y=random_tensor(2, 16, 48, dtype=torch.bfloat16, seed=5))
     inputs |= dict(gate=random_tensor(2, 48, dtype=torch.bfloat16, seed=6))
 
@@ -123,3 +156,167 @@ def test_bad_input(change, message):
             rms_norm_modulate(**inputs | change)
     with pytest.raises(ValueError, match=message):
         gated_residual_rms_norm_modulate(**dict(y=torch.zeros(2, 4, 8), gate=None) | inputs | change)
+
+
+def gated_arguments(dtype=torch.float32, shape=(2, 5, 12), center=False, out_dtype=torch.float32):
+    """Positional arguments of the operator, all tensors given."""
+    inputs = norm_inputs(shape, dtype)
+    y, gate = random_tensor(*shape, dtype=dtype, seed=5), random_tensor(shape[0], shape[2], dtype=dtype, seed=6)
+    tensors = (inputs["x"], y, gate, inputs["scale"], inputs["shift"], inputs["weight"])
+    return *(t.requires_grad_() for t in tensors), 1e-6, center, out_dtype
+
+
+@pytest.mark.parametrize("dtype, center", [(torch.float32, False), (torch.bfloat16, True), (torch.float64, True)], ids=str)
+def test_opcheck(dtype, center, kernels_or_reference):
+    x, y, gate, scale, shift, weight, *rest = gated_arguments(dtype, center=center, out_dtype=dtype)
+    torch.library.opcheck(OPERATORS.rms_norm_modulate, (x, scale, shift, weight, *rest))
+    torch.library.opcheck(OPERATORS.rms_norm_modulate, (x, scale, None, None, 1e-6, center, torch.bfloat16))
+    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, gate, scale, shift, weight, *rest))
+    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, None, scale, None, None, *rest))
+    x, y, gate, scale, shift, weight = (t.detach() for t in (x, y, gate, scale, shift, weight))
+    _, h, mean, rstd = OPERATORS.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, *rest)
+    torch.library.opcheck(OPERATORS.rms_norm_modulate_backward, (h, x, scale, weight, mean, rstd, center, dtype))
+    statistics = mean, rstd, center
+    backward = OPERATORS.gated_residual_rms_norm_modulate_backward
+    torch.library.opcheck(backward, (x, h, x, y, gate, scale, weight, *statistics, dtype, dtype, True))
+    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, *statistics, None, None, False))
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
+def test_backward_reference_is_the_gradient_of_the_reference(center):
+    x, y, gate, scale, shift, weight, *_ = leaves = gated_arguments(torch.float64)
+    residual, h, mean, rstd = norm_forward_ref(*leaves[:6], 1e-6, center, torch.float64)
+    grads = torch.randn_like(residual), torch.randn_like(h)
+    expected = torch.autograd.grad((residual, h), leaves[:6], grads)
+    saved = (None if t is None else t.detach() for t in (residual, y, gate, scale, weight, mean, rstd))
+    *got, dbias = norm_backward_ref(*grads, *saved, torch.float64, torch.float64, True)
+    for want, have in zip(expected, (got[0], got[1], got[2], got[3], got[4], got[5]), strict=True):
+        torch.testing.assert_close(have, want)
+    torch.testing.assert_close(dbias, expected[1].sum((0, 1)))
+
+
+def test_sums_the_gradient_for_the_bias(kernels_or_reference):
+    x, y, gate, scale, _, weight, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in gated_arguments(shape=(2, 40, 12)))
+    _, h, mean, rstd = OPERATORS.gated_residual_rms_norm_modulate(x, y, gate, scale, None, weight, 1e-6, False, torch.float32)
+    arguments = (x, h, x, y, gate, scale, weight, mean, rstd, False, torch.float32, None)
+    _, dy, *_, dbias = OPERATORS.gated_residual_rms_norm_modulate_backward(*arguments, True)
+    torch.testing.assert_close(dbias, dy.sum((0, 1)))
+    assert OPERATORS.gated_residual_rms_norm_modulate_backward(*arguments, False)[-1].numel() == 0
+
+
+@pytest.mark.skipif(not native.available, reason=native.about)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_the_result(dtype):
+    inputs = gated_arguments(dtype, (3, 70, 1152))[:6]
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outputs = gated_residual_rms_norm_modulate(*inputs)
+        results.append((*outputs, *torch.autograd.grad(outputs, inputs, outputs)))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_an_output_that_is_not_used_has_no_gradient(unused, kernels_or_reference):
+    inputs, expected_inputs = gated_arguments()[:6], gated_arguments()[:6]
+    used = 1 - unused
+    output = gated_residual_rms_norm_modulate(*inputs)[used]
+    eager = eager_residual(*expected_inputs[:4], shift=expected_inputs[4], weight=expected_inputs[5])[used]
+    got = torch.autograd.grad(output.square().sum(), inputs, materialize_grads=True)
+    expected = torch.autograd.grad(eager.square().sum(), expected_inputs, materialize_grads=True)
+    for have, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivative_is_refused():
+    inputs = gated_arguments()[:6]
+    (first,) = torch.autograd.grad(gated_residual_rms_norm_modulate(*inputs)[1].sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="gated_residual_rms_norm_modulate is differentiable once"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_compile_sees_the_operator_or_the_definition(available, monkeypatch):
+    if available and not native.available:
+        pytest.skip(native.about)
+    monkeypatch.setattr(native, "available", available)
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(gated_residual_rms_norm_modulate, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    compiled(*gated_arguments()[:6])
+    assert ("lightningdit.gated_residual_rms_norm_modulate" in str(graphs[0].graph)) == available
+
+
+class Block(torch.nn.Module):
+    """A linear branch into the gated residual, the norm, another linear layer: the op where the model has it."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after, self.adaln = (torch.nn.Linear(width, n * width) for n in (1, 1, 3))
+        self.weight = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x, c):
+        gate, scale, shift = self.adaln(c).chunk(3, dim=-1)
+        x, h = gated_residual_rms_norm_modulate(x, self.before(x), gate, scale, shift, self.weight)
+        return x + self.after(h)
+
+
+def block_gradients(run):
+    block, x, c = Block(), random_tensor(2, 6, 16, seed=1).requires_grad_(), random_tensor(2, 16, seed=2)
+    run(block)(x, c).square().sum().backward()
+    return [x.grad, *(p.grad for p in block.parameters())]
+
+
+def checkpointed(block, context_fn=checkpointing.noop_context_fn):
+    return lambda *inputs: checkpointing.checkpoint(block, *inputs, use_reentrant=False, context_fn=context_fn)
+
+
+@pytest.mark.parametrize("kind", ["full", "selective", "compile", "compile and selective"])
+def test_checkpointing_and_compile_give_the_same_gradients(kind):
+    """selective: the op's results are saved by policy and everything else is recomputed."""
+    saved = [OPERATORS.gated_residual_rms_norm_modulate.default]
+    selective = functools.partial(checkpointing.create_selective_checkpoint_contexts, saved)
+    torch._dynamo.reset()
+    compile_ = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    run = {
+        "full": checkpointed,
+        "selective": lambda block: checkpointed(block, selective),
+        "compile": compile_,
+        "compile and selective": lambda block: compile_(checkpointed(block, selective)),
+    }[kind]
+    for have, want in zip(block_gradients(run), block_gradients(lambda block: block), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+
+
+FSDP = """
+import os, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, sys.argv[3])
+from test_norm import Block, random_tensor
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+x, c = random_tensor(4, 6, 16, seed=1), random_tensor(4, 16, seed=2)
+whole, block = Block(), Block()
+(whole(x, c).square().sum() / 2).backward()  # FSDP averages over the ranks
+fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+block(x[2 * rank : 2 * rank + 2], c[2 * rank : 2 * rank + 2]).square().sum().backward()
+for (name, want), have in zip(whole.named_parameters(), block.parameters(), strict=True):
+    torch.testing.assert_close(have.grad.full_tensor(), want.grad, rtol=1e-4, atol=1e-4, msg=name)
+print("same gradients", flush=True)
+dist.barrier()
+os._exit(0)  # not through the destructors: gloo's threads sometimes abort there ("terminate called without an active exception")
+"""
+
+
+def test_fsdp2_over_two_processes_gives_the_gradients_of_one(tmp_path):
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(native.__file__).parents[1]))
+    command = [sys.executable, "-c", FSDP]
+    arguments = [str(tmp_path / "store"), str(Path(__file__).parent)]
+    run = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    ranks = [run([*command, str(rank), *arguments]) for rank in range(2)]
+    for rank in ranks:
+        out, _ = rank.communicate(timeout=120)
+        assert rank.returncode == 0 and "same gradients" in out, out

@@ -7,8 +7,9 @@ import torch.utils.checkpoint
 
 from lightningdit_kernels import native, swiglu
 from lightningdit_kernels.swiglu import swiglu_backward_ref, swiglu_ref
-from lightningdit_kernels.testing import assert_matches_truth, random_tensor
+from lightningdit_kernels.testing import assert_matches_truth, poisoned_memory, random_tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_native = pytest.mark.skipif(not native.available, reason=native.about)
 
 
@@ -102,7 +103,7 @@ def test_threads_do_not_change_the_result(dtype):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append((swiglu(packed), torch.ops.lightningdit.swiglu_backward(grad, packed)))
+        results.append((swiglu(packed), torch.ops.lightningdit.swiglu_backward(grad, packed, False)[0]))
     torch.set_num_threads(before)
     for out, grad_packed in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(grad_packed, results[0][1])
@@ -113,14 +114,17 @@ def test_opcheck(dtype, backend):
     packed = random_tensor(3, 4, 10, dtype=dtype)
     torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.requires_grad_(), dtype))
     torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.detach(), torch.bfloat16))
-    torch.library.opcheck(torch.ops.lightningdit.swiglu_backward, (random_tensor(3, 4, 5, dtype=dtype), packed.detach()))
+    for bias in (False, True):
+        torch.library.opcheck(torch.ops.lightningdit.swiglu_backward, (random_tensor(3, 4, 5, dtype=dtype), packed.detach(), bias))
 
 
 def test_backward_reference_is_the_gradient_of_the_reference():
     packed = random_tensor(4, 12, dtype=torch.float64).requires_grad_()
     grad = random_tensor(4, 6, dtype=torch.float64, seed=1)
     (expected,) = torch.autograd.grad(swiglu_ref(packed, torch.float64), packed, grad)
-    torch.testing.assert_close(swiglu_backward_ref(grad, packed.detach()), expected)
+    grad_packed, grad_bias = swiglu_backward_ref(grad, packed.detach(), bias=True)
+    torch.testing.assert_close(grad_packed, expected)
+    torch.testing.assert_close(grad_bias, expected.sum(0))
 
 
 def test_checkpointing_recomputes_the_same():
@@ -164,3 +168,42 @@ def test_gradcheck():
 def test_bad_input(packed, message):
     with pytest.raises(ValueError, match=message):
         swiglu(packed)
+
+
+class TritonSwiglu(torch.autograd.Function):
+    """The Triton launchers: on CUDA, or on the CPU in triton's interpreter."""
+
+    @staticmethod
+    def forward(ctx, packed):
+        from lightningdit_kernels.swiglu_triton import swiglu_fwd
+
+        ctx.save_for_backward(packed)
+        return swiglu_fwd(packed, packed.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        from lightningdit_kernels.swiglu_triton import swiglu_bwd
+
+        return swiglu_bwd(grad, *ctx.saved_tensors)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 74), (3, 14), (2,), (0, 4), (3, 0), (1, 2060)], ids=str)
+def test_triton_matches_truth(shape, dtype):
+    pytest.importorskip("triton", reason="triton is not installed")
+    packed = 3 * random_tensor(*shape, dtype=dtype, device=DEVICE)
+    assert_matches_truth(lambda packed: TritonSwiglu.apply(packed), eager, dict(packed=packed))
+
+
+@pytest.mark.parametrize("rows", [1, 50, 0])
+def test_triton_sums_the_gradient_for_the_bias(rows):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from lightningdit_kernels.swiglu_triton import swiglu_bwd
+
+    packed, grad = random_tensor(rows, 22, dtype=torch.bfloat16), random_tensor(rows, 11, dtype=torch.bfloat16, seed=1)
+    true = swiglu_backward_ref(grad.double(), packed.double(), bias=True)[1]
+    with poisoned_memory():
+        _, bias = swiglu_bwd(grad.to(DEVICE), packed.to(DEVICE), bias=True)
+    assert torch.equal(bias, swiglu_bwd(grad.to(DEVICE), packed.to(DEVICE), bias=True)[1])
+    assert bias.dtype == torch.float32 and bias.shape == (22,)
+    torch.testing.assert_close(bias.cpu().double(), true, rtol=0, atol=1e-5)

@@ -1,0 +1,375 @@
+"""The norm ops on CUDA: one pass over memory forward, one pass and a small reduction backward.
+
+B samples, N tokens a sample, D width. A program owns some rows (tokens) of one sample, so that gate, scale, shift and weight are
+loaded once, and holds whole rows in registers. D is cut into power-of-two pieces, 1152 = 1024 + 128: one block of 2048 would leave 44 %
+of the lanes idle. The backward also sums over tokens; each program writes the partial sums of its rows, and a second kernel adds
+them in fixed order. No atomics: equal inputs give equal bits.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightningdit_kernels.tuning import Config, pick
+
+# Shape class: the largest power of two in D, at 256 columns a warp: a lane then holds one 16-byte vector of bf16 in a row, and keeps
+# the sums over tokens of its own columns. One row at a time: at D = 1152 with an fp32 residual the backward takes 116 registers on sm_90
+# (128 with the bias gradient), so that four programs share a multiprocessor with 55 KB of loads under way; two rows at a time take 218.
+_WARPS = {16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16}
+CONFIGS = {
+    (80, str(width)): [Config(dict(ROWS=1), warps), Config(dict(ROWS=1), min(2 * warps, 32)), Config(dict(ROWS=2), warps)]
+    for width, warps in _WARPS.items()
+}
+_SUM_COLUMNS = 128  # of one program of _norm_sums_kernel
+
+
+def pieces(width: int) -> tuple[int, ...]:
+    """Powers of two that cover width with little waste: the largest one in it, and the smallest one that holds the rest."""
+    main = max(16, 1 << (width.bit_length() - 1))
+    return (main,) if width <= main else (main, max(16, triton.next_power_of_2(width - main)))
+
+
+@triton.jit
+def _columns(PIECES: tl.constexpr):
+    """One [1, piece] tensor of column numbers for every piece."""
+    columns = ()
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(PIECES)):
+        columns = columns + ((start + tl.arange(0, PIECES[i]))[None, :],)
+        start += PIECES[i]
+    return columns
+
+
+@triton.jit
+def _load(pointer, rows, valid, columns, D: tl.constexpr):
+    """Rows [ROWS, 1] of a (rows, D) tensor as tiles, one for every piece, in the tensor's dtype."""
+    tiles = ()
+    for i in tl.static_range(len(columns)):
+        tiles = tiles + (tl.load(pointer + rows * D + columns[i], mask=valid & (columns[i] < D), other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _load_modulation(pointer, columns, offset: tl.constexpr, default: tl.constexpr, D: tl.constexpr):
+    """offset + a (D,) vector in fp32, one [1, piece] tile for every piece; without a pointer, the constant `default`."""
+    tiles = ()
+    for i in tl.static_range(len(columns)):
+        if pointer is None:
+            tiles = tiles + (tl.full([1, 1], default, tl.float32),)
+        else:
+            tiles = tiles + (offset + tl.load(pointer + columns[i], mask=columns[i] < D, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _row_sum(tiles, LANES: tl.constexpr):
+    """Sums over all columns, [ROWS, 1]. Every piece is first folded to LANES columns inside its threads, so that threads exchange once."""
+    folded = tl.sum(tl.reshape(tiles[0], [tiles[0].shape[0], LANES, tiles[0].shape[1] // LANES]), 2)
+    for i in tl.static_range(1, len(tiles)):
+        folded += tl.sum(tl.reshape(tiles[i], [tiles[0].shape[0], LANES, tiles[i].shape[1] // LANES]), 2)
+    return tl.sum(folded, 1, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=["N", "chunks", "chunk_rows"])
+def _norm_fwd_kernel(
+    x, y, gate, scale, shift, weight, residual, h, mean, rstd, N, chunks, chunk_rows, gate_stride, scale_stride, shift_stride,
+    EPS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Writes x' = x + gate * y (with y), rstd (and mean, to centre) and h. What may be None: y with residual, gate, shift, weight, mean."""
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    first = tl.program_id(0) % chunks * chunk_rows
+    columns = _columns(PIECES)
+    scales = _load_modulation(scale + sample * scale_stride, columns, 1.0, 1.0, D)
+    weights = _load_modulation(weight, columns, 0.0, 1.0, D)
+    shifts = _load_modulation(None if shift is None else shift + sample * shift_stride, columns, 0.0, 0.0, D)
+    gates = _load_modulation(None if gate is None else gate + sample * gate_stride, columns, 0.0, 1.0, D)
+    LANES: tl.constexpr = min(THREADS, PIECES[len(PIECES) - 1])
+    base = sample * N * D
+    end = min(first + chunk_rows, N)
+    for start in range(first, end, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        valid = rows < end
+        tiles = _load(x + base, rows, valid, columns, D)
+        if y is not None:
+            branches = _load(y + base, rows, valid, columns, D)
+        xs, squares = (), ()
+        for i in tl.static_range(len(PIECES)):
+            tile = tiles[i].to(tl.float32)
+            if y is not None:  # the norm sees x' as it is stored, since that is what the backward recomputes from
+                stored = (tile + gates[i] * branches[i].to(tl.float32)).to(residual.dtype.element_ty)
+                tl.store(residual + base + rows * D + columns[i], stored, mask=valid & (columns[i] < D))
+                tile = stored.to(tl.float32)
+            xs, squares = xs + (tile,), squares + (tile * tile,)
+        if mean is not None:
+            average = _row_sum(xs, LANES) * (1.0 / D)
+            tl.store(mean + sample * N + rows, average, mask=valid)
+            centred, squares = (), ()
+            for i in tl.static_range(len(PIECES)):
+                tile = tl.where(columns[i] < D, xs[i] - average, 0.0)
+                centred, squares = centred + (tile,), squares + (tile * tile,)
+            xs = centred
+        r = tl.rsqrt(_row_sum(squares, LANES) * (1.0 / D) + EPS)
+        tl.store(rstd + sample * N + rows, r, mask=valid)
+        for i in tl.static_range(len(PIECES)):
+            out = xs[i] * r * (scales[i] * weights[i]) + shifts[i]
+            tl.store(h + base + rows * D + columns[i], out.to(h.dtype.element_ty), mask=valid & (columns[i] < D))
+
+
+@triton.jit
+def _zeros(PIECES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr):
+    """Accumulators of a sum over rows. A piece whose columns occupy every thread is summed over rows as it comes (all rows of a column
+    are in one thread); of a narrower one the rows are spread over warps, and stay apart until the end."""
+    totals = ()
+    for i in tl.static_range(len(PIECES)):
+        totals = totals + (tl.full([1 if PIECES[i] >= 8 * THREADS else ROWS, PIECES[i]], 0.0, tl.float32),)
+    return totals
+
+
+@triton.jit
+def _add_rows(total, tile):
+    return total + (tl.sum(tile, 0, keep_dims=True) if total.shape[0] == 1 else tile)
+
+
+@triton.jit
+def _store_sums(partial, totals, columns, D: tl.constexpr):
+    for i in tl.static_range(len(columns)):
+        tl.store(partial + columns[i], tl.sum(totals[i], 0, keep_dims=True), mask=columns[i] < D)
+
+
+@triton.jit(do_not_specialize=["N", "chunks", "chunk_rows"])
+def _norm_bwd_kernel(
+    grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, sum_scale, sum_shift, sum_gate, sum_bias,
+    N, chunks, chunk_rows, gate_stride, scale_stride, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Writes dx, dy and the sums over this program's rows of dh * x_hat, dh, dx * y and dx. What is None is neither read nor written.
+
+    x_hat = (x' - mean) * rstd, a = dh * (1 + scale) * weight,
+    dx = grad_residual + rstd * (a - mean(a) - x_hat * mean(a * x_hat)), dy = gate * dx.
+    """
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    first = tl.program_id(0) % chunks * chunk_rows
+    columns = _columns(PIECES)
+    factors = _load_modulation(scale + sample * scale_stride, columns, 1.0, 1.0, D)
+    weights = _load_modulation(weight, columns, 0.0, 1.0, D)
+    gates = _load_modulation(None if gate is None else gate + sample * gate_stride, columns, 0.0, 1.0, D)
+    scale_totals, shift_totals = _zeros(PIECES, ROWS, THREADS), _zeros(PIECES, ROWS, THREADS)
+    gate_totals, bias_totals = _zeros(PIECES, ROWS, THREADS), _zeros(PIECES, ROWS, THREADS)
+    LANES: tl.constexpr = min(THREADS, PIECES[len(PIECES) - 1])
+    base = sample * N * D
+    end = min(first + chunk_rows, N)
+    for start in range(first, end, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        valid = rows < end
+        r = tl.load(rstd + sample * N + rows, mask=valid, other=0.0)
+        if mean is not None:
+            average = tl.load(mean + sample * N + rows, mask=valid, other=0.0)
+        # Everything is loaded before the reductions, whose barriers no load can pass.
+        xs, grads = _load(residual + base, rows, valid, columns, D), _load(grad_h + base, rows, valid, columns, D)
+        if grad_residual is not None:
+            incoming = _load(grad_residual + base, rows, valid, columns, D)
+        if sum_gate is not None:
+            branches = _load(y + base, rows, valid, columns, D)
+        x_hats, a_s, products = (), (), ()
+        new_scale, new_shift = (), ()
+        for i in tl.static_range(len(PIECES)):
+            x_hat = xs[i].to(tl.float32)
+            if mean is not None:
+                x_hat = tl.where(columns[i] < D, x_hat - average, 0.0)
+            x_hat *= r
+            grad = grads[i].to(tl.float32)
+            a = grad * (factors[i] * weights[i])
+            new_scale = new_scale + (_add_rows(scale_totals[i], grad * x_hat),)
+            new_shift = new_shift + (_add_rows(shift_totals[i], grad) if sum_shift is not None else shift_totals[i],)
+            x_hats, a_s, products = x_hats + (x_hat,), a_s + (a,), products + (a * x_hat,)
+        scale_totals, shift_totals = new_scale, new_shift
+        a_dot = _row_sum(products, LANES) * (1.0 / D)
+        if mean is not None:
+            a_mean = _row_sum(a_s, LANES) * (1.0 / D)
+        new_gate, new_bias = (), ()
+        for i in tl.static_range(len(PIECES)):
+            d = a_s[i] - x_hats[i] * a_dot
+            if mean is not None:
+                d -= a_mean
+            d *= r
+            if grad_residual is not None:
+                d += incoming[i].to(tl.float32)
+            mask = valid & (columns[i] < D)
+            tl.store(dx + base + rows * D + columns[i], d.to(dx.dtype.element_ty), mask=mask)
+            if dy is not None:
+                tl.store(dy + base + rows * D + columns[i], (gates[i] * d).to(dy.dtype.element_ty), mask=mask)
+            new_gate = new_gate + (_add_rows(gate_totals[i], d * branches[i].to(tl.float32)) if sum_gate is not None else gate_totals[i],)
+            new_bias = new_bias + (_add_rows(bias_totals[i], d) if sum_bias is not None else bias_totals[i],)
+        gate_totals, bias_totals = new_gate, new_bias
+    offset = tl.program_id(0).to(tl.int64) * D
+    _store_sums(sum_scale + offset, scale_totals, columns, D)
+    if sum_shift is not None:
+        _store_sums(sum_shift + offset, shift_totals, columns, D)
+    if sum_gate is not None:
+        _store_sums(sum_gate + offset, gate_totals, columns, D)
+    if sum_bias is not None:
+        _store_sums(sum_bias + offset, bias_totals, columns, D)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _norm_sums_kernel(
+    sum_scale, sum_shift, sum_gate, sum_bias, gate, scale, weight, dscale, dshift, dgate, for_weight, for_bias,
+    chunks, gate_stride, scale_stride, D: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums (B, chunks, D) of one sample: dscale, dshift, dgate, and its share of dweight and of the bias gradient."""
+    sample = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < D
+    total_scale, total_shift = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    total_gate, total_bias = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    for chunk in range(chunks):
+        offset = (sample * chunks + chunk) * D
+        total_scale += tl.load(sum_scale + offset + columns, mask=mask, other=0.0)
+        if sum_shift is not None:
+            total_shift += tl.load(sum_shift + offset + columns, mask=mask, other=0.0)
+        if sum_gate is not None:
+            total_gate += tl.load(sum_gate + offset + columns, mask=mask, other=0.0)
+        if sum_bias is not None:
+            total_bias += tl.load(sum_bias + offset + columns, mask=mask, other=0.0)
+    own = sample * D + columns
+    by_scale = total_scale
+    if weight is not None:  # dweight = sum over samples of (1 + scale) * sum dh * x_hat, dscale = weight * sum dh * x_hat: one sum for both
+        factor = 1.0 + tl.load(scale + sample * scale_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(for_weight + own, factor * total_scale, mask=mask)
+        by_scale *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dscale + own, by_scale.to(dscale.dtype.element_ty), mask=mask)
+    if sum_shift is not None:
+        tl.store(dshift + own, total_shift.to(dshift.dtype.element_ty), mask=mask)
+    if sum_gate is not None:
+        tl.store(dgate + own, total_gate.to(dgate.dtype.element_ty), mask=mask)
+    if sum_bias is not None:
+        if gate is not None:
+            total_bias *= tl.load(gate + sample * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(for_bias + own, total_bias, mask=mask)
+
+
+def _chunks(batch: int, tokens: int, programs: int, least: int) -> tuple[int, int]:
+    """(chunks a sample, tokens a chunk): about `programs` programs in all, of at least `least` tokens. It depends on shapes only."""
+    size = max(least, triton.cdiv(tokens * batch, programs))
+    size = max(1, min(size, tokens))
+    return max(1, triton.cdiv(tokens, size)), size
+
+
+def _by_sample(vector: Tensor | None) -> tuple[Tensor | None, int]:
+    """A (B, D) tensor with dense rows (a chunk of adaLN's output as it is), and the distance of its rows."""
+    if vector is None:
+        return None, 0
+    vector = vector if vector.stride(-1) == 1 else vector.contiguous()
+    return vector, vector.stride(0)
+
+
+def _constants(width: int, config: Config) -> dict:
+    return dict(D=width, PIECES=pieces(width), THREADS=32 * config.num_warps)
+
+
+def _configured(op: str, launch, like: Tensor, key: tuple):
+    """Calls launch with the configuration for this width; launching twice is harmless, since every output is overwritten."""
+    width = like.shape[-1]
+    launch(pick(op, CONFIGS, like.device, str(pieces(width)[0]), (width, *key), launch))
+
+
+def norm_fwd(x, y, gate, scale, shift, weight, eps: float, center: bool, out_dtype: torch.dtype):
+    """Launches the forward: arguments as in norm.norm_forward_ref. Returns x' (None without y), h, mean (None unless center), rstd."""
+    x, (B, N, D) = x.contiguous(), x.shape
+    y, weight = None if y is None else y.contiguous(), None if weight is None else weight.contiguous()
+    (gate, gate_stride), (scale, scale_stride), (shift, shift_stride) = map(_by_sample, (gate, scale, shift))
+    residual = None if y is None else torch.empty_like(x)
+    h = torch.empty_like(x, dtype=out_dtype)
+    rstd = x.new_empty((B, N, 1), dtype=torch.float32)
+    mean = torch.empty_like(rstd) if center else None
+    chunks, chunk_rows = _chunks(B, N, programs=4096, least=4)
+
+    def launch(config):
+        _norm_fwd_kernel[(B * chunks,)](
+            x, y, gate, scale, shift, weight, residual, h, mean, rstd, N, chunks, chunk_rows, gate_stride, scale_stride, shift_stride,
+            EPS=eps, **_constants(D, config), **config.launch(),
+        )  # fmt: skip
+
+    if x.numel():
+        _configured("norm_fwd", launch, x, (str(x.dtype), str(out_dtype), y is None))
+    return residual, h, mean, rstd
+
+
+def norm_bwd(
+    grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype=None, shift_dtype=None, bias: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Launches the backward.
+
+    Args:
+        grad_residual, grad_h: gradients to x' and h. No grad_residual means zero.
+        residual, mean, rstd: what the forward wrote (residual is x where there was no y).
+        y: the branch, if the gradient to gate is wanted.
+        branch_dtype, shift_dtype: dtypes of dy and dshift, None for those that are not wanted.
+        bias: also sum dy over all tokens, in fp32: the gradient to the bias of the linear layer that made y.
+    Returns: dx, dy, dgate, dscale, dshift, dweight, dbias (fp32); None for what was not wanted.
+    """
+    grad_h, residual, (B, N, D) = grad_h.contiguous(), residual.contiguous(), residual.shape
+    grad_residual, y, weight = (None if t is None else t.contiguous() for t in (grad_residual, y, weight))
+    (gate, gate_stride), (scale, scale_stride) = map(_by_sample, (gate, scale))
+    chunks, chunk_rows = _chunks(B, N, programs=1024, least=16)
+    new = functools.partial(torch.empty, device=residual.device, dtype=torch.float32)
+    dx = torch.empty_like(residual)
+    dy = None if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype)
+    wanted = (True, shift_dtype is not None, y is not None, bias)
+    partial = iter(new((sum(wanted), B, chunks, D)))
+    sums = [next(partial) if want else None for want in wanted]
+    dscale = new((B, D), dtype=scale.dtype)
+    dshift = new((B, D), dtype=shift_dtype) if shift_dtype is not None else None
+    dgate = new((B, D), dtype=gate.dtype) if y is not None else None
+    for_weight, for_bias = new((B, D)) if weight is not None else None, new((B, D)) if bias else None
+
+    def launch(config):
+        _norm_bwd_kernel[(B * chunks,)](
+            grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, *sums,
+            N, chunks, chunk_rows, gate_stride, scale_stride, **_constants(D, config), **config.launch(),
+        )  # fmt: skip
+
+    if B * D:
+        if N:
+            _configured("norm_bwd", launch, residual, (str(residual.dtype), str(grad_h.dtype), str(branch_dtype), *wanted))
+        _norm_sums_kernel[(triton.cdiv(D, _SUM_COLUMNS), B)](
+            *sums, gate, scale, weight, dscale, dshift, dgate, for_weight, for_bias, chunks if N else 0, gate_stride, scale_stride,
+            D=D, COLUMNS=_SUM_COLUMNS, num_warps=1,
+        )  # fmt: skip
+    dweight = None if weight is None else for_weight.sum(0).to(weight.dtype)
+    return dx, dy, dgate, dscale, dshift, dweight, for_bias.sum(0) if bias else None
+
+
+def audit_cases() -> list[dict]:
+    """Every static configuration at the model's widths (XL 1152, B 768, S 384): bf16 activations, residual stream in fp32 and in bf16."""
+    cases = []
+
+    def case(name, kernel, signature, constexprs, sizes, **options):
+        divisible = [argument for argument in signature if argument not in sizes]
+        options = dict(kind="memory", num_stages=1, archs=(80, 90, 100)) | options
+        cases.append(dict(name=name, kernel=kernel, signature=signature, constexprs=constexprs, divisible=divisible, **options))
+
+    for width in (1152, 768, 384):
+        config = CONFIGS[80, str(pieces(width)[0])][0]
+        constants = dict(**_constants(width, config), **config.blocks)
+        sizes = dict(N="i32", chunks="i32", chunk_rows="i32")
+        vectors = dict(gate="*bf16", scale="*bf16", weight="*fp32", gate_stride="i32", scale_stride="i32")
+        sums = dict(sum_scale="*fp32", sum_shift="*fp32", sum_gate="*fp32")
+        for stream in ("fp32", "bf16"):
+            common = vectors | sizes | dict(y="*bf16", rstd="*fp32", residual=f"*{stream}")
+            forward = common | dict(x=f"*{stream}", h="*bf16", shift="*bf16", shift_stride="i32")
+            backward = common | sums | dict(grad_residual=f"*{stream}", grad_h="*bf16", dx=f"*{stream}", dy="*bf16")
+            for name, kernel, signature, rest in (
+                ("fwd", _norm_fwd_kernel, forward, dict(mean=None, EPS=1e-6)),
+                ("bwd", _norm_bwd_kernel, backward, dict(mean=None, sum_bias=None)),
+                ("bwd+bias", _norm_bwd_kernel, backward | dict(sum_bias="*fp32"), dict(mean=None)),
+            ):
+                title = f"norm_{name} D={width} residual {stream}"
+                case(title, kernel, signature, constants | rest, sizes, num_warps=config.num_warps)
+        gradients = dict(dscale="*bf16", dshift="*bf16", dgate="*bf16", for_weight="*fp32", for_bias="*fp32")
+        signature = vectors | sums | gradients | dict(sum_bias="*fp32", chunks="i32")
+        constants = dict(D=width, COLUMNS=_SUM_COLUMNS)
+        case(f"norm_sums D={width}", _norm_sums_kernel, signature, constants, sizes, num_warps=1, kind="small")
+    return cases
