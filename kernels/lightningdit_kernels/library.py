@@ -47,13 +47,15 @@ def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.T
 LIBRARY = torch.library.Library("lightningdit", "DEF")
 
 
-def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None) -> None:
-    """Defines an operator: reference serves every device, cpu takes its place on CPU, fake makes empty outputs for tracing."""
+def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None, cuda: Callable | None = None) -> None:
+    """Defines an operator: reference serves every device, cpu and cuda take its place on theirs, fake makes empty outputs for tracing."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if cpu is not None:
         LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
 
 
