@@ -1,5 +1,6 @@
 // The C ABI: every exported function calls its twin at the highest instruction-set level that this processor has.
 #include "common.h"
+#include "groupnorm.h"
 #include "swiglu.h"
 
 #if defined(_WIN32)
@@ -10,6 +11,8 @@
 
 #define DECLARE(level)                             \
   namespace level {                                \
+  LIGHTNINGDIT_GROUPNORM_FORWARD(groupnorm_forward);   \
+  LIGHTNINGDIT_GROUPNORM_BACKWARD(groupnorm_backward); \
   LIGHTNINGDIT_SWIGLU_FORWARD(swiglu_forward);     \
   LIGHTNINGDIT_SWIGLU_BACKWARD(swiglu_backward);   \
   }
@@ -58,12 +61,22 @@ static int level = detected_level;
   return baseline::call;
 
 // Raised with every change of a signature, so that a library left over from an older build is refused.
-EXPORT int lightningdit_abi_version() { return 1; }
+EXPORT int lightningdit_abi_version() { return 2; }
 
 EXPORT int lightningdit_level() { return level; }
 
 // Lowers the level for tests (never above what the processor has). Returns the level now in use.
 EXPORT int lightningdit_set_level(int wanted) { return level = wanted < detected_level ? wanted : detected_level; }
+
+EXPORT LIGHTNINGDIT_GROUPNORM_FORWARD(lightningdit_groupnorm_forward) {
+  DISPATCH(groupnorm_forward(x, weight, bias, out, mean, rstd, scratch, batch, channels, pixels, groups, eps, channels_last, x_dtype,
+                             out_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_GROUPNORM_BACKWARD(lightningdit_groupnorm_backward) {
+  DISPATCH(groupnorm_backward(grad, x, weight, bias, mean, rstd, grad_x, sums, scratch, batch, channels, pixels, groups, channels_last,
+                              grad_dtype, x_dtype, threads))
+}
 
 EXPORT LIGHTNINGDIT_SWIGLU_FORWARD(lightningdit_swiglu_forward) {
   DISPATCH(swiglu_forward(packed, out, rows, hidden, packed_dtype, out_dtype, threads))

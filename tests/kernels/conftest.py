@@ -10,20 +10,28 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
     os.environ["TRITON_INTERPRET"] = "1"
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # two gaps of the interpreter of triton 3.6
-    import numpy
+if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
 
-    def _patch_lang_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
-        """Loop bounds are arrays of one element, which NumPy 2.4 no longer converts to int."""
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    patch_tensor = interpreter._patch_lang_tensor
 
-    def _create_dot(self, a, b, *rest, original=interpreter.InterpreterBuilder.create_dot):
-        """bf16 numbers are kept as their bits, which tl.dot would multiply."""
-        a, b = (interpreter.TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), interpreter.tl.float32)
-                if x.dtype.scalar == interpreter.tl.bfloat16 else x for x in (a, b))
-        return original(self, a, b, *rest)
+    def patch_tensor_for_numpy_2_4(tensor, scope):
+        """A loop bound is an array of one element, which int() no longer takes from numpy 2.4 on (triton 3.6 does not know yet)."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = _patch_lang_tensor
-    interpreter.InterpreterBuilder.create_dot = _create_dot
+    interpreter._patch_lang_tensor = patch_tensor_for_numpy_2_4
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot_of_bf16(self, a, b, *rest):
+        """The interpreter keeps bf16 as its bits, and would multiply those."""
+
+        def widened(x):
+            if x.dtype.scalar != interpreter.tl.bfloat16:
+                return x
+            return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
+
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_of_bf16
