@@ -26,7 +26,12 @@ def backends() -> dict[str, dict[str, str]]:
     "native" is the C++ library, "reference" the op's definition in plain PyTorch, which torch.compile may fuse.
     """
     rows = {op: dict(cpu="reference", cuda="reference", why="defined in plain PyTorch only") for op in __all__ if op != "backends"}
+    margin = "without an N x N matrix on CUDA; fp64 on CUDA: reference"
+    for op in ("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss"):
+        rows[op] = dict(cpu="reference", cuda="triton", why=margin)
+    rows["group_norm_silu"] = dict(cpu="native" if native.available else "reference", cuda="triton", why=native.about)
     if native.available:
+        rows["group_norm_silu"]["why"] = f"{native.about}; fp32 and bf16, under torch.compile too; else reference"
         rows["swiglu"] = dict(cpu="native", cuda="reference", why=f"{native.about}; fp32 and bf16, under torch.compile too; else reference")
     else:
         rows["swiglu"]["why"] = native.about

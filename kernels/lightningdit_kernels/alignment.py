@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from lightningdit_kernels import native
 from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, define, differentiable
 
 COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12  # the clamps of torch's cosine_similarity and normalize
@@ -157,13 +156,13 @@ def _distance_backward(ctx, grad, *_):
 
 define("marginal_distance_matrix_loss(Tensor z, Tensor f, float margin) -> (Tensor, Tensor, Tensor)", _distance, _distance_fake,
        cuda=_distance_cuda)
-define("marginal_distance_matrix_loss_backward(Tensor grad, Tensor z, Tensor f, Tensor z_inverse, Tensor f_inverse, float margin) -> Tensor",
-       marginal_distance_matrix_loss_backward_ref, _like_z, cuda=_distance_backward_cuda)
+define("marginal_distance_matrix_loss_backward(Tensor grad, Tensor z, Tensor f, Tensor z_inverse, Tensor f_inverse, float margin) "
+       "-> Tensor", marginal_distance_matrix_loss_backward_ref, _like_z, cuda=_distance_backward_cuda)
 differentiable("marginal_distance_matrix_loss", _distance_setup_context, _distance_backward)
 
 
-# Both losses of z = s weight^T without z. With weight = q R (reduced QR, q (C, k) of orthonormal columns, k = min(C, r)) and t = s R^T (B, N, k),
-# z_i = q t_i, so that z_i . z_j = t_i . t_j, |z_i| = |t_i| and z_i . f_i = t_i . v_i with v = f q: k channels in place of C.
+# Both losses of z = s weight^T without z. With weight = q R (reduced QR, q (C, k) of orthonormal columns, k = min(C, r)) and t = s R^T,
+# (B, N, k), z_i = q t_i, so that z_i . z_j = t_i . t_j, |z_i| = |t_i| and z_i . f_i = t_i . v_i with v = f q: k channels in place of C.
 # q and R need not be differentiated: dz/dt = q gives the gradient to t, and through dz the gradients to s and weight. weight^T weight
 # would do as well, with the square of weight's condition number; QR is exact for weights of any rank.
 

@@ -1,12 +1,13 @@
 """The margin losses on CUDA: tiles of the two similarity matrices live in registers, never the matrices.
 
-B images, N tokens, C channels of z, E channels of f. Sums are fp32. Products of fp32 tokens are tf32x3 (three tf32 products of the
-leading and trailing parts, 2^-22 relative); products of bf16 or fp16 tokens are exact in fp32, so the tensor cores take them as they are, and
-the cosines are scaled afterwards. Either way a cosine is off by about 1e-6, far below any margin: its gradient is a step there.
+B images, N tokens, C channels of z, E channels of f. Sums are fp32. Products of fp32 tokens are tf32x3: three tf32 products of leading and
+trailing parts, 2^-22 relative, which compile to HMMA.1688.F32.TF32 on sm_80, HGMMA.F32.TF32 on sm_90 and UTCHMMA (tcgen05) on sm_100.
+Products of bf16 or fp16 tokens are exact in fp32, so the tensor cores take them as they are, and the cosines are scaled afterwards. Either
+way a cosine is off by about 1e-6, far below any margin: the gradient is a step there.
 
-Forward: one program per pair of token blocks i <= j, the similarity is symmetric. Backward: a program owns the tokens of one block i, recomputes
-its rows of the similarities block by block and adds sum_j S_ij z_j / |z_j|, where S = sign(cos_z - cos_f) outside the margin. No atomics: each
-program has outputs of its own, partial losses are summed in the order of the programs.
+Forward: one program per pair of token blocks i <= j, for the similarity is symmetric. Backward: a program owns the tokens of one block i,
+recomputes its rows of the similarities block by block and adds sum_j S_ij z_j / |z_j|, where S = sign(cos_z - cos_f) outside the margin.
+No atomics: each program has outputs of its own, and partial losses are summed in the order of the programs.
 """
 
 import torch
@@ -18,7 +19,8 @@ from lightningdit_kernels.tuning import Config, pick
 # The clamps of torch.nn.functional.cosine_similarity and normalize.
 COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12
 
-# Per architecture and shape class. "fp32" and "half" are the dtypes of z, "narrow" is fp32 with at most NARROW channels (the low-rank form).
+# Per architecture and shape class: "fp32" and "half" are dtypes, "narrow" is an fp32 z of at most NARROW channels (the low-rank form).
+# Chosen by what compiles without a spill; not yet measured on a GPU.
 NARROW = 64
 ROWS = {(80, "any"): [Config(dict(ROWS=4, BLOCK_C=512), num_warps=4), Config(dict(ROWS=8, BLOCK_C=256), num_warps=4)]}
 PROJECT = {(80, "any"): [Config(dict(BLOCK_M=64, BLOCK_K=32, BLOCK_N=32), num_warps=4, num_stages=3)]}
@@ -130,7 +132,10 @@ def _marginal_distance_matrix_fwd_kernel(z, f, z_inverse, f_inverse, partial, N,
 
 @triton.jit
 def _add_product(sign, x, total, EXACT: tl.constexpr):
-    """total + sign @ x for sign in {-1, 0, 1}: x in bf16 parts, 16 bits of it or, where EXACT, all 24. bf16 has no layout limits on Hopper."""
+    """total + sign @ x for sign in {-1, 0, 1}, exact in bf16: x in bf16 parts, 16 bits of it or, where EXACT, all 24.
+
+    Hopper's tf32 product would want x transposed in shared memory; its bf16 product takes either order, and twice as much at once.
+    """
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -339,7 +344,7 @@ def audit_cases():
         add(_marginal_distance_matrix_bwd_kernel, BACKWARD,
             dict(grad="*fp32", **matrix, grad_z=tokens, **sizes, chunks="i32", scale="fp32", margin="fp32"), "matmul",
             dict(EPS=NORMALIZE_EPS, SPLIT=dtype != "fp32"), group, dtype=dtype)
-        add(_project_kernel, PROJECT, dict(x=tokens, q="*fp32", out="*fp32", norm="*fp32", rows="i32", C="i32", K="i32"), "matmul", dtype=dtype)
+        add(_project_kernel, PROJECT, dict(x=tokens, q="*fp32", out="*fp32", norm="*fp32", **norms, K="i32"), "matmul", dtype=dtype)
     add(_marginal_distance_matrix_bwd_kernel, BACKWARD,
         dict(grad="*fp32", z="*fp32", f="*fp32", z_inverse="*fp32", f_inverse="*fp32", grad_z="*fp32", N="i32", C="i32", E="i32",
              chunks="i32", scale="fp32", margin="fp32"), "matmul", dict(EPS=NORMALIZE_EPS, SPLIT=True), "narrow", dtype="fp32 narrow")

@@ -24,8 +24,8 @@ def group_norm_silu_ref(x, weight, bias, num_groups, eps=1e-6, out_dtype=None):
 def _moments(x, num_groups, eps):
     """Mean and 1 / sqrt(variance + eps) of every group, (B, G)."""
     groups = x.to(accumulation_dtype(x)).unflatten(1, (num_groups, -1)).flatten(2)
-    variance, mean = torch.var_mean(groups, -1, correction=0)
-    return mean, torch.rsqrt(variance + eps)
+    mean = groups.mean(-1, keepdim=True)
+    return mean[..., 0], torch.rsqrt((groups - mean).square().mean(-1) + eps)
 
 
 def _group_norm_silu(x, weight, bias, num_groups, eps, out_dtype):
@@ -44,9 +44,12 @@ def group_norm_silu_backward_ref(grad, x, weight, bias, mean, rstd, num_groups):
     dy = grad.to(acc) * sigmoid * (1 + y * (1 - sigmoid))
 
     def group_mean(values):
-        return values.unflatten(1, (num_groups, -1)).mean((2, 3, 4), keepdim=True).expand(-1, -1, x.shape[1] // num_groups, -1, -1).flatten(1, 2)
+        return per_channel(values.unflatten(1, (num_groups, -1)).mean((2, 3, 4)))
 
-    scale = rstd.to(acc).repeat_interleave(x.shape[1] // num_groups, 1)[..., None, None]
+    def per_channel(values):
+        return values.repeat_interleave(x.shape[1] // num_groups, 1)[..., None, None]
+
+    scale = per_channel(rstd.to(acc))
     grad_x = scale * (dy * w - group_mean(dy * w) - x_hat * group_mean(dy * w * x_hat))
     grad_x = grad_x.to(x.dtype).contiguous(memory_format=_format(x))
     return grad_x, (dy * x_hat).sum((0, 2, 3)).to(weight.dtype), dy.sum((0, 2, 3)).to(bias.dtype)
@@ -91,8 +94,8 @@ def _cpu(x, weight, bias, num_groups, eps, out_dtype):
         return _group_norm_silu(x, weight, bias, num_groups, eps, out_dtype)
     out, mean, rstd = _fake(x, weight, bias, num_groups, eps, out_dtype)
     layout = _format(x)
-    native.group_norm_silu_forward(x.contiguous(memory_format=layout), weight.float().contiguous(), bias.float().contiguous(), out, mean, rstd,
-                                   num_groups, eps, layout == torch.channels_last)
+    x, weight, bias = x.contiguous(memory_format=layout), weight.float().contiguous(), bias.float().contiguous()
+    native.group_norm_silu_forward(x, weight, bias, out, mean, rstd, num_groups, eps, layout == torch.channels_last)
     return out, mean, rstd
 
 
@@ -104,8 +107,7 @@ def _backward_cpu(grad, x, weight, bias, mean, rstd, num_groups):
     sums = x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)  # of dy and dy * x_hat, per image and channel
     native.group_norm_silu_backward(grad.contiguous(memory_format=layout), x.contiguous(memory_format=layout), weight.float().contiguous(),
                                     bias.float().contiguous(), mean, rstd, grad_x, sums, num_groups, layout == torch.channels_last)
-    grad_bias, grad_weight = sums.sum(1)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    return grad_x, sums[1].sum(0).to(weight.dtype), sums[0].sum(0).to(bias.dtype)
 
 
 def _setup_context(ctx, inputs, output):

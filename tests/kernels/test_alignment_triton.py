@@ -1,7 +1,7 @@
 """The Triton kernels of the margin losses, in the interpreter without a GPU, against fp64 and the official numbers.
 
-The gradient of the distance-matrix loss is a step function of the similarities: pairs within EPS of the margin may fall on either side. Tokens
-with such a pair are left out of the comparison, and must be few.
+The gradient of the distance-matrix loss is a step function of the similarities: pairs within EPS of the margin may fall on either side.
+Tokens with such a pair are left out of the comparison, and must be few.
 """
 
 import pytest
@@ -72,7 +72,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 19, 37), (1, 3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 19, 37), (1, 3, 2)], ids=str)
 def test_cosine_matches_truth(shape, dtype, small_blocks):
     assert_matches_truth(cosine, marginal_cosine_loss_ref, tokens(*shape, dtype=dtype) | dict(margin=0.9), frozen=("f",))
 
@@ -105,7 +105,7 @@ def compare_distance(inputs, margin):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 37, 33, 21), (1, 16, 5, 40), (3, 1, 4, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 37, 33, 21), (2, 16, 5, 40), (3, 1, 4, 4)], ids=str)
 def test_distance_matches_truth(shape, dtype, small_blocks):
     assert compare_distance(tokens(*shape, dtype=dtype), 0.05) <= EXCLUDED
 
@@ -124,7 +124,7 @@ def test_distance_with_inputs_of_two_dtypes(small_blocks):
 
 @pytest.mark.parametrize("case", ["0", "1", "2", "3"])
 @pytest.mark.parametrize("name, loss, margin", [("mcos", cosine, "cos_margin"), ("mdms", distance, "distmat_margin")])
-def test_official_values_and_gradients(golden, name, loss, margin, case, small_blocks):
+def test_official_values_and_gradients(golden, name, loss, margin, case):
     tensors, metadata = golden("alignment")
     z, f = (tensors[f"{case}.{key}"].flatten(2).mT.contiguous().to(DEVICE) for key in ("z_projected", "vf_feature"))
     z.requires_grad_()
@@ -156,20 +156,20 @@ def test_project(small_blocks):
 
 def test_no_buffer_is_as_large_as_a_matrix_of_similarities(small_blocks):
     """Every allocation of forward and backward, traced: far below B * N * N for N well above C."""
-    batch, count, channels = 2, 130, 3
+    batch, count, channels = 1, 70, 3
     inputs = tokens(batch, count, channels)
     sizes = []
 
     class Trace(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            sizes.extend(value.numel() for value in (out if isinstance(out, tuple | list) else [out]) if isinstance(value, torch.Tensor))
+            sizes.extend(value.nbytes for value in (out if isinstance(out, tuple | list) else [out]) if isinstance(value, torch.Tensor))
             return out
 
     with Trace():
         loss, *norms = triton_kernels.marginal_distance_matrix_loss_fwd(**inputs, margin=0.1)
-        triton_kernels.marginal_distance_matrix_loss_bwd(torch.ones_like(loss), **inputs, z_inverse=norms[0], f_inverse=norms[1], margin=0.1)
-    assert sizes and max(sizes) <= batch * count * channels
+        triton_kernels.marginal_distance_matrix_loss_bwd(torch.ones_like(loss), *inputs.values(), *norms, 0.1)
+    assert sizes and max(sizes) <= 4 * batch * count * channels
 
 
 def test_batch_and_rows_are_not_specialised():

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from lightningdit_kernels import groupnorm_triton as triton_kernels  # noqa: E402
 from lightningdit_kernels.groupnorm import group_norm_silu_ref  # noqa: E402
-from lightningdit_kernels.testing import assert_matches_truth, random_tensor  # noqa: E402
+from lightningdit_kernels.testing import assert_matches_truth, random_tensor, values_and_gradients  # noqa: E402
 from lightningdit_kernels.tuning import Config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,24 +56,30 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape, num_groups", [((2, 12, 7, 13), 3), ((1, 6, 5, 5), 6)], ids=str)
+@pytest.mark.parametrize("shape, num_groups", [((1, 12, 7, 9), 3), ((2, 6, 5, 3), 6)], ids=str)
 def test_matches_truth_in_small_blocks(shape, num_groups, dtype, layout, small_blocks):
     assert_matches_truth(kernels, group_norm_silu_ref, inputs(shape, num_groups, dtype, layout))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape, num_groups", [((2, 64, 9, 7), 32), ((1, 97, 3, 2), 1), ((3, 4, 1, 1), 2), ((1, 1, 4, 4), 1), ((0, 4, 2, 2), 2)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "shape, num_groups", [((2, 64, 9, 7), 32), ((1, 97, 3, 2), 1), ((3, 4, 1, 1), 2), ((1, 1, 4, 4), 1), ((0, 4, 2, 2), 2)], ids=str
+)
 def test_matches_truth_with_the_table(shape, num_groups, layout):
     assert_matches_truth(kernels, group_norm_silu_ref, inputs(shape, num_groups, torch.float32, layout))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_a_large_mean_does_not_cancel(layout, small_blocks):
-    """At a mean of 1000 standard deviations sum(x^2) - sum(x)^2 / n would lose every digit of the variance."""
+    """At a mean of 1000 standard deviations sum(x^2) - sum(x)^2 / n would lose every digit of the variance. What remains is the rounding
+    of the mean to fp32, 3e-5 of a standard deviation, and at each place in the formulas where it enters.
+    """
     case = inputs((1, 8, 9, 9), 2, torch.float32, layout)
-    case["x"] = 1000 + case["x"] / 2
-    assert_matches_truth(kernels, group_norm_silu_ref, case)
+    case["x"] = (1000 + case["x"] / 2).to(memory_format=layout)
+    values = values_and_gradients(kernels, case)
+    doubled = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+    for name, true in values_and_gradients(group_norm_silu_ref, doubled).items():
+        assert (values[name] - true).abs().max() <= 2e-4 * true.abs().max(), name
 
 
 def test_half_precision_result_of_fp32_input():
