@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "tests": {"lightningdit_kernels", "lightningdit"},
 }
 STRANGERS = {"lightningdit/flow.py": "lightningdit.model", "lightningdit/model.py": "lightningdit.flow"}
+COMPILES_KERNELS = "kernels/lightningdit_kernels/audit.py"  # the one other importer of triton, besides *_triton.py
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
 
 
@@ -46,7 +47,7 @@ def import_offences(path: Path, source: str) -> list[str]:
     modules = imported_modules(ast.parse(source), path)
     tops = {module.partition(".")[0] for module in modules}
     offences = [f"{name} imports {top}" for top in sorted(tops & OWN - MAY_IMPORT[name.partition("/")[0]])]
-    if "triton" in tops and not name.endswith("_triton.py"):
+    if "triton" in tops and not (name.endswith("_triton.py") or name == COMPILES_KERNELS):
         offences.append(f"{name} imports triton")
     if name in STRANGERS and STRANGERS[name] in modules:
         offences.append(f"{name} imports {STRANGERS[name]}")
@@ -114,6 +115,7 @@ def test_script_folders_are_not_packages():
     [
         ("kernels/lightningdit_kernels/norm.py", "from lightningdit.model import Block"),
         ("kernels/lightningdit_kernels/norm.py", "import triton.language as tl"),
+        ("tests/kernels/test_norm.py", "import triton"),
         ("kernels/lightningdit_kernels/norm.py", "from lightningdit_kernels.testing import random_tensor"),
         ("lightningdit/flow.py", "from . import model"),
         ("lightningdit/flow.py", "from .model import LightningDiT"),

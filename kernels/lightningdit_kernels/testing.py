@@ -1,20 +1,84 @@
-"""How an op is held to the truth. Used by tests/ and by the gates of bench/; nothing else imports it."""
+"""How an op is held to the truth, and on which shapes. Used by tests/ and by the gates of bench/; nothing else imports it."""
 
 import contextlib
 
 import torch
 from torch import Tensor
 
+import lightningdit_kernels as kernels
+from lightningdit_kernels.alignment import marginal_cosine_loss_ref, marginal_distance_matrix_loss_ref
+from lightningdit_kernels.attention import rope_attention_ref
+from lightningdit_kernels.groupnorm import group_norm_silu_ref
+from lightningdit_kernels.norm import gated_residual_rms_norm_modulate_ref, rms_norm_modulate_ref
+from lightningdit_kernels.swiglu import swiglu_ref
+
+OPS = {name: getattr(kernels, name) for name in kernels.__all__ if name != "backends"}
+
+# Every op's definition, with the signature of the op. It is also eager PyTorch for the acceptance rule below.
+DEFINITIONS = {
+    "gated_residual_rms_norm_modulate": gated_residual_rms_norm_modulate_ref,
+    "group_norm_silu": group_norm_silu_ref,
+    "marginal_cosine_loss": marginal_cosine_loss_ref,
+    "marginal_distance_matrix_loss": marginal_distance_matrix_loss_ref,
+    "rms_norm_modulate": rms_norm_modulate_ref,
+    "rope_attention": rope_attention_ref,
+    "swiglu": lambda packed: swiglu_ref(packed, packed.dtype),
+}
+
+FROZEN = ("freqs", "f")  # arguments of ops that get no gradient
+
+# (B, N, D) to test at: a small model, odd everywhere, a width over one block, one of each, nothing.
+TOKEN_SHAPES = [(2, 16, 192), (3, 63, 97), (1, 5, 1152), (1, 1, 1), (0, 4, 8), (2, 0, 8)]
+
+
+def token_grid(rows: int, columns: int, device: str = "cpu") -> Tensor:
+    """Row and column of every token in reading order, (rows * columns, 2)."""
+    return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+
+
+def rope_frequencies(head_dim: int, device: str = "cpu") -> Tensor:
+    """The Dh/4 frequencies of 2-D RoPE with base 10,000."""
+    return 10_000.0 ** -(torch.arange(head_dim // 4, device=device) / (head_dim // 4))
+
+
+def example_inputs(op: str, batch: int, rows: int, columns: int, width: int, heads: int, dtype=torch.float32, device="cpu") -> dict:
+    """Keyword arguments of an op for `batch` images of rows x columns tokens: every optional tensor is given, QK-norm and RoPE are on."""
+
+    def tensor(*shape, seed):
+        return random_tensor(*shape, dtype=dtype, seed=seed, device=device)
+
+    tokens, head_dim = rows * columns, width // heads
+    match op:
+        case "rms_norm_modulate" | "gated_residual_rms_norm_modulate":
+            inputs = dict(x=tensor(batch, tokens, width, seed=1))
+            if op.startswith("gated"):
+                inputs |= dict(y=tensor(batch, tokens, width, seed=2), gate=tensor(batch, width, seed=6))
+            weight = 1 + tensor(width, seed=5) / 4
+            return inputs | dict(scale=tensor(batch, width, seed=3), shift=tensor(batch, width, seed=4), weight=weight)
+        case "rope_attention":
+            rope = dict(positions=token_grid(rows, columns, device), freqs=rope_frequencies(head_dim, device))
+            norm = {f"{name}_weight": 1 + tensor(head_dim, seed=seed) / 4 for seed, name in enumerate("qk", 2)}
+            return dict(qkv=tensor(batch, tokens, 3, heads, head_dim, seed=1)) | rope | norm
+        case "swiglu":
+            return dict(packed=tensor(batch, tokens, 2 * width, seed=1))
+        case "marginal_cosine_loss" | "marginal_distance_matrix_loss":
+            return dict(z=tensor(batch, tokens, width, seed=1), f=tensor(batch, tokens, width, seed=2), margin=0.05)
+        case "group_norm_silu":
+            affine = dict(weight=1 + tensor(width, seed=2) / 4, bias=tensor(width, seed=3))
+            return dict(x=tensor(batch, width, rows, columns, seed=1), num_groups=heads) | affine
+    raise ValueError(f"op is {op!r}, expected one of {', '.join(OPS)}")
+
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """Inside, torch.empty returns NaN, so that an element which a kernel forgets to write shows up in the result."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    """Inside, torch.empty and its like return NaN (integers: their maximum), so that an element that nobody wrote shows in the result."""
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # warn_only: cuBLAS would refuse to run without CUBLAS_WORKSPACE_CONFIG; it is not what is tested.
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def values_and_gradients(op, inputs: dict, frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -7,14 +7,8 @@ import torch.nn.functional as nnf
 from lightningdit_kernels import rope_attention
 from lightningdit_kernels.attention import rope_ref
 from lightningdit_kernels.testing import assert_matches_truth, random_tensor
-
-
-def grid(rows, columns):
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-
-
-def frequencies(head_dim):
-    return 10_000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
+from lightningdit_kernels.testing import rope_frequencies as frequencies
+from lightningdit_kernels.testing import token_grid as grid
 
 
 def eager(qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, eps=1e-6, center=False):
