@@ -64,8 +64,12 @@ gpu-present:
 test-gpu:
 	$(GPU_PY) -m pytest tests -m gpu --junitxml=$(OUT)/test-gpu.xml $(ARGS)
 
+# Stages of at most 9 minutes; run it again to continue. ARGS='--budget-s 540' ends in time, ARGS='--stage norm' does one.
 bench-gpu:
-	$(GPU_PY) -m pytest bench --benchmark-only -k cuda --benchmark-json=$(OUT)/bench-gpu.json $(ARGS)
+	$(GPU_PY) bench/gpu.py --out $(OUT) $(ARGS)
+
+report: $(READY)
+	$(PY) bench/report.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis out
