@@ -6,7 +6,7 @@ Every percentage in the report is of these figures, measured in the same run. M 
 import pytest
 import torch
 
-from bench.harness import BATCH, PRESETS, Timer, gpu_state, interleave, summary
+from bench.harness import BATCH, PRESETS, Timer, gpu_state, interleave, rounds_for, summary
 from lightningdit_kernels.testing import random_tensor
 
 LAYERS = ("qkv", "proj", "w12", "w3")
@@ -25,9 +25,7 @@ def gemm_shapes(shapes: str, tokens: int) -> dict[str, tuple[int, int, int]]:
 
 
 def record_timers(benchmark, settings, kind, timers, counted, **more):
-    turn_s = sum(timer.sample() * getattr(timer, "repeats", timer.sets) for timer in timers.values()) / 1e3
-    rounds = max(settings.rounds[0], min(settings.rounds[1], int(settings.case_s / max(turn_s, 1e-6))))
-    samples = interleave(timers, rounds, benchmark, settings.warmup_s)
+    samples = interleave(timers, rounds_for(timers, settings), benchmark, settings.warmup_s)
     rows = [dict(name=name, **counted[name], **summary(times, counted[name], times)) for name, times in samples.items()]
     for row in rows:
         del row["speedup"], row["speedup_low"], row["speedup_high"]

@@ -33,7 +33,7 @@ def settings_of(config) -> harness.Settings:
             device=device,
             only=only,
             rounds=(min(5, config.getoption("--rounds")), config.getoption("--rounds")),
-            case_s=20.0 if device == "cuda" else 3.0,
+            case_s=20.0 if device == "cuda" else 2.0,
             sample_ms=0.1 if dry else 5.0,
             warmup_s=3.0 if device == "cuda" and not dry else 0.0,
         )

@@ -1,6 +1,6 @@
 """How everything in bench/ is measured.
 
-Correctness first: a contestant further from fp64 than twice eager PyTorch gets a reason instead of a time. Then all contestants of a case
+Correctness first: a contestant that is further from fp64 than twice eager PyTorch gets a reason instead of a time. Then all contestants of a case
 take turns, round after round, so that clocks, temperature and neighbours hit all of them alike; a speed-up is the median over the rounds
 of the ratio within a round. Inputs rotate through copies that together exceed the last cache. On CUDA the copies are run inside one CUDA
 graph and timed by events, on CPU by perf_counter. Bytes and FLOPs are counted from the shapes: those that one perfect pass needs.
@@ -165,6 +165,15 @@ class Timer:
         return method, sample
 
 
+def rounds_for(timers: dict, settings) -> int:
+    """As many rounds as settings.case_s allows, within settings.rounds; the turn that finds out is also the first warm-up."""
+    begin = time.perf_counter()
+    for timer in timers.values():
+        timer.sample()
+    least, most = settings.rounds
+    return max(least, min(most, int(settings.case_s / (time.perf_counter() - begin))))
+
+
 def interleave(timers: dict, rounds: int, benchmark=None, warmup_s: float = 0.0) -> dict:
     """rounds samples of every timer, taken in turns. With pytest-benchmark's fixture, one of its rounds is one turn of all."""
     samples = {name: [] for name in timers}
@@ -174,7 +183,6 @@ def interleave(timers: dict, rounds: int, benchmark=None, warmup_s: float = 0.0)
             samples[name].append(timer.sample())
 
     end = time.perf_counter() + warmup_s
-    turn()
     while time.perf_counter() < end:
         turn()
     for times in samples.values():
@@ -220,7 +228,7 @@ def _prepare(provider, case, gate):
     begin = time.perf_counter()
     try:
         function = provider.build()
-        gate(function)
+        gate(provider.name, function)
         synchronize(case.device)
     except AssertionError as error:
         return None, row | dict(status="incorrect", reason=str(error))
@@ -234,9 +242,12 @@ def _prepare(provider, case, gate):
 
 def _contestants(case, inputs, cotangents, settings):
     """(provider, function or None, row) of everybody for this case, gated."""
-    truth, bounds = truth_and_bounds(EAGER[case.op], inputs, FROZEN, cotangents)
+    truth, ours = truth_and_bounds(EAGER[case.op], inputs, FROZEN, cotangents)
+    # Others may add thousands of rows in any order: torch.compile's serial fp32 sum of a weight gradient is off by 24 ulp.
+    others = {name: bound + 64 * torch.finfo(torch.float32).eps * truth[name].abs().max().item() for name, bound in ours.items()}
 
-    def gate(function):
+    def gate(name, function):
+        bounds = ours if name == "ours" else others
         assert_within(values_and_gradients(function, inputs, FROZEN, cotangents), truth, bounds)
 
     return [(p, *_prepare(p, case, gate)) for p in providers(case.op) if not settings.only or p.name in settings.only]
@@ -287,8 +298,7 @@ def run_case(benchmark, case: Case, settings) -> dict:
             for step, run in steps(function).items():
                 timers[provider.name, step] = timer = Timer(run, sets, case.device, settings.sample_ms)
                 row |= {f"{step}_method": timer.method} if cuda else {}
-    turn_s = sum(timer.sample() * getattr(timer, "repeats", sets) for timer in timers.values()) / 1e3
-    rounds = max(settings.rounds[0], min(settings.rounds[1], int(settings.case_s / max(turn_s, 1e-6))))
+    rounds = rounds_for(timers, settings)
     state = gpu_state() if cuda else {}
     samples = interleave(timers, rounds, benchmark, settings.warmup_s)
     for row in rows:
