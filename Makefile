@@ -15,12 +15,13 @@ COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v c
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
 GPU_PY = PYTHONPATH=.:kernels $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help setup demo test lint bench assets test-gpu bench-gpu clean
+.PHONY: help setup demo test lint audit bench report assets test-gpu bench-gpu clean
 
 help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
 	@echo "demo       train on the bundled digits and draw some; ARGS='--steps 100' adds flags"
-	@echo "test       all tests      lint   ruff      bench   microbenchmarks"
+	@echo "test       all tests      lint   ruff      audit   the machine code of the Triton kernels, without a GPU"
+	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
 	@echo "assets     remake the bundled tokenizer"
 	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
 	@echo "clean      remove what builds and tests left (not .venv, not runs)"
@@ -44,6 +45,9 @@ test: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 
+audit: $(READY)
+	PYTHONPATH=kernels $(PY) -m lightningdit_kernels.audit $(ARGS)
+
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
@@ -60,8 +64,12 @@ gpu-present:
 test-gpu:
 	$(GPU_PY) -m pytest tests -m gpu --junitxml=$(OUT)/test-gpu.xml $(ARGS)
 
+# Stages of at most 9 minutes; run it again to continue. ARGS='--budget-s 540' ends in time, ARGS='--stage norm' does one.
 bench-gpu:
-	$(GPU_PY) -m pytest bench --benchmark-only -k cuda --benchmark-json=$(OUT)/bench-gpu.json $(ARGS)
+	$(GPU_PY) bench/gpu.py --out $(OUT) $(ARGS)
+
+report: $(READY)
+	$(PY) bench/report.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis out

@@ -1,0 +1,89 @@
+"""The GPU benchmark in stages that can be restarted, then one results file: make bench-gpu OUT=folder.
+
+    python bench/gpu.py --out FOLDER [--stage NAME] [--budget-s SECONDS]
+
+Each stage is a pytest run of its own that writes FOLDER/stages/<name>.json and may take 9 minutes; a stage whose file is there is done.
+With a budget no stage is begun that might not end in time; exit status 3 then says: run again, to continue. When all are done they
+are merged into FOLDER/kernels_<device>.json. Copied to bench/results, that file is in the next `make report`.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
+
+from bench.harness import merge, write  # noqa: E402
+
+STAGE_S = 9 * 60
+UNFINISHED = 3
+
+# In order of worth, should time run out.
+STAGES = {
+    "ceilings": ["bench/bench_ceilings.py", "-k", "copy or square"],
+    "gemms": ["bench/bench_ceilings.py", "-k", "model_gemms"],
+    **{op: [f"bench/bench_{op}.py"] for op in ("norm", "attention", "swiglu", "alignment", "groupnorm")},
+}
+
+
+def run_stage(name: str, path: Path, extra: list[str]) -> bool:
+    """Runs one stage into `path`; False, with what it printed, if it failed or took too long."""
+    partial = path.with_suffix(".partial")
+    arguments = [*STAGES[name], "--benchmark-only", "--results", str(partial), "-q", "--benchmark-columns=median", *extra]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    begin = time.perf_counter()
+    try:
+        code = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment, timeout=STAGE_S).returncode
+    except subprocess.TimeoutExpired:
+        code = f"stopped after {STAGE_S} s"
+    # A failing contestant of ours fails the stage's test, but its row says so: the measurement stands.
+    if code not in (0, 1) or not partial.is_file():
+        print(f"stage {name}: failed ({code})", flush=True)
+        return False
+    partial.replace(path)
+    print(f"stage {name}: {time.perf_counter() - begin:.0f} s{', with failures' if code else ''}", flush=True)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stage", action="append", choices=tuple(STAGES), help="default: all that are not done")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds in which to end")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest, such as --shapes all")
+    options = parser.parse_args()
+    folder, begin, failed = options.out.resolve() / "stages", time.perf_counter(), False
+    folder.mkdir(parents=True, exist_ok=True)
+    longest = 0.0
+    for name in options.stage or STAGES:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            print(f"stage {name}: done before", flush=True)
+            continue
+        elapsed = time.perf_counter() - begin
+        if elapsed + longest > options.budget_s:
+            print(f"stage {name}: not begun, {elapsed:.0f} s of {options.budget_s:.0f} s are gone; run again to continue", flush=True)
+            return UNFINISHED
+        failed |= not run_stage(name, path, ["--device", options.device, *options.pytest])
+        longest = max(longest, time.perf_counter() - begin - elapsed)
+    missing = [name for name in STAGES if not (folder / f"{name}.json").is_file()]
+    if missing:
+        print(f"no results file yet: {', '.join(missing)} to do")
+        return 1 if failed else 0
+    merged = merge([json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in STAGES])
+    device = re.sub(r"[^a-z0-9]+", "_", merged.get("gpu", "cpu").lower()).strip("_")
+    path = options.out / f"kernels_{device}.json"
+    write(path, merged)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

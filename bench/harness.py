@@ -1,0 +1,428 @@
+"""How everything in bench/ is measured.
+
+Correctness first: a contestant that is further from fp64 than twice eager PyTorch gets a reason instead of a time. Then all contestants of a case
+take turns, round after round, so that clocks, temperature and neighbours hit all of them alike; a speed-up is the median over the rounds
+of the ratio within a round. Inputs rotate through copies that together exceed the last cache. On CUDA the copies are run inside one CUDA
+graph and timed by events, on CPU by perf_counter. Bytes and FLOPs are counted from the shapes: those that one perfect pass needs.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.providers import EAGER, providers, serving
+from lightningdit_kernels import native
+from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = "kernels/1"
+STEPS = ("forward", "backward", "forward_backward")
+
+# Width, heads, hidden size of the feed-forward. XL is LightningDiT-XL/1; tiny is for the tests of bench/ itself.
+PRESETS = {"xl": (1152, 16, 3072), "b": (768, 12, 2048), "s": (384, 6, 1024), "tiny": (32, 2, 64)}
+BATCH = {"cuda": dict(xl=128, b=256, s=256, tiny=2), "cpu": dict(xl=8, b=16, s=32, tiny=2)}
+# What rotates exceeds this many bytes: three times the L2 of a GPU, the usual last cache of a CPU.
+CPU_ROTATION = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op at one shape in one dtype on one device."""
+
+    op: str
+    shapes: str  # a key of PRESETS
+    dtype: torch.dtype
+    device: str
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes for example_inputs: images of 16 x 16 tokens; for the losses and group_norm_silu the tensors of the VA-VAE."""
+        width, heads, hidden = PRESETS[self.shapes]
+        sizes = dict(batch=BATCH[self.device][self.shapes], rows=16, columns=16, width=width, heads=heads)
+        if self.shapes == "tiny":
+            sizes |= dict(rows=4, columns=4)
+        if self.op == "swiglu":
+            sizes |= dict(width=hidden)
+        elif self.op.startswith(("marginal", "alignment")) and self.shapes == "xl":
+            sizes |= dict(width=1024)  # channels of DINOv2-L
+        elif self.op == "group_norm_silu" and self.shapes in ("xl", "b"):
+            side = dict(xl=256, b=64)[self.shapes]  # where the encoder's convolutions cost most, and two levels below
+            sizes |= dict(batch=8 if self.device == "cuda" else 2, rows=side, columns=side, width=128 if side == 256 else 256, heads=32)
+        return sizes
+
+    def __str__(self):
+        return f"{self.op}-{self.device}-{self.shapes}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def cost(op: str, inputs: dict, results: dict[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+    """Bytes and FLOPs of one perfect forward, backward and both: every tensor moves once, FLOPs count 2 a multiply-add.
+
+    The backward reads the gradients of the outputs and what a perfect forward saves, and writes the gradients of the inputs.
+    Matrix products: attention's backward is 2.5 times its forward (it computes the scores again), the distance matrix loss's 1.5 times.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    outputs = [value for name, value in results.items() if name.startswith("out.")]
+    gradients = [value for name, value in results.items() if name.startswith("grad.")]
+    saved = dict(tensors)
+    if op == "gated_residual_rms_norm_modulate":
+        saved["x"] = results["out.0"]
+    elif op == "rope_attention":
+        saved["out"] = results["out.0"]
+    forward_bytes, backward_bytes = nbytes(*tensors.values(), *outputs), nbytes(*outputs, *saved.values(), *gradients)
+    if op == "group_norm_silu":  # its statistics need a pass of their own: a group does not fit on the chip
+        forward_bytes += nbytes(tensors["x"])
+        backward_bytes += nbytes(tensors["x"], *outputs)
+    forward_flops = backward_flops = 0
+    if op == "rope_attention":
+        batch, tokens, _, heads, head_dim = tensors["qkv"].shape
+        forward_flops = 4 * batch * heads * tokens**2 * head_dim
+        backward_flops = forward_flops * 5 // 2
+    elif op == "marginal_distance_matrix_loss":
+        batch, tokens, channels = tensors["z"].shape
+        forward_flops = 2 * batch * tokens**2 * (channels + tensors["f"].shape[2])
+        backward_flops = forward_flops * 3 // 2
+    elif op == "alignment_losses":  # the projection of s to width C is not needed: its similarities cost r channels
+        batch, tokens, channels = tensors["s"].shape
+        width = tensors["f"].shape[2]
+        forward_flops = 2 * batch * tokens * (tokens * (channels + width) + channels * (channels + width))
+        backward_flops = 2 * batch * tokens * (tokens * (2 * channels + width) + channels * (channels + width))
+    return {
+        "forward": dict(bytes=forward_bytes, flops=forward_flops),
+        "backward": dict(bytes=backward_bytes, flops=backward_flops),
+        "forward_backward": dict(bytes=forward_bytes + backward_bytes, flops=forward_flops + backward_flops),
+    }
+
+
+# Timing
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Timer:
+    """Times run(i), i = 0 .. sets-1 naming the copy of the inputs to work on. sample() is milliseconds per run."""
+
+    def __init__(self, run: Callable[[int], object], sets: int, device: str, at_least_ms: float = 5.0):
+        self.run, self.sets, self.next = run, sets, 0
+        self.method = "perf_counter"
+        run(0)
+        synchronize(device)
+        if device == "cuda":
+            self.method, self.sample = self._graph_or_events()
+            return
+        begin = time.perf_counter()
+        run(0)
+        once_ms = 1e3 * (time.perf_counter() - begin)
+        self.repeats = max(1, min(1000, round(at_least_ms / max(once_ms, 1e-3))))
+        self.sample = self._wall_ms
+
+    def _wall_ms(self) -> float:
+        begin = time.perf_counter()
+        for _ in range(self.repeats):
+            self.run(self.next)
+            self.next = (self.next + 1) % self.sets
+        return 1e3 * (time.perf_counter() - begin) / self.repeats
+
+    def _graph_or_events(self):
+        def all_sets():
+            for index in range(self.sets):
+                self.run(index)
+
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    all_sets()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                all_sets()
+            replay, method = graph.replay, "CUDA graph"
+        except RuntimeError as error:  # something in it cannot be captured: launch times are then part of the figure
+            torch.cuda.synchronize()
+            replay, method = all_sets, f"events, not captured: {str(error).splitlines()[0][:120]}"
+
+        def sample() -> float:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / self.sets
+
+        return method, sample
+
+
+def rounds_for(timers: dict, settings) -> int:
+    """As many rounds as settings.case_s allows, within settings.rounds; the turn that finds out is also the first warm-up."""
+    begin = time.perf_counter()
+    for timer in timers.values():
+        timer.sample()
+    least, most = settings.rounds
+    return max(least, min(most, int(settings.case_s / (time.perf_counter() - begin))))
+
+
+def interleave(timers: dict, rounds: int, benchmark=None, warmup_s: float = 0.0) -> dict:
+    """rounds samples of every timer, taken in turns. With pytest-benchmark's fixture, one of its rounds is one turn of all."""
+    samples = {name: [] for name in timers}
+
+    def turn():
+        for name, timer in timers.items():
+            samples[name].append(timer.sample())
+
+    end = time.perf_counter() + warmup_s
+    while time.perf_counter() < end:
+        turn()
+    for times in samples.values():
+        times.clear()
+    if benchmark is None:
+        for _ in range(rounds):
+            turn()
+    else:
+        benchmark.pedantic(turn, rounds=rounds, iterations=1)
+    return samples
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    return ordered[low] + (position - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def summary(times_ms: list[float], counted: dict[str, int], baseline_ms: list[float]) -> dict:
+    """Median, p20 and p80, rates, and the speed-up over the baseline: median of the ratios per round, 95 % bootstrap interval."""
+    median = statistics.median(times_ms)
+    ratios = [base / mine for base, mine in zip(baseline_ms, times_ms, strict=True)]
+    draw = random.Random(0)
+    medians = [statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(500)]
+    row = dict(median_ms=median, p20_ms=quantile(times_ms, 0.2), p80_ms=quantile(times_ms, 0.8), rounds=len(times_ms))
+    row |= dict(speedup=statistics.median(ratios), speedup_low=quantile(medians, 0.025), speedup_high=quantile(medians, 0.975))
+    row |= dict(gb_per_s=counted["bytes"] / median / 1e6)
+    if counted["flops"]:
+        row |= dict(tflop_per_s=counted["flops"] / median / 1e9)
+    return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in row.items()}
+
+
+# One case
+
+
+def _prepare(provider, case, gate):
+    """(function, None) of a contestant that passed the gate, or (None, its row)."""
+    version = provider.version if provider.name != "ours" else serving(case.op, case.device)
+    row = dict(name=provider.name, version=version)
+    if reason := provider.unavailable(case.device, case.dtype):
+        return None, row | dict(status="unavailable", reason=reason)
+    begin = time.perf_counter()
+    try:
+        function = provider.build()
+        gate(provider.name, function)
+        synchronize(case.device)
+    except AssertionError as error:
+        return None, row | dict(status="incorrect", reason=str(error))
+    except Exception as error:
+        if provider.name in ("eager", "ours"):
+            raise
+        lines = str(error).splitlines() or [""]
+        return None, row | dict(status="failed", reason=f"{type(error).__name__}: {lines[0][:200]}")
+    return function, row | dict(status="ok", first_call_s=round(time.perf_counter() - begin, 2))  # compiling, mostly
+
+
+def _contestants(case, inputs, cotangents, settings):
+    """(provider, function or None, row) of everybody for this case, gated."""
+    truth, ours = truth_and_bounds(EAGER[case.op], inputs, FROZEN, cotangents)
+    # Others may add thousands of rows in any order: torch.compile's serial fp32 sum of a weight gradient is off by 24 ulp.
+    others = {name: bound + 64 * torch.finfo(torch.float32).eps * truth[name].abs().max().item() for name, bound in ours.items()}
+
+    def gate(name, function):
+        bounds = ours if name == "ours" else others
+        assert_within(values_and_gradients(function, inputs, FROZEN, cotangents), truth, bounds)
+
+    return [(p, *_prepare(p, case, gate)) for p in providers(case.op) if not settings.only or p.name in settings.only]
+
+
+def _copies(inputs: dict, count: int) -> list[dict]:
+    def leaf(name, value):
+        value = value.detach().clone(memory_format=torch.preserve_format)
+        return value.requires_grad_(value.is_floating_point() and name not in FROZEN)
+
+    return [{k: leaf(k, v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()} for _ in range(count)]
+
+
+def run_case(benchmark, case: Case, settings) -> dict:
+    """Gates, measures and records one case. Returns its record, which also goes to settings.record() and to benchmark.extra_info."""
+    cuda = case.device == "cuda"
+    inputs = example_inputs(case.op, **case.sizes(), dtype=case.dtype, device=case.device)
+    if case.op == "group_norm_silu":
+        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
+    probe = values_and_gradients(EAGER[case.op], inputs, FROZEN)
+    counted = cost(case.op, inputs, probe)
+    outputs = [value for name, value in probe.items() if name.startswith("out.")]
+    cotangents = tuple(random_tensor(*out.shape, seed=90 + i).to(out) for i, out in enumerate(outputs))
+    del probe
+    contestants = _contestants(case, inputs, cotangents, settings)
+
+    rotation = 3 * torch.cuda.get_device_properties(0).L2_cache_size if cuda else CPU_ROTATION
+    sets = max(2, min(16, -(-rotation // nbytes(*(v for v in inputs.values() if isinstance(v, torch.Tensor)), *outputs))))
+    copies = _copies(inputs, sets)
+    leaves = [[v for v in copy.values() if isinstance(v, torch.Tensor) and v.requires_grad] for copy in copies]
+
+    def steps(function):
+        def forward(index):
+            return function(**copies[index])
+
+        def forward_backward(index):
+            out = forward(index)
+            return torch.autograd.grad(out, leaves[index], cotangents if isinstance(out, tuple) else cotangents[0])
+
+        return dict(forward=forward, forward_backward=forward_backward)
+
+    timers, rows = {}, []
+    for provider, function, row in contestants:
+        rows.append(row)
+        if function is not None:
+            if cuda:
+                row |= _cuda_columns(steps(function)["forward_backward"])
+            for step, run in steps(function).items():
+                timers[provider.name, step] = timer = Timer(run, sets, case.device, settings.sample_ms)
+                row |= {f"{step}_method": timer.method} if cuda else {}
+    rounds = rounds_for(timers, settings)
+    state = gpu_state() if cuda else {}
+    samples = interleave(timers, rounds, benchmark, settings.warmup_s)
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        for step in STEPS:
+            row[step] = summary(_times(samples, row["name"], step), counted[step], _times(samples, "eager", step))
+    record = dict(kind="op", op=case.op, shapes=case.shapes, device=case.device, dtype=str(case.dtype).removeprefix("torch."))
+    record |= dict(sizes=case.sizes(), counted=counted, sets=sets, load=os.getloadavg()[0], contestants=rows)
+    if cuda:
+        record |= dict(before=state, after=gpu_state())
+    benchmark.group = str(case)
+    benchmark.extra_info.update(record)
+    settings.record(record)
+    incorrect = [row["reason"] for row in rows if row["name"] == "ours" and row["status"] != "ok"]
+    assert not incorrect, f"ours is not timed: {incorrect[0]}"
+    return record
+
+
+def _times(samples, name, step):
+    """Milliseconds per round. The backward is the difference of two figures of the same round: both with the state saved for it."""
+    if step != "backward":
+        return samples[name, step]
+    both = zip(samples[name, "forward_backward"], samples[name, "forward"], strict=True)
+    return [max(total - forward, 1e-6) for total, forward in both]
+
+
+def _cuda_columns(run) -> dict:
+    """Peak memory above what was there, and the time to enqueue one call."""
+    run(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(0)
+    torch.cuda.synchronize()
+    peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    times_us = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        run(0)
+        times_us.append(1e6 * (time.perf_counter() - begin))
+        torch.cuda.synchronize()
+    return dict(peak_mib=round(peak_mib, 1), launch_us=round(statistics.median(times_us), 1))
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, power, temperature and throttle reasons from nvidia-smi, or why they are unknown."""
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active,driver_version"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+        values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip().split(", ")
+        return dict(zip(fields.split(","), values, strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return dict(unknown=str(error))
+
+
+# The record of a run
+
+
+@dataclasses.dataclass
+class Settings:
+    """What bench/conftest.py read from the command line, and the records of this run."""
+
+    shapes: tuple[str, ...]
+    device: str
+    only: tuple[str, ...]  # contestants; empty: all
+    rounds: tuple[int, int]  # at least, at most
+    case_s: float  # aim for the measurement of one case
+    sample_ms: float  # least length of one sample on CPU
+    warmup_s: float
+    records: list[dict] = dataclasses.field(default_factory=list)
+
+    def record(self, record: dict) -> None:
+        self.records.append(record)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: str) -> dict:
+    """Everything about machine and software that a figure depends on."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    for op in OPS:
+        for provider in providers(op):
+            if provider.package and not provider.unavailable(device, torch.bfloat16):
+                versions[provider.package] = provider.version
+    about = dict(schema=SCHEMA, device=device, commit=commit, date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    about |= dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), native=native.about, versions=versions)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        versions |= dict(cuda=torch.version.cuda, cudnn=str(torch.backends.cudnn.version()))
+        about |= dict(gpu=properties.name, gpu_memory_gib=round(properties.total_memory / 2**30, 1), state=gpu_state())
+        about |= dict(l2_mib=properties.L2_cache_size // 2**20)
+    return about
+
+
+def merge(files: list[dict]) -> dict:
+    """One run from several stages of it: the first one's environment, everybody's records, load and date from first to last."""
+    for other in files[1:]:
+        for key in ("schema", "device", "cpu", "gpu", "commit", "versions"):
+            if other.get(key) != files[0].get(key):
+                raise ValueError(f"stages differ in {key}: {files[0].get(key)} and {other.get(key)}")
+    merged = files[0] | dict(results=[record for file in files for record in file["results"]])
+    return merged | dict(date_last=files[-1]["date"])
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def parametrize(*ops: str):
+    """Marks a benchmark function to run for these ops, in fp32 and bf16; conftest.py adds the shapes and the device."""
+    return pytest.mark.parametrize("op, dtype", [(op, dtype) for op in ops for dtype in (torch.float32, torch.bfloat16)],
+                                   ids=lambda value: str(value).removeprefix("torch."))  # fmt: skip

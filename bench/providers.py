@@ -1,0 +1,249 @@
+"""Who takes part in a benchmark: eager PyTorch, torch.compile, ours, and the peers that are installed, all with the op's signature.
+
+A peer that has only a part of an op gets the rest from torch.compile, which is how one would use it. Peers that cannot run here are
+listed with the reason; nothing is left out silently.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightningdit_kernels import backends
+from lightningdit_kernels.attention import head_norm_ref, rope_ref
+from lightningdit_kernels.testing import DEFINITIONS, OPS
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One contestant for one op. build() imports what it needs and returns a function with the op's signature."""
+
+    name: str
+    build: Callable[[], Callable]
+    module: str | None = None  # whose absence makes it unavailable
+    package: str | None = None  # the distribution that pip installs it from
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
+
+    def unavailable(self, device: str, dtype: torch.dtype) -> str:
+        """Why it cannot take part with tensors of this device type and dtype, or ""."""
+        if device not in self.devices:
+            return f"needs {' or '.join(self.devices)}"
+        if dtype not in self.dtypes:
+            return f"does not take {str(dtype).removeprefix('torch.')}"
+        if self.package == "apex":
+            return apex_missing()
+        if self.module and not _exists(self.module):
+            return f"{self.module} is not installed (pip install {self.package})"
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Of the package, or of torch where it is PyTorch's own."""
+        try:
+            return importlib.metadata.version(self.package) if self.package else torch.__version__
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent of the module is missing
+        return False
+
+
+def apex_missing() -> str:
+    """Why NVIDIA's apex cannot be used, or "". PyPI's apex is another project of that name and is told apart by its contents."""
+    advice = "NVIDIA's is built from github.com/NVIDIA/apex"
+    if not _exists("apex"):
+        return f"apex is not installed; {advice}"
+    if not _exists("apex.normalization"):
+        return f"the installed apex is PyPI's, another project; {advice}"
+    return ""
+
+
+def _compiled(function):
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+# Plain compositions, as one would write them without this library.
+
+
+def eager_norm(x, scale, shift=None, weight=None, eps=1e-6):
+    h = nnf.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale[:, None])
+    return h if shift is None else h + shift[:, None]
+
+
+def eager_gated_norm(x, y, gate, scale, shift=None, weight=None, eps=1e-6):
+    x = x + gate[:, None] * y
+    return x, eager_norm(x, scale, shift, weight, eps)
+
+
+def eager_swiglu(packed):
+    gate, up = packed.chunk(2, dim=-1)
+    return nnf.silu(gate) * up
+
+
+def eager_group_norm_silu(x, weight, bias, num_groups, eps=1e-6):
+    return nnf.silu(nnf.group_norm(x, num_groups, weight, bias, eps))
+
+
+EAGER = DEFINITIONS | {
+    "rms_norm_modulate": eager_norm,
+    "gated_residual_rms_norm_modulate": eager_gated_norm,
+    "swiglu": eager_swiglu,
+    "group_norm_silu": eager_group_norm_silu,
+}
+
+
+# Peers of rms_norm_modulate and gated_residual_rms_norm_modulate: their RMSNorm between compiled pieces.
+
+
+def _modulate(h, scale, shift):
+    h = h * (1 + scale[:, None])
+    return h if shift is None else h + shift[:, None]
+
+
+def _add(x, y, gate):
+    return x + gate[:, None] * y
+
+
+def _norm_with(rms_norm: Callable, gated: bool) -> Callable:
+    modulate, add = _compiled(_modulate), _compiled(_add)
+
+    def plain(x, scale, shift=None, weight=None, eps=1e-6):
+        return modulate(rms_norm(x, weight, eps), scale, shift)
+
+    def with_residual(x, y, gate, scale, shift=None, weight=None, eps=1e-6):
+        x = add(x, y, gate)
+        return x, plain(x, scale, shift, weight, eps)
+
+    return with_residual if gated else plain
+
+
+def _quack_norm(gated):
+    from quack.rmsnorm import rmsnorm
+
+    return _norm_with(lambda x, weight, eps: rmsnorm(x.flatten(0, 1), weight, eps=eps).view_as(x), gated)
+
+
+def _liger_norm(gated):
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return _norm_with(lambda x, weight, eps: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False), gated)
+
+
+def _apex_norm(gated):
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    return _norm_with(lambda x, weight, eps: fused_rms_norm_affine(x, weight, x.shape[-1:], eps), gated)
+
+
+# Peers of rope_attention: compiled RoPE and QK-norm, then their attention on q, k, v of (B, N, H, Dh).
+
+
+def _rotate(qkv, positions, freqs, q_weight, k_weight, eps):
+    q, k, v = qkv.unbind(2)
+    q, k = q.float(), k.float()
+    if q_weight is not None:
+        q, k = head_norm_ref(q, q_weight, None, eps, False), head_norm_ref(k, k_weight, None, eps, False)
+    return rope_ref(q, positions, freqs).to(v.dtype), rope_ref(k, positions, freqs).to(v.dtype), v
+
+
+def _attention_with(attend: Callable) -> Callable:
+    rotate = _compiled(_rotate)
+
+    def function(qkv, positions, freqs, q_weight=None, k_weight=None, eps=1e-6):
+        out = attend(*rotate(qkv, positions, freqs, q_weight, k_weight, eps))
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+    return function
+
+
+def _sdpa(backend):
+    def attend(q, k, v):
+        with sdpa_kernel(backend):
+            return nnf.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
+
+    return _attention_with(attend)
+
+
+def _function(module, name):
+    return _attention_with(getattr(importlib.import_module(module), name))
+
+
+# Peers of swiglu and group_norm_silu.
+
+
+def _liger_swiglu():
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda packed: LigerSiLUMulFunction.apply(*packed.chunk(2, dim=-1))
+
+
+def _apex_group_norm():
+    from apex.contrib.group_norm import GroupNorm
+
+    def function(x, weight, bias, num_groups, eps=1e-6):
+        module = GroupNorm(num_groups, x.shape[1], eps=eps, act="silu").to(x.device, x.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.func.functional_call(module, dict(weight=weight, bias=bias), (x,))
+
+    return function
+
+
+def _peers(op: str) -> list[Provider]:
+    cuda, half = dict(devices=("cuda",)), dict(devices=("cuda",), dtypes=HALF)
+    match op:
+        case "rms_norm_modulate" | "gated_residual_rms_norm_modulate":
+            gated = op.startswith("gated")
+            return [
+                Provider("quack", functools.partial(_quack_norm, gated), "quack", "quack-kernels", **cuda),
+                Provider("liger", functools.partial(_liger_norm, gated), "liger_kernel", "liger-kernel", **cuda),
+                Provider("apex", functools.partial(_apex_norm, gated), "apex", "apex", **cuda),
+            ]
+        case "rope_attention":
+            fa2, fa3, fa4 = "flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute"
+            names = {fa2: "flash_attn_func", fa3: "flash_attn_func", fa4: "flash_attn_func", "xformers.ops": "memory_efficient_attention"}
+            build = {module: functools.partial(_function, module, name) for module, name in names.items()}
+            return [
+                Provider("sdpa math", functools.partial(_sdpa, SDPBackend.MATH)),
+                Provider("sdpa flash", functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
+                Provider("sdpa efficient", functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), **cuda),
+                Provider("sdpa cudnn", functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), **half),
+                Provider("flash-attn 2", build[fa2], fa2, "flash-attn", **half),
+                Provider("flash-attn 3", build[fa3], fa3, "flash-attn-3", **half),
+                Provider("flash-attn 4", build[fa4], fa4, "flash-attn-4", **half),
+                Provider("xformers", build["xformers.ops"], "xformers.ops", "xformers", **half),
+            ]
+        case "swiglu":
+            return [Provider("liger", _liger_swiglu, "liger_kernel", "liger-kernel", **cuda)]
+        case "group_norm_silu":
+            return [Provider("apex", _apex_group_norm, "apex", "apex", **half)]
+    return []
+
+
+def providers(op: str) -> list[Provider]:
+    """Everybody for this op. "compiled" is torch.compile of the op's definition; "ours" is the public function."""
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}, expected one of {', '.join(OPS)}")
+    return [
+        Provider("eager", lambda: EAGER[op]),
+        Provider("compiled", lambda: _compiled(DEFINITIONS[op])),
+        Provider("ours", lambda: OPS[op]),
+        *_peers(op),
+    ]
+
+
+def serving(op: str, device: str) -> str:
+    """Which backend of ours serves the op on a device type: "native", "triton" or "reference"."""
+    return backends()[op][device]

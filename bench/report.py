@@ -1,0 +1,280 @@
+"""Writes docs/results.md and its plots from the files bench/results/kernels_*.json and nothing else: make report.
+
+    python bench/report.py [--results FOLDER] [--docs FOLDER]
+
+Every row of every file appears, winning or losing; a case that no file holds for a GPU reads "not yet measured on a GPU".
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
+
+from bench.harness import SCHEMA, STEPS  # noqa: E402
+from lightningdit_kernels.testing import OPS  # noqa: E402
+
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+PATTERN = "kernels_*.json"
+UNMEASURED = "not yet measured on a GPU"
+STEP_NAMES = dict(forward="forward", backward="backward", forward_backward="both")
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """The runs in a folder by file name, oldest name first. ValueError for a file of another schema."""
+    runs = {}
+    for path in sorted(folder.glob(PATTERN)):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"{path.name} has schema {content.get('schema')!r}, expected {SCHEMA!r}")
+        runs[path.name] = content
+    return runs
+
+
+def ceilings(records: list[dict]) -> dict[str, float]:
+    """Measured copy bandwidth in GB/s as "copy", and the square products' TFLOP/s by dtype."""
+    found = {}
+    for record in records:
+        if record["kind"] == "copy":
+            found["copy"] = record["rows"][0]["gb_per_s"]
+        elif record["kind"] == "gemm":
+            found[record["dtype"]] = record["rows"][0]["tflop_per_s"]
+    return found
+
+
+def percent(value: float | None, of: float | None) -> str:
+    return f"{100 * value / of:.0f} %" if value and of else ""
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def op_records(records: list[dict]) -> list[dict]:
+    order = list(OPS)
+    return sorted((r for r in records if r["kind"] == "op"), key=lambda r: (order.index(r["op"]), r["shapes"], r["dtype"] != "float32"))
+
+
+def shape_of(record: dict) -> str:
+    sizes = record["sizes"]
+    if record["op"] == "group_norm_silu":
+        return f"({sizes['batch']}, {sizes['width']}, {sizes['rows']}, {sizes['columns']})"
+    width = 2 * sizes["width"] if record["op"] == "swiglu" else sizes["width"]
+    heads = f", {sizes['heads']} heads" if record["op"] == "rope_attention" else ""
+    return f"({sizes['batch']}, {sizes['rows'] * sizes['columns']}, {width}){heads}"
+
+
+def op_rows(record: dict, limits: dict[str, float]) -> list[list[str]]:
+    rows = []
+    for row in record["contestants"]:
+        name = f"**{row['name']}** ({row['version']})" if row["name"] == "ours" else f"{row['name']} {row['version']}"
+        if row["status"] != "ok":
+            rows.append([name, "", f"{row['status']}: {row['reason']}".replace("|", "/"), *[""] * 6])
+            continue
+        for step in STEPS:
+            one = row[step]
+            interval = f"{one['speedup']:.2f} ({one['speedup_low']:.2f}-{one['speedup_high']:.2f})"
+            spread = f"{number(one['median_ms'])} ({number(one['p20_ms'])}-{number(one['p80_ms'])})"
+            rates = [number(one["gb_per_s"]), percent(one["gb_per_s"], limits.get("copy"))]
+            flops = one.get("tflop_per_s")
+            rates += [number(flops), percent(flops, limits.get(record["dtype"]))]
+            memory = number(row.get("peak_mib")) if step == "forward_backward" else ""
+            rows.append([name, STEP_NAMES[step], spread, interval, *rates, memory, number(row["first_call_s"])])
+    return rows
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def headline(records: list[dict]) -> list[str]:
+    """One sentence per dtype: ours over eager and over torch.compile, forward and backward, geometric mean over the ops."""
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        chosen = [record for record in op_records(records) if record["dtype"] == dtype]
+        by_op = {record["op"]: {row["name"]: row for row in record["contestants"] if row["status"] == "ok"} for record in chosen}
+        rivals = {}
+        for rival in ("eager", "compiled"):
+            pairs = [rows for rows in by_op.values() if {"ours", rival} <= rows.keys()]
+            ratios = [rows[rival]["forward_backward"]["median_ms"] / rows["ours"]["forward_backward"]["median_ms"] for rows in pairs]
+            if ratios:
+                rivals[rival] = f"{geometric_mean(ratios):.2f} x as fast as {rival} ({sum(ratio < 1 for ratio in ratios)} lose)"
+        if rivals:
+            lines.append(f"{dtype}, forward + backward, geometric mean over {len(by_op)} ops: ours is {', '.join(rivals.values())}.")
+    return lines
+
+
+def environment_line(run: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
+    device = run.get("gpu") or f"{run['cpu']}, {run['threads']} of {run['cores']} cores"
+    loads = [record["load"] for record in run["results"] if "load" in record]
+    load = f"; load average during the run {min(loads):.1f} to {max(loads):.1f}" if loads and run["device"] == "cpu" else ""
+    return f"{device}; {versions}; native library: {run['native']}; commit {run['commit']}; {run['date']}{load}."
+
+
+def section(name: str, run: dict, plots: list[str]) -> list[str]:
+    records, limits = run["results"], ceilings(run["results"])
+    title = run.get("gpu") or f"CPU: {run['cpu']}"
+    lines = [f"## {title}", "", f"[{name}](../bench/results/{name}). {environment_line(run)}", ""]
+    if limits:
+        parts = [f"copy {number(limits['copy'])} GB/s"] if "copy" in limits else []
+        parts += [f"{dtype} matrix product {number(value)} TFLOP/s" for dtype, value in limits.items() if dtype != "copy"]
+        lines += [f"Ceilings measured in this run: {', '.join(parts)}.", ""]
+    for line in headline(records):
+        lines += [line, ""]
+    lines += [f"![{Path(plot).stem}]({plot})" for plot in plots] + [""]
+    header = ["", "step", "ms: median (p20-p80)", "speed-up over eager (95 %)"]
+    header += ["GB/s", "of copy", "TFLOP/s", "of product", "peak MiB", "first call s"]
+    for record in op_records(records):
+        lines += [f"### {record['op']}, {record['dtype']}, {record['shapes'].upper()} {shape_of(record)}", ""]
+        lines += markdown(header, op_rows(record, limits)) + [""]
+    for record in records:
+        if record["kind"] == "model_gemms":
+            lines += [f"### Matrix products of one block, {record['dtype']}, {record['shapes'].upper()}, {record['tokens']} tokens", ""]
+            rows = []
+            for row in record["rows"]:
+                shape = " x ".join(map(str, record["mnk"][row["name"]]))
+                of = percent(row["tflop_per_s"], limits.get(record["dtype"]))
+                rows.append([row["name"], shape, number(row["median_ms"]), number(row["tflop_per_s"]), of])
+            lines += markdown(["product", "M x N x K", "ms: median", "TFLOP/s", "of square product"], rows) + [""]
+    return lines
+
+
+def unmeasured(runs: dict[str, dict]) -> list[str]:
+    """The ops that no file holds for a GPU."""
+    done = {record["op"] for run in runs.values() if run["device"] == "cuda" for record in run["results"] if record["kind"] == "op"}
+    missing = [op for op in OPS if op not in done]
+    if not missing:
+        return []
+    return ["## GPU", "", "`make bench-gpu` measures these.", "", *markdown(["op", ""], [[f"`{op}`", UNMEASURED] for op in missing]), ""]
+
+
+INTRODUCTION = """# Results
+
+Written by `make report` from the files in bench/results; do not edit. bench/harness.py says how each figure is taken: contestants are
+gated against fp64, take turns, and work on inputs that rotate through more memory than the last cache holds. Bytes and FLOPs are those of
+one perfect pass. "backward" is the difference of two figures of the same round. "compiled" is torch.compile of the op's definition; "ours"
+is the public function, with the backend that serves it here. Speed-ups are over eager, medians of the ratios per round with a 95 %
+bootstrap interval; below 1 is a loss, and stays."""
+
+
+def render(runs: dict[str, dict]) -> str:
+    """docs/results.md."""
+    lines = [INTRODUCTION, ""]
+    lines += unmeasured(runs)
+    for name, run in sorted(runs.items(), key=lambda item: item[1]["device"] != "cuda"):
+        lines += section(name, run, [f"{Path(name).stem}_{plot}.png" for plot in ("speedup", "roofline")])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def figures(run: dict) -> dict:
+    """The plots of one run by name: speed-up bars of forward + backward, and the roofline. Matplotlib figures."""
+    from matplotlib.figure import Figure
+
+    records, limits = op_records(run["results"]), ceilings(run["results"])
+    groups = [(r, {c["name"]: c["forward_backward"] for c in r["contestants"] if c["status"] == "ok"}) for r in records]
+    names = list(dict.fromkeys(name for _, rows in groups for name in rows if name != "eager"))
+
+    bars = Figure(figsize=(9, 1 + 0.22 * sum(len(rows) for _, rows in groups)), layout="constrained")
+    axes = bars.subplots()
+    at, ticks = 0.0, {}
+    for record, rows in groups:
+        inside = [name for name in names if name in rows]
+        ticks[f"{record['op']}\n{record['dtype']} {record['shapes'].upper()}"] = at + (len(inside) - 1) / 2
+        for name in inside:
+            row, color = rows[name], f"C{names.index(name)}"
+            low, high = row["speedup"] - row["speedup_low"], row["speedup_high"] - row["speedup"]
+            axes.barh(at, row["speedup"], xerr=[[max(low, 0)], [max(high, 0)]], color=color, ecolor="0.3", height=0.9)
+            axes.text(row["speedup_high"] + 0.03, at, f"{row['speedup']:.2f}", va="center", fontsize=7)
+            at += 1
+        at += 1
+    axes.axvline(1, color="0.2", linewidth=1)
+    axes.set_yticks(list(ticks.values()), list(ticks), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed-up over eager, forward + backward (the line is eager)")
+    handles = [axes.barh([0], [0], color=f"C{index}") for index in range(len(names))]
+    axes.legend(handles, names, fontsize=7, loc="lower right")
+
+    roofline = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = roofline.subplots()
+    kept = [(record, name, rows[name]) for record, rows in groups for name in ("eager", "ours") if name in rows]
+    points = [(record, name, row, record["counted"]["forward_backward"]) for record, name, row in kept]
+    intensities = [counted["flops"] / counted["bytes"] for *_, counted in points if counted["flops"]]
+    if "copy" in limits and intensities:
+        low, high = min(intensities) / 8, 8 * max(intensities)
+        for dtype, peak in limits.items():
+            if dtype != "copy":
+                xs = [low, max(low, 1e3 * peak / limits["copy"]), max(high, 2e3 * peak / limits["copy"])]
+                axes.plot(xs, [min(peak, x * limits["copy"] / 1e3) for x in xs], color="0.4", linestyle="-" if dtype == "float32" else "--")
+                axes.text(xs[-1], peak, dtype, ha="right", va="bottom", fontsize=7)
+        for record, name, row, counted in points:
+            if counted["flops"]:
+                marker = dict(eager="o", ours="s")[name]
+                axes.plot(counted["flops"] / counted["bytes"], row["tflop_per_s"], marker, color="C0" if name == "eager" else "C1")
+                text = f" {record['op']} {record['dtype']} {name}"
+                axes.text(counted["flops"] / counted["bytes"], row["tflop_per_s"], text, fontsize=6, va="center")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    else:
+        axes.text(0.5, 0.5, "no ceilings in this run", ha="center")
+    axes.set_xlabel("FLOP per byte that one perfect pass moves")
+    axes.set_ylabel("TFLOP/s, forward + backward")
+    return dict(speedup=bars, roofline=roofline)
+
+
+def write_all(results: Path, docs: Path) -> list[Path]:
+    """Writes results.md and the plots; removes plots of runs that are gone. Returns what it wrote."""
+    runs = load(results)
+    docs.mkdir(parents=True, exist_ok=True)
+    written = [docs / "results.md"]
+    written[0].write_text(render(runs), encoding="utf-8")
+    for name, run in runs.items():
+        for plot, figure in figures(run).items():
+            path = docs / f"{Path(name).stem}_{plot}.png"
+            figure.savefig(path, dpi=110, metadata={"Software": None})
+            written.append(path)
+    for stale in set(docs.glob("kernels_*.png")) - set(written):
+        stale.unlink()
+    return written
+
+
+def text_table(records: list[dict]) -> list[str]:
+    """The same for a terminal: one line per case and contestant."""
+    limits, lines = ceilings(records), []
+    for record in records:
+        for row in record.get("rows", ()):
+            flops = f"{row['tflop_per_s']:8.3g} TFLOP/s" if "tflop_per_s" in row else f"{row['gb_per_s']:8.3g} GB/s"
+            lines.append(f"{record['kind']:12} {record.get('dtype', ''):9} {row['name']:14} {row['median_ms']:10.4g} ms  {flops}")
+    for record in op_records(records):
+        lines.append(f"{record['op']} {record['dtype']} {record['shapes']} {shape_of(record)} on {record['device']}")
+        for row in record["contestants"]:
+            if row["status"] != "ok":
+                lines.append(f"  {row['name']:14} {row['status']}: {row['reason']}")
+                continue
+            parts = [f"{STEP_NAMES[step]} {row[step]['median_ms']:9.4g} ms {row[step]['speedup']:5.2f} x" for step in STEPS]
+            of = percent(row["forward_backward"]["gb_per_s"], limits.get("copy"))
+            lines.append(f"  {row['name']:14} " + "   ".join(parts) + (f"   {of} of copy" if of else ""))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    options = parser.parse_args()
+    for path in write_all(options.results, options.docs):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

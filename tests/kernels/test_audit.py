@@ -1,0 +1,185 @@
+"""The audit on kernels that must pass and kernels that must fail, and its arithmetic on numbers known from elsewhere."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightningdit_kernels import audit
+from lightningdit_kernels.audit import Code, access_bytes, occupancy, read_sass, verdict, wide_share
+
+PROBES = Path(__file__).with_name("probes_triton.py")
+GOOD = Code(
+    registers=64,
+    stack=0,
+    local_loads=0,
+    local_stores=0,
+    shared=0,
+    warps=4,
+    tensor_memory=0,
+    hgmma=0,
+    hmma=0,
+    other_mma=0,
+    wide_loads=1.0,
+    wide_stores=1.0,
+    fp64=0,
+    atomics=0,
+)
+FAULTS = {  # case of the probes -> what the audit says of it; the others are fine
+    "narrow": "its main loads are narrower than 16 bytes",
+    "narrow loop": "its main loads are narrower than 16 bytes",
+    "spill": r"spills \(\d+ B stack, \d+ LDL, \d+ STL\)",
+    "double": r"\d+ fp64 instructions",
+    "atomic": r"\d+ atomics",
+    "warp product": "no HGMMA",
+    "too much shared memory": "262144 B of shared memory, a block may have 166912",
+    "does not compile": "CompilationError",
+}
+
+
+def run_audit(*arguments):
+    """The command, with TRITON_INTERPRET set as it is in this very process: it must compile all the same."""
+    package = Path(audit.__file__).parents[1]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(package)}
+    command = [sys.executable, "-m", "lightningdit_kernels.audit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_probe_gets_its_verdict(tmp_path):
+    table = tmp_path / "audit.json"
+    done = run_audit("--op", PROBES, "--table", table, "--write")
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = re.findall(r"^probes_triton: (.+?)  +(80|90|100) .*?(ok|FAILS: .*)$", done.stdout, re.M)
+    assert len(rows) == 17
+    for name, _, said in rows:
+        assert re.fullmatch(f"FAILS: {FAULTS[name]}.*" if name in FAULTS else "ok", said), f"{name}: {said}"
+    assert "audit.json is not written" in done.stdout and not table.exists()
+
+    # On the kernels that pass: a table is written, holds, is missed where a row lacks, and growth against it fails.
+    good = tmp_path / "good.py"
+    source = PROBES.read_text().replace("    return [\n", "    cases = [\n")
+    good.write_text(source + '    return [case for case in cases if case["name"] == "warpgroup product"]\n')
+    assert run_audit("--op", good, "--table", table, "--write", "--arch", 90).returncode == 0
+    assert run_audit("--op", good, "--table", table, "--arch", 90).returncode == 0
+    content = json.loads(table.read_text())
+    row = content["cases"]["good: warpgroup product"]["90"]
+    assert row["hgmma"] > 0 and row["local_loads"] == 0 and row["shared"] == 16384
+    row["shared"] //= 2
+    table.write_text(json.dumps(content))
+    done = run_audit("--op", good, "--table", table, "--arch", 90, "--arch", 100)
+    assert done.returncode == 1
+    assert "shared grew from 8192 to 16384" in done.stdout and "not in audit.json: add it with --write" in done.stdout
+
+
+SASS = """
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_0:
+        /*0010*/              @!P0 LDG.E.64.CONSTANT R8, [R2.64] ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8] ;
+.L_x_1:
+        /*0030*/               @P1 LDG.E.U16 R8, [R2.64] ;
+        /*0040*/               @P2 BRA `(.L_x_1) ;
+        /*0050*/               @P3 BRA `(.L_x_0) ;
+        /*0060*/                   STG.E.128 [R2.64], R4 ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   BRA `(.L_x_2);
+        /*0090*/                   NOP;
+"""
+
+
+def test_sass_is_read_with_its_loops():
+    instructions = read_sass(SASS)
+    assert [(opcode.partition(".")[0], depth) for opcode, depth in instructions] == [
+        ("LDG", 0), ("LDG", 1), ("HGMMA", 1), ("LDG", 2), ("BRA", 2), ("BRA", 1), ("STG", 0), ("EXIT", 0), ("BRA", 0), ("NOP", 0),
+    ]  # fmt: skip
+    assert wide_share(instructions, ("LDG",)) == pytest.approx(16 / (16 + 8 * 16 + 2 * 256))
+    assert wide_share(instructions, ("STG",)) == 1 and wide_share(instructions, ("LDGSTS",)) is None
+    code = audit.describe("Function f:\n  REG:40 STACK:8 SHARED:0 LOCAL:0", SASS, 1024, 4)
+    assert (code.registers, code.stack, code.hgmma, code.hmma, code.other_mma) == (40, 8, 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "opcode, size",
+    [("LDG.E", 4), ("LDG.E.128.CONSTANT", 16), ("LDG.E.ENL2.256", 32), ("LDG.E.U8", 1), ("LDGSTS.E.BYPASS.128", 16), ("LDG.E.U16", 2)],
+)
+def test_access_bytes(opcode, size):
+    assert access_bytes(opcode) == size
+
+
+@pytest.mark.parametrize(
+    "change, arch, bound",
+    [  # the figures of NVIDIA's occupancy calculator
+        (dict(registers=32), 90, (1.0, "warps")),
+        (dict(registers=64), 90, (0.5, "registers")),
+        (dict(registers=255), 90, (0.125, "registers")),
+        (dict(registers=255, warps=8), 90, (0.125, "registers")),
+        (dict(registers=168), 80, (0.1875, "registers")),
+        (dict(registers=32, shared=48 * 1024), 80, (0.1875, "shared")),
+        (dict(registers=32, shared=48 * 1024), 90, (0.25, "shared")),
+        (dict(registers=32, warps=1), 90, (0.5, "blocks")),
+        (dict(registers=32, tensor_memory=256), 100, (0.125, "tensor memory")),
+    ],
+)
+def test_occupancy(change, arch, bound):
+    assert occupancy(replace(GOOD, **change), arch) == bound
+
+
+@pytest.mark.parametrize(
+    "code, case, arch, fault",
+    [
+        (dict(), dict(kind="memory"), 90, None),
+        (dict(stack=8), dict(kind="small"), 90, "spills"),
+        (dict(local_stores=1), dict(kind="small"), 90, "spills"),
+        (dict(hmma=8), dict(kind="attention"), 90, "no HGMMA"),
+        (dict(hmma=8), dict(kind="attention"), 80, None),
+        (dict(hgmma=8), dict(kind="attention"), 90, None),
+        (dict(wide_loads=None), dict(kind="memory"), 90, "no global loads"),
+        (dict(wide_loads=0.4), dict(kind="memory"), 100, "narrower"),
+        (dict(wide_loads=0.4), dict(kind="small"), 100, None),
+        (dict(registers=72), dict(kind="memory"), 90, None),
+        (dict(registers=73), dict(kind="memory"), 90, "registers grew from 64 to 73"),
+        (dict(shared=1025), dict(kind="memory"), 90, "shared grew from 0 to 1025"),
+        (dict(registers=255, warps=32), dict(kind="small"), 90, "no block fits"),
+    ],
+)
+def test_verdict(code, case, arch, fault):
+    before = dict(registers=64, shared=0) if case["kind"] == "memory" else None
+    faults = verdict(case, arch, replace(GOOD, **code), before)
+    assert faults == [] if fault is None else len(faults) == 1 and fault in faults[0]
+
+
+class Kernel:
+    arg_names = ["x", "BLOCK"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(signature=dict(y="*bf16")), r"lack \['x'\] and have \['y'\] too much"),
+        (dict(constexprs={}), r"lack \['BLOCK'\]"),
+        (dict(signature=dict(x="*bf16", BLOCK="constexpr"), constexprs={}), r"no value for \['BLOCK'\]"),
+        (dict(divisible=["z"]), "divisible names other arguments"),
+        (dict(kind="fast"), "kind is 'fast', expected one of memory, attention"),
+        (dict(hgmma=False), "needs a reason"),
+    ],
+)
+def test_a_malformed_case_is_refused(change, message):
+    case = dict(name="n", kernel=Kernel, signature=dict(x="*bf16"), constexprs=dict(BLOCK=8), divisible=["x"], kind="memory") | change
+    with pytest.raises(ValueError, match=message):
+        audit._check("op", case)
+
+
+def test_nothing_to_audit_is_no_failure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(audit, "__file__", str(tmp_path / "audit.py"))
+    assert audit.main([]) == 0
+    assert "norm: has no Triton kernel yet" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        audit.main(["--op", "nrom"])
