@@ -20,6 +20,10 @@ static inline float grad_of_silu(float grad, float y) {
   return grad * sigmoid * (1.0f + y * (1.0f - sigmoid));
 }
 
+// Whether a result of this type can keep dy between two passes: the exponential is what costs, not the memory, which is in cache.
+static inline bool exact(const float*) { return true; }
+static inline bool exact(const bf16*) { return false; }
+
 template <typename X, typename Out>
 static void forward_contiguous(const X* x, const float* weight, const float* bias, Out* out, float* mean, float* rstd, int64_t batch,
                                int64_t channels, int64_t pixels, int64_t groups, float eps, int threads) {
@@ -84,11 +88,13 @@ static void backward_contiguous(const Grad* grad, const X* x, const float* weigh
         const int64_t count = smaller(BLOCK, pixels - start);
         const Grad* incoming = grad + place + start;
         const X* row = x + place + start;
+        X* kept = grad_x + place + start;
         float sum = 0.0f, product = 0.0f;
 #pragma omp simd reduction(+ : sum, product)
         for (int64_t p = 0; p < count; ++p) {
           const float x_hat = (load(row + p) - centre) * scale;
           const float d = grad_of_silu(load(incoming + p), x_hat * w + b);
+          if (exact(kept)) store(kept + p, d);
           sum += d;
           product += d * x_hat;
         }
@@ -110,7 +116,7 @@ static void backward_contiguous(const Grad* grad, const X* x, const float* weigh
 #pragma omp simd
       for (int64_t p = 0; p < pixels; ++p) {
         const float x_hat = (load(row + p) - centre) * scale;
-        const float d = grad_of_silu(load(incoming + p), x_hat * w + b);
+        const float d = exact(result) ? load(result + p) : grad_of_silu(load(incoming + p), x_hat * w + b);
         store(result + p, scale * (d * w - shift - x_hat * tilt));
       }
     }

@@ -19,7 +19,7 @@ TILES = 8  # tiles of pixels that one program of the reductions walks over
 # BLOCK_P x BLOCK_C elements; for narrower tensors the launcher moves factors of two from one side to the other. Static choice: fewer
 # elements a thread, so that most programs run at once; not yet measured on a GPU.
 TABLE = {
-    (80, "channels_last"): [Config(dict(BLOCK_P=32, BLOCK_C=128), num_warps=8), Config(dict(BLOCK_P=32, BLOCK_C=128), num_warps=4)],
+    (80, "channels_last"): [Config(dict(BLOCK_P=32, BLOCK_C=128), num_warps=8)],
     (80, "contiguous"): [Config(dict(BLOCK_P=2048, BLOCK_C=1), num_warps=4), Config(dict(BLOCK_P=4096, BLOCK_C=1), num_warps=4)],
 }
 MERGE = Config(dict(BLOCK_K=64), num_warps=4)
@@ -256,7 +256,7 @@ def audit_cases():
                     constants = dict(CHANNELS_LAST=name == "channels_last", **config.blocks)
                     if "TILES" in kernel.arg_names:
                         constants["TILES"] = TILES
-                    label = f"{kernel.fn.__name__.strip('_')} {dtype} {name} {','.join(map(str, config.blocks.values()))} w{config.num_warps}"
+                    label = f"{kernel.fn.__name__.strip('_')} {dtype} {name} {','.join(map(str, config.blocks.values()))}"
                     cases.append(_case(label, kernel, signature, constants, config, "memory", arch))
     merge = dict(C="i32", P="i32", groups="i32", chunks="i32")
     constants = dict(GROUP=4, **MERGE.blocks)
