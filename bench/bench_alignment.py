@@ -3,6 +3,6 @@
 from bench.harness import Case, parametrize, run_case
 
 
-@parametrize("marginal_cosine_loss", "marginal_distance_matrix_loss")
+@parametrize("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss")
 def bench_alignment(benchmark, settings, op, dtype, shapes):
     run_case(benchmark, Case(op, shapes, dtype, settings.device), settings)

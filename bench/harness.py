@@ -53,7 +53,7 @@ class Case:
             sizes |= dict(rows=4, columns=4)
         if self.op == "swiglu":
             sizes |= dict(width=hidden)
-        elif self.op.startswith("marginal") and self.shapes == "xl":
+        elif self.op.startswith(("marginal", "alignment")) and self.shapes == "xl":
             sizes |= dict(width=1024)  # channels of DINOv2-L
         elif self.op == "group_norm_silu" and self.shapes in ("xl", "b"):
             side = dict(xl=256, b=64)[self.shapes]  # where the encoder's convolutions cost most, and two levels below
@@ -95,6 +95,11 @@ def cost(op: str, inputs: dict, results: dict[str, torch.Tensor]) -> dict[str, d
         batch, tokens, channels = tensors["z"].shape
         forward_flops = 2 * batch * tokens**2 * (channels + tensors["f"].shape[2])
         backward_flops = forward_flops * 3 // 2
+    elif op == "alignment_losses":  # the projection of s to width C is not needed: its similarities cost r channels
+        batch, tokens, channels = tensors["s"].shape
+        width = tensors["f"].shape[2]
+        forward_flops = 2 * batch * tokens * (tokens * (channels + width) + channels * (channels + width))
+        backward_flops = 2 * batch * tokens * (tokens * (2 * channels + width) + channels * (channels + width))
     return {
         "forward": dict(bytes=forward_bytes, flops=forward_flops),
         "backward": dict(bytes=backward_bytes, flops=backward_flops),

@@ -1,5 +1,6 @@
 // The C ABI: every exported function calls its twin at the highest instruction-set level that this processor has.
 #include "common.h"
+#include "groupnorm.h"
 #include "norm.h"
 #include "swiglu.h"
 
@@ -11,6 +12,8 @@
 
 #define DECLARE(level)                             \
   namespace level {                                \
+  LIGHTNINGDIT_GROUPNORM_FORWARD(groupnorm_forward);   \
+  LIGHTNINGDIT_GROUPNORM_BACKWARD(groupnorm_backward); \
   LIGHTNINGDIT_NORM_FORWARD(norm_forward);         \
   LIGHTNINGDIT_NORM_BACKWARD(norm_backward);       \
   LIGHTNINGDIT_SWIGLU_FORWARD(swiglu_forward);     \
@@ -75,6 +78,16 @@ EXPORT LIGHTNINGDIT_NORM_FORWARD(lightningdit_norm_forward) {
 EXPORT LIGHTNINGDIT_NORM_BACKWARD(lightningdit_norm_backward) {
   DISPATCH(norm_backward(grad_residual, grad_h, residual, y, gate, factor, mean, rstd, dx, dy, sums, batch, tokens, width, x_dtype, y_dtype,
                          h_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_GROUPNORM_FORWARD(lightningdit_groupnorm_forward) {
+  DISPATCH(groupnorm_forward(x, weight, bias, out, mean, rstd, scratch, batch, channels, pixels, groups, eps, channels_last, x_dtype,
+                             out_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_GROUPNORM_BACKWARD(lightningdit_groupnorm_backward) {
+  DISPATCH(groupnorm_backward(grad, x, weight, bias, mean, rstd, grad_x, sums, scratch, batch, channels, pixels, groups, channels_last,
+                              grad_dtype, x_dtype, threads))
 }
 
 EXPORT LIGHTNINGDIT_SWIGLU_FORWARD(lightningdit_swiglu_forward) {

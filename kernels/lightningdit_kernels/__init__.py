@@ -1,7 +1,7 @@
 """The ops under LightningDiT and VA-VAE. Every function has its definition beside it as `<name>_ref`, in plain PyTorch."""
 
 from lightningdit_kernels import native
-from lightningdit_kernels.alignment import marginal_cosine_loss, marginal_distance_matrix_loss
+from lightningdit_kernels.alignment import alignment_losses, marginal_cosine_loss, marginal_distance_matrix_loss
 from lightningdit_kernels.attention import rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
 from lightningdit_kernels.library import triton_available
@@ -9,6 +9,7 @@ from lightningdit_kernels.norm import TRITON_MAX_WIDTH, gated_residual_rms_norm_
 from lightningdit_kernels.swiglu import swiglu
 
 __all__ = [
+    "alignment_losses",
     "backends",
     "gated_residual_rms_norm_modulate",
     "group_norm_silu",
@@ -28,7 +29,9 @@ def backends() -> dict[str, dict[str, str]]:
     rows = {op: dict(cpu="reference", cuda="reference", why="defined in plain PyTorch only") for op in __all__ if op != "backends"}
     cpu = f"CPU: {native.about}" + ("; fp32 and bf16, under torch.compile too; else reference" if native.available else "")
     cuda = "CUDA: Triton; fp32, bf16 and fp16; else reference" if triton_available else "CUDA: triton is not installed"
-    for op in ("gated_residual_rms_norm_modulate", "rms_norm_modulate", "swiglu"):
-        serves = dict(cpu="native" if native.available else "reference", cuda="triton" if triton_available else "reference")
-        rows[op] = serves | dict(why=f"{cpu}. {cuda}" + ("" if op == "swiglu" else f", as are rows wider than {TRITON_MAX_WIDTH}"))
+    serves = dict(cpu="native" if native.available else "reference", cuda="triton" if triton_available else "reference")
+    for op in ("gated_residual_rms_norm_modulate", "group_norm_silu", "rms_norm_modulate", "swiglu"):
+        rows[op] = serves | dict(why=f"{cpu}. {cuda}" + (f", as are rows wider than {TRITON_MAX_WIDTH}" if "rms_norm" in op else ""))
+    for op in ("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss"):
+        rows[op] = dict(cpu="reference", cuda=serves["cuda"], why=f"CPU: no native kernel. {cuda}; without an N x N matrix")
     return rows

@@ -18,6 +18,8 @@ _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _SIGNATURES = {
     "lightningdit_norm_forward": [_pointer] * 9 + [_size] * 3 + [_float] + [_int] * 4,
     "lightningdit_norm_backward": [_pointer] * 11 + [_size] * 3 + [_int] * 4,
+    "lightningdit_groupnorm_forward": [_pointer] * 7 + [_size] * 4 + [_float] + [_int] * 4,
+    "lightningdit_groupnorm_backward": [_pointer] * 9 + [_size] * 4 + [_int] * 4,
     "lightningdit_swiglu_forward": [_pointer, _pointer, _size, _size, _int, _int, _int],
     "lightningdit_swiglu_backward": [_pointer, _pointer, _pointer, _size, _size, _int, _int, _int],
 }
@@ -109,6 +111,30 @@ def _factor(scale, weight):
 
 def _address(tensor):
     return None if tensor is None else tensor.data_ptr()
+
+
+def group_norm_silu_forward(x, weight, bias, out, mean, rstd, num_groups: int, eps: float, channels_last: bool) -> None:
+    """out, mean and rstd (B, G) of x (B, C, H, W), dense in the stated format, and weight and bias (C,) in fp32."""
+    scratch = _group_norm_scratch(x, channels_last)
+    pointers = [tensor.data_ptr() for tensor in (x, weight, bias, out, mean, rstd, scratch)]
+    _run("lightningdit_groupnorm_forward", *pointers, *_image_sizes(x), num_groups, eps, channels_last, DTYPES[x.dtype], DTYPES[out.dtype])
+
+
+def group_norm_silu_backward(grad, x, weight, bias, mean, rstd, grad_x, sums, num_groups: int, channels_last: bool) -> None:
+    """grad_x, and sums (2, B, C): of dy and of dy * x_hat over the pixels, dy the gradient to the norm's result."""
+    scratch = _group_norm_scratch(x, channels_last)
+    pointers = [tensor.data_ptr() for tensor in (grad, x, weight, bias, mean, rstd, grad_x, sums, scratch)]
+    _run("lightningdit_groupnorm_backward", *pointers, *_image_sizes(x), num_groups, channels_last, DTYPES[grad.dtype], DTYPES[x.dtype])
+
+
+def _image_sizes(x):
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+def _group_norm_scratch(x, channels_last):
+    batch, channels, pixels = _image_sizes(x)
+    chunks = -(-pixels // 64)  # of LIGHTNINGDIT_GROUPNORM_CHUNK
+    return x.new_empty(batch * (2 * chunks + 4) * channels if channels_last else 0, dtype=torch.float32)
 
 
 def swiglu_forward(packed: torch.Tensor, out: torch.Tensor) -> None:

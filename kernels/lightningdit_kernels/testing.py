@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import lightningdit_kernels as kernels
-from lightningdit_kernels.alignment import marginal_cosine_loss_ref, marginal_distance_matrix_loss_ref
+from lightningdit_kernels.alignment import alignment_losses_ref, marginal_cosine_loss_ref, marginal_distance_matrix_loss_ref
 from lightningdit_kernels.attention import rope_attention_ref
 from lightningdit_kernels.groupnorm import group_norm_silu_ref
 from lightningdit_kernels.norm import gated_residual_rms_norm_modulate_ref, rms_norm_modulate_ref
@@ -16,6 +16,7 @@ OPS = {name: getattr(kernels, name) for name in kernels.__all__ if name != "back
 
 # Every op's definition, with the signature of the op. It is also eager PyTorch for the acceptance rule below.
 DEFINITIONS = {
+    "alignment_losses": alignment_losses_ref,
     "gated_residual_rms_norm_modulate": gated_residual_rms_norm_modulate_ref,
     "group_norm_silu": group_norm_silu_ref,
     "marginal_cosine_loss": marginal_cosine_loss_ref,
@@ -61,6 +62,10 @@ def example_inputs(op: str, batch: int, rows: int, columns: int, width: int, hea
             return dict(qkv=tensor(batch, tokens, 3, heads, head_dim, seed=1)) | rope | norm
         case "swiglu":
             return dict(packed=tensor(batch, tokens, 2 * width, seed=1))
+        case "alignment_losses":
+            r = min(32, width // 2)
+            inputs = dict(s=tensor(batch, tokens, r, seed=1), weight=tensor(width, r, seed=3), f=tensor(batch, tokens, width, seed=2))
+            return inputs | dict(cos_margin=0.5, distmat_margin=0.05)
         case "marginal_cosine_loss" | "marginal_distance_matrix_loss":
             return dict(z=tensor(batch, tokens, width, seed=1), f=tensor(batch, tokens, width, seed=2), margin=0.05)
         case "group_norm_silu":

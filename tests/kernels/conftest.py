@@ -21,3 +21,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor_for_numpy_2_4
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot_of_bf16(self, a, b, *rest):
+        """The interpreter keeps bf16 as its bits, and would multiply those."""
+
+        def widened(x):
+            if x.dtype.scalar != interpreter.tl.bfloat16:
+                return x
+            return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
+
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_of_bf16

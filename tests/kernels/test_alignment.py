@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
-from lightningdit_kernels import marginal_cosine_loss, marginal_distance_matrix_loss
+from lightningdit_kernels import alignment_losses, marginal_cosine_loss, marginal_distance_matrix_loss
+from lightningdit_kernels.alignment import alignment_losses_ref
 from lightningdit_kernels.testing import assert_matches_truth, random_tensor
 
 LOSSES = {"mcos": (marginal_cosine_loss, "cos_margin"), "mdms": (marginal_distance_matrix_loss, "distmat_margin")}
@@ -21,6 +23,82 @@ def test_official_values_and_gradients(golden, name, case):
     expected = tensors[f"{case}.grad_z.{name}"].flatten(2).mT
     assert value.item() == pytest.approx(tensors[f"{case}.{name}_loss"].item(), rel=1e-5)
     assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", ["0", "1", "2", "3"])
+def test_official_values_and_gradients_in_the_low_rank_form(golden, case):
+    """The official z is a product: with its QR factors as latents and weight, both losses and d loss / d latents = (d loss / dz) weight."""
+    tensors, metadata = golden("alignment")
+    z, f = (tensors[f"{case}.{key}"].flatten(2).mT for key in ("z_projected", "vf_feature"))
+    weight, s = torch.linalg.qr(z.flatten(0, 1).mT.double())  # z^T = weight s^T for any z: r = min(C, B N)
+    s, weight = s.mT.reshape(*z.shape[:2], -1).float().requires_grad_(), weight.float().requires_grad_()
+    margins = [metadata["cases"][case][key] for key in ("cos_margin", "distmat_margin")]
+    for value, name in zip(alignment_losses(s, weight, f, *margins), LOSSES, strict=True):
+        grad_z = tensors[f"{case}.grad_z.{name}"].flatten(2).mT
+        grad_s, grad_weight = torch.autograd.grad(value, (s, weight), retain_graph=True)
+        assert value.item() == pytest.approx(tensors[f"{case}.{name}_loss"].item(), rel=2e-5)
+        for gradient, expected in ((grad_s, grad_z @ weight), (grad_weight, grad_z.flatten(0, 1).mT @ s.flatten(0, 1))):
+            assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 4, 24), (1, 7, 10, 6), (2, 5, 1, 3)], ids=str)  # r below, above C; r = 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_rank_form_matches_truth(shape, dtype):
+    B, N, r, C = shape
+    inputs = dict(s=random_tensor(B, N, r, dtype=dtype, seed=1), weight=random_tensor(C, r, dtype=dtype, seed=2))
+    inputs |= dict(f=random_tensor(B, N, C, dtype=dtype, seed=3), cos_margin=0.4, distmat_margin=0.05)
+    assert_matches_truth(alignment_losses, alignment_losses_ref, inputs, frozen=("f",))
+
+
+def test_low_rank_form_of_a_weight_without_full_rank():
+    s, f = random_tensor(2, 8, 6, dtype=torch.float64, seed=1).requires_grad_(), random_tensor(2, 8, 12, dtype=torch.float64, seed=2)
+    weight = random_tensor(12, 6, dtype=torch.float64, seed=3)
+    weight[:, 4:] = weight[:, :2]
+    weight.requires_grad_()
+    ours, expected = (torch.autograd.grad(sum(op(s, weight, f, 0.4, 0.1)), (s, weight)) for op in (alignment_losses, alignment_losses_ref))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_low_rank_form_bad_input():
+    s, weight, f = torch.ones(2, 4, 3), torch.ones(5, 3), torch.ones(2, 4, 5)
+    with pytest.raises(ValueError, match=r"weight has shape \(5, 2\), expected \(5, 3\)"):
+        alignment_losses(s, weight[:, :2], f)
+    with pytest.raises(ValueError, match=r"f has shape \(2, 4, 4\), expected \(2, 4, 5\)"):
+        alignment_losses(s, weight, f[..., :4])
+    with pytest.raises(ValueError, match=r"weight has shape \(5, 3, 1, 1\), expected \(C, r\)"):
+        alignment_losses(s, weight[..., None, None], f)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype):
+    z, f = random_tensor(2, 5, 6, dtype=dtype, seed=1).requires_grad_(), random_tensor(2, 5, 6, dtype=dtype, seed=2)
+    s, weight = random_tensor(2, 5, 3, dtype=dtype, seed=3).requires_grad_(), random_tensor(6, 3, dtype=dtype, seed=4).requires_grad_()
+    operators = torch.ops.lightningdit
+    torch.library.opcheck(operators.marginal_cosine_loss, (z, f, 0.5))
+    torch.library.opcheck(operators.marginal_distance_matrix_loss, (z, f, 0.1))
+    torch.library.opcheck(operators.alignment_losses, (s, weight, f, 0.5, 0.1))
+    loss, *norms = operators.marginal_distance_matrix_loss(z.detach(), f, 0.1)
+    torch.library.opcheck(operators.marginal_cosine_loss_backward, (loss, z.detach(), f, 0.5))
+    torch.library.opcheck(operators.marginal_distance_matrix_loss_backward, (loss, z.detach(), f, *norms, 0.1))
+    torch.library.opcheck(operators.alignment_project, (f, norms[0].new_ones(6, 3)))
+    _, distance, *saved = operators.alignment_losses(s.detach(), weight.detach(), f, 0.5, 0.1)
+    torch.library.opcheck(operators.alignment_losses_backward, (distance, distance, s.detach(), f, *saved, 0.5, 0.1))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_checkpointing_recomputes_the_same(name):
+    z, f = random_tensor(2, 6, 8, seed=1).requires_grad_(), random_tensor(2, 6, 8, seed=2)
+    (plain,) = torch.autograd.grad(LOSSES[name][0](z, f), z)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(LOSSES[name][0], z, f, use_reentrant=False), z)
+    assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivative_is_refused(name):
+    z, f = random_tensor(2, 6, 8, seed=1).requires_grad_(), random_tensor(2, 6, 8, seed=2)
+    (first,) = torch.autograd.grad(LOSSES[name][0](z, f, 0.1), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        first.sum().backward()
 
 
 def cosine(a, b):

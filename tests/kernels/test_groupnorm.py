@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
-from lightningdit_kernels import group_norm_silu
-from lightningdit_kernels.testing import assert_matches_truth, random_tensor
+from lightningdit_kernels import group_norm_silu, native
+from lightningdit_kernels.groupnorm import group_norm_silu_backward_ref, group_norm_silu_ref
+from lightningdit_kernels.testing import assert_matches_truth, random_tensor, values_and_gradients
 
 
 def eager(x, weight, bias, num_groups, eps=1e-6):
@@ -15,22 +17,123 @@ def eager(x, weight, bias, num_groups, eps=1e-6):
     return y * torch.sigmoid(y)
 
 
+@pytest.fixture(params=["baseline", "AVX2", "AVX-512", "reference"])
+def backend(request, monkeypatch):
+    """Every way in which this machine can compute the op."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", False)
+        yield request.param
+        return
+    if not native.available:
+        pytest.skip(native.about)
+    wanted = {name: level for level, name in native.LEVELS.items()}[request.param]
+    highest = native.library.lightningdit_level()
+    if native.library.lightningdit_set_level(wanted) != wanted:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native.library.lightningdit_set_level(highest)
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+
+
 def inputs(shape, num_groups, dtype=torch.float32):
     channels = shape[1]
     affine = dict(weight=1 + random_tensor(channels, dtype=dtype, seed=1) / 4, bias=random_tensor(channels, dtype=dtype, seed=2))
     return dict(x=random_tensor(*shape, dtype=dtype), num_groups=num_groups) | affine
 
 
+@LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape, num_groups", [((2, 64, 8, 8), 32), ((1, 6, 7, 5), 3), ((3, 4, 1, 1), 1), ((0, 4, 2, 2), 2)], ids=str)
-def test_matches_truth(shape, num_groups, dtype):
-    assert_matches_truth(group_norm_silu, eager, inputs(shape, num_groups, dtype))
-
-
-def test_channels_last():
-    case = inputs((2, 8, 6, 6), 4)
-    case["x"] = case["x"].to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("shape, num_groups", [((2, 64, 13, 8), 32), ((1, 6, 7, 5), 3), ((3, 4, 1, 1), 1), ((0, 4, 2, 2), 2)], ids=str)
+def test_matches_truth(shape, num_groups, dtype, layout, backend):
+    case = inputs(shape, num_groups, dtype)
+    case["x"] = case["x"].to(memory_format=layout)
     assert_matches_truth(group_norm_silu, eager, case)
+
+
+@LAYOUTS
+def test_the_memory_format_is_kept(layout, backend):
+    case = inputs((2, 8, 6, 5), 4)
+    x = case["x"].to(memory_format=layout).requires_grad_()
+    out = group_norm_silu(**case | dict(x=x))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert out.is_contiguous(memory_format=layout) and grad.is_contiguous(memory_format=layout)
+
+
+def test_other_strides_are_made_contiguous(backend):
+    case = inputs((4, 8, 6, 10), 4)
+    case["x"] = case["x"][::2, :, 1:, ::2]
+    assert_matches_truth(group_norm_silu, eager, case)
+    assert group_norm_silu(**case).is_contiguous()
+
+
+@LAYOUTS
+def test_a_large_mean_does_not_cancel(layout, backend):
+    """At a mean of 1000 standard deviations sum(x^2) - sum(x)^2 / n would lose every digit of the variance. What remains is the rounding
+    of the mean to fp32, 3e-5 of a standard deviation, and at each place in the formulas where it enters.
+    """
+    if backend == "reference":
+        pytest.skip("PyTorch's channels-last GroupNorm on CPU does lose them (torch 2.11)")
+    case = inputs((1, 8, 20, 9), 2)
+    case["x"] = (1000 + case["x"]).to(memory_format=layout)
+    values = values_and_gradients(group_norm_silu, case)
+    doubled = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+    for name, true in values_and_gradients(eager, doubled).items():
+        assert (values[name] - true).abs().max() <= 2e-4 * true.abs().max(), name
+
+
+@LAYOUTS
+@pytest.mark.skipif(not native.available, reason=native.about)
+def test_threads_do_not_change_the_result(layout):
+    case = inputs((4, 32, 40, 40), 8)
+    x = case["x"].to(memory_format=layout).requires_grad_()
+    weight, bias = case["weight"].requires_grad_(), case["bias"].requires_grad_()
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = group_norm_silu(x, weight, bias, 8)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other[:2], results[0][:2], strict=True))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype, layout, backend):
+    case = inputs((2, 4, 3, 5), 2, dtype)
+    x = case["x"].to(memory_format=layout)
+    weight, bias = case["weight"], case["bias"]
+    operators = torch.ops.lightningdit
+    tensors = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    torch.library.opcheck(operators.group_norm_silu, (*tensors, 2, 1e-6, dtype))
+    out, mean, rstd = operators.group_norm_silu(x, weight, bias, 2, 1e-6, dtype)
+    torch.library.opcheck(operators.group_norm_silu_backward, (out, x, weight, bias, mean, rstd, 2))
+
+
+def test_backward_reference_is_the_gradient_of_the_definition():
+    case = inputs((2, 6, 3, 5), 3, torch.float64)
+    tensors = [case[name].requires_grad_() for name in ("x", "weight", "bias")]
+    grad = random_tensor(2, 6, 3, 5, dtype=torch.float64, seed=3)
+    expected = torch.autograd.grad(group_norm_silu_ref(*tensors, 3), tensors, grad)
+    x, weight, bias = (tensor.detach() for tensor in tensors)
+    _, mean, rstd = torch.ops.lightningdit.group_norm_silu(x, weight, bias, 3, 1e-6, torch.float64)
+    torch.testing.assert_close(group_norm_silu_backward_ref(grad, x, weight, bias, mean, rstd, 3), expected)
+
+
+def test_checkpointing_recomputes_the_same():
+    case = inputs((2, 8, 4, 4), 4)
+    x = case["x"].requires_grad_()
+    (plain,) = torch.autograd.grad(group_norm_silu(**case).sum(), x)
+    rerun = torch.utils.checkpoint.checkpoint(lambda x: group_norm_silu(**case | dict(x=x)), x, use_reentrant=False)
+    assert torch.equal(plain, torch.autograd.grad(rerun.sum(), x)[0])
+
+
+def test_second_derivative_is_refused():
+    x = random_tensor(1, 4, 2, 2).requires_grad_()
+    (first,) = torch.autograd.grad(group_norm_silu(x, torch.ones(4), torch.zeros(4), 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="group_norm_silu is differentiable once"):
+        first.sum().backward()
 
 
 def test_autocast_gives_the_autocast_dtype_and_fp32_statistics():
@@ -38,6 +141,7 @@ def test_autocast_gives_the_autocast_dtype_and_fp32_statistics():
     with torch.autocast("cpu", torch.bfloat16):
         inside = group_norm_silu(**case)
     assert torch.equal(inside, group_norm_silu(**case).bfloat16())
+    assert inside.dtype == torch.bfloat16
 
 
 def test_gradcheck():

@@ -15,7 +15,7 @@ def test_every_op_has_its_definition():
 def inputs_of(op, batch):
     inputs = example_inputs(op, batch, 2, 3, 16, 2)
     inputs |= dict(center=True) if op == "gated_residual_rms_norm_modulate" else {}
-    return {name: value.requires_grad_() if name in ("x", "y", "qkv", "packed", "z") else value for name, value in inputs.items()}
+    return {name: value.requires_grad_() if name in ("x", "y", "qkv", "packed", "z", "s") else value for name, value in inputs.items()}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,351 @@
+"""The margin losses on CUDA: tiles of the two similarity matrices live in registers, never the matrices.
+
+B images, N tokens, C channels of z, E channels of f. Sums are fp32. Products of fp32 tokens are tf32x3: three tf32 products of leading and
+trailing parts, 2^-22 relative, which compile to HMMA.1688.F32.TF32 on sm_80, HGMMA.F32.TF32 on sm_90 and UTCHMMA (tcgen05) on sm_100.
+Products of bf16 or fp16 tokens are exact in fp32, so the tensor cores take them as they are, and the cosines are scaled afterwards. Either
+way a cosine is off by about 1e-6, far below any margin: the gradient is a step there.
+
+Forward: one program per pair of token blocks i <= j, for the similarity is symmetric. Backward: a program owns the tokens of one block i,
+recomputes its rows of the similarities block by block and adds sum_j S_ij z_j / |z_j|, where S = sign(cos_z - cos_f) outside the margin.
+No atomics: each program has outputs of its own, and partial losses are summed in the order of the programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lightningdit_kernels.tuning import Config, pick
+
+# The clamps of torch.nn.functional.cosine_similarity and normalize.
+COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12
+
+# Per architecture and shape class: "fp32" and "half" are dtypes, "narrow" is an fp32 z of at most NARROW channels (the low-rank form).
+# Chosen by what compiles without a spill; not yet measured on a GPU.
+NARROW = 64
+ROWS = {(80, "any"): [Config(dict(ROWS=4, BLOCK_C=512), num_warps=4), Config(dict(ROWS=8, BLOCK_C=256), num_warps=4)]}
+PROJECT = {(80, "any"): [Config(dict(BLOCK_M=64, BLOCK_K=32, BLOCK_N=32), num_warps=4, num_stages=3)]}
+FORWARD = {
+    (80, "fp32"): [Config(dict(BLOCK_N=64, BLOCK_K=16), num_warps=4, num_stages=2)],
+    (80, "half"): [Config(dict(BLOCK_N=128, BLOCK_K=64), num_warps=8, num_stages=3)],
+    (90, "fp32"): [Config(dict(BLOCK_N=64, BLOCK_K=32), num_warps=4, num_stages=2)],
+    (100, "half"): [Config(dict(BLOCK_N=64, BLOCK_K=64), num_warps=4, num_stages=3)],
+}
+BACKWARD = {
+    (80, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2)],
+    (80, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=2)],
+    (80, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2)],
+    (90, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2)],
+    (90, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=3)],
+    (90, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
+}
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _inverse_norm_kernel(x, inverse, rows, C, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """inverse (rows,) = 1 / max(|x_i|, EPS) of x (rows, C)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    squares = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        tile = tl.load(x + row[:, None] * C + column[None, :], mask=inside[:, None] & (column < C)[None, :], other=0.0).to(tl.float32)
+        squares += tile * tile
+    tl.store(inverse + row, 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), EPS), mask=inside)
+
+
+@triton.jit
+def _cosine_sums(z, f, row, inside, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """z.z, f.f and z.f of every row."""
+    zz, ff, zf = tl.zeros([ROWS, BLOCK_C], tl.float32), tl.zeros([ROWS, BLOCK_C], tl.float32), tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        mask = inside[:, None] & (column < C)[None, :]
+        a = tl.load(z + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(f + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        zz += a * a
+        ff += b * b
+        zf += a * b
+    return tl.sum(zz, 1), tl.sum(ff, 1), tl.sum(zf, 1)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _marginal_cosine_fwd_kernel(z, f, partial, rows, C, target, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    zz, ff, zf = _cosine_sums(z, f, row, inside, C, ROWS, BLOCK_C)
+    cosine = zf / tl.maximum(tl.sqrt(zz), EPS) / tl.maximum(tl.sqrt(ff), EPS)
+    cost = tl.where(inside, tl.maximum(target - cosine, 0.0), 0.0)
+    tl.store(partial + tl.program_id(0), tl.sum(cost, 0) / rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _marginal_cosine_bwd_kernel(grad, z, f, grad_z, rows, C, target, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dz_i = -grad / rows * (f_hat - cos z_hat) / |z| for the tokens that pay."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    zz, ff, zf = _cosine_sums(z, f, row, inside, C, ROWS, BLOCK_C)
+    norm = tl.sqrt(zz)
+    z_inverse, f_inverse = 1.0 / tl.maximum(norm, EPS), 1.0 / tl.maximum(tl.sqrt(ff), EPS)
+    cosine = zf * z_inverse * f_inverse
+    factor = tl.where(target - cosine > 0.0, -tl.load(grad) / rows, 0.0) * z_inverse
+    on_f = factor * f_inverse
+    on_z = tl.where(norm > EPS, -factor * cosine * z_inverse, 0.0)  # below the clamp the norm is a constant
+    for start in range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        mask = inside[:, None] & (column < C)[None, :]
+        offset = row[:, None] * C + column[None, :]
+        a = tl.load(z + offset, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(f + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_z + offset, (on_f[:, None] * b + on_z[:, None] * a).to(grad_z.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _products(x, i, j, N, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x_i . x_j of the tokens i (BLOCK_M,) and j (BLOCK_N,) of one image x (N, C)."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + i[:, None] * C + k[None, :], mask=(i < N)[:, None] & (k < C)[None, :], other=0.0)
+        b = tl.load(x + j[:, None] * C + k[None, :], mask=(j < N)[:, None] & (k < C)[None, :], other=0.0)
+        product = tl.dot(a, b.T, product, input_precision="tf32x3")
+    return product
+
+
+@triton.jit
+def _marginal_distance_matrix_fwd_kernel(z, f, z_inverse, f_inverse, partial, N, C, E, pairs, scale, margin,
+                                         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    image, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
+    block_j = 0
+    while (block_j + 1) * (block_j + 2) // 2 <= pair:  # pairs in the order (0, 0), (0, 1), (1, 1), (0, 2), ...
+        block_j += 1
+    block_i = pair - block_j * (block_j + 1) // 2
+    i, j = block_i * BLOCK_N + tl.arange(0, BLOCK_N), block_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    z_i, z_j = (tl.load(z_inverse + image * N + i, mask=i < N, other=0.0), tl.load(z_inverse + image * N + j, mask=j < N, other=0.0))
+    f_i, f_j = (tl.load(f_inverse + image * N + i, mask=i < N, other=0.0), tl.load(f_inverse + image * N + j, mask=j < N, other=0.0))
+    z_cosine = _products(z + image * N * C, i, j, N, C, BLOCK_N, BLOCK_N, BLOCK_K) * (z_i[:, None] * z_j[None, :])
+    f_cosine = _products(f + image * N * E, i, j, N, E, BLOCK_N, BLOCK_N, BLOCK_K) * (f_i[:, None] * f_j[None, :])
+    cost = tl.maximum(tl.abs(z_cosine - f_cosine) - margin, 0.0)
+    cost = tl.where((i < N)[:, None] & (j < N)[None, :], cost, 0.0)
+    total = tl.sum(cost) * scale
+    tl.store(partial + tl.program_id(0), tl.where(block_i == block_j, total, 2.0 * total))
+
+
+@triton.jit
+def _add_product(sign, x, total, EXACT: tl.constexpr):
+    """total + sign @ x for sign in {-1, 0, 1}, exact in bf16: x in bf16 parts, 16 bits of it or, where EXACT, all 24.
+
+    Hopper's tf32 product would want x transposed in shared memory; its bf16 product takes either order, and twice as much at once.
+    """
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    if EXACT:
+        total = tl.dot(sign, (rest - middle.to(tl.float32)).to(tl.bfloat16), total)
+    return tl.dot(sign, high, tl.dot(sign, middle, total))
+
+
+@triton.jit
+def _marginal_distance_matrix_bwd_kernel(grad, z, f, z_inverse, f_inverse, grad_z, N, C, E, chunks, scale, margin, EPS: tl.constexpr,
+                                         SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                                         BLOCK_C: tl.constexpr):
+    """dz_i = (g_i - z_hat_i (z_hat_i . g_i)) / |z_i|, g_i = 2 grad / (B N^2) sum_j S_ij z_hat_j.
+
+    SPLIT: the channels of g are divided among programs, BLOCK_C each, and g stays in registers. Otherwise one program has all
+    channels, and g grows in grad_z, which is then fp32.
+    """
+    blocks = tl.cdiv(N, BLOCK_M)
+    chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    image, i = (block // blocks).to(tl.int64), (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    z += image * N * C
+    f += image * N * E
+    z_inverse += image * N
+    f_inverse += image * N
+    grad_z += image * N * C
+    in_i = i < N
+    z_i, f_i = tl.load(z_inverse + i, mask=in_i, other=0.0), tl.load(f_inverse + i, mask=in_i, other=0.0)
+    factor = tl.load(grad) * scale * z_i
+    along = tl.zeros([BLOCK_M], tl.float32)  # z_hat_i . g_i = sum_j S_ij cos(z_i, z_j)
+    held = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        in_j = j < N
+        z_j, f_j = tl.load(z_inverse + j, mask=in_j, other=0.0), tl.load(f_inverse + j, mask=in_j, other=0.0)
+        z_cosine = _products(z, i, j, N, C, BLOCK_M, BLOCK_N, BLOCK_K) * (z_i[:, None] * z_j[None, :])
+        difference = z_cosine - _products(f, i, j, N, E, BLOCK_M, BLOCK_N, BLOCK_K) * (f_i[:, None] * f_j[None, :])
+        sign = tl.where(difference > 0.0, 1.0, -1.0)
+        sign = tl.where((tl.abs(difference) - margin > 0.0) & in_j[None, :], sign, 0.0)
+        along += tl.sum(sign * z_cosine, 1)
+        sign = sign.to(tl.bfloat16)
+        if SPLIT:
+            c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+            tile = tl.load(z + j[:, None] * C + c[None, :], mask=in_j[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+            held = _add_product(sign, tile * z_j[:, None], held, z.dtype.element_ty == tl.float32)
+        else:
+            last = start + BLOCK_N >= N
+            shrink = tl.where((z_i * EPS < 0.999) & last, along * z_i, 0.0)
+            unit = tl.where(in_i & last, factor, 1.0)
+            for c_start in tl.range(0, C, BLOCK_C, num_stages=1):  # pipelining it costs registers that the tiles need
+                c = c_start + tl.arange(0, BLOCK_C)
+                in_c = (c < C)[None, :]
+                tile = tl.load(z + j[:, None] * C + c[None, :], mask=in_j[:, None] & in_c, other=0.0).to(tl.float32)
+                own = i[:, None] * C + c[None, :]
+                before = tl.load(grad_z + own, mask=in_i[:, None] & in_c & (start > 0), other=0.0)
+                total = _add_product(sign, tile * z_j[:, None], before, True)
+                towards = tl.load(z + own, mask=in_i[:, None] & in_c & last, other=0.0)
+                total = (total - shrink[:, None] * towards) * unit[:, None]
+                tl.store(grad_z + own, total, mask=in_i[:, None] & in_c)
+            tl.debug_barrier()  # the next block of j reads what other threads of this program wrote
+    if SPLIT:
+        c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        own, mask = i[:, None] * C + c[None, :], in_i[:, None] & (c < C)[None, :]
+        shrink = tl.where(z_i * EPS < 0.999, along * z_i, 0.0)
+        towards = tl.load(z + own, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_z + own, ((held - shrink[:, None] * towards) * factor[:, None]).to(grad_z.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _project_kernel(x, q, out, norm, rows, C, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out (rows, K) = x (rows, C) @ q (C, K) and norm (rows,) = |x_i|, in one pass over x for K up to BLOCK_N."""
+    row, column = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    product, squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + row[:, None] * C + k[None, :], mask=(row < rows)[:, None] & (k < C)[None, :], other=0.0).to(tl.float32)
+        b = tl.load(q + k[:, None] * K + column[None, :], mask=(k < C)[:, None] & (column < K)[None, :], other=0.0)
+        squares += a * a
+        product = tl.dot(a, b, product, input_precision="tf32x3")
+    tl.store(out + row[:, None] * K + column[None, :], product, mask=(row < rows)[:, None] & (column < K)[None, :])
+    tl.store(norm + row, tl.sqrt(tl.sum(squares, 1)), mask=(row < rows) & (tl.program_id(1) == 0))
+
+
+def _dtype_class(z):
+    return "fp32" if z.dtype == torch.float32 else "half"
+
+
+def _key(*tensors):
+    return [*(size for tensor in tensors for size in tensor.shape[-2:]), *(str(tensor.dtype) for tensor in tensors)]
+
+
+def marginal_cosine_loss_fwd(z, f, margin):
+    """z, f (B, N, C) contiguous -> the loss, a scalar in fp32."""
+    rows, C = z.shape[0] * z.shape[1], z.shape[2]
+
+    def launch(config):
+        partial = z.new_empty(triton.cdiv(rows, config.blocks["ROWS"]), dtype=torch.float32)
+        _marginal_cosine_fwd_kernel[(len(partial),)](z, f, partial, rows, C, 1 - margin, EPS=COSINE_EPS, **config.launch())
+        return partial.sum()
+
+    return launch(pick("marginal_cosine_loss", ROWS, z.device, "any", _key(z, f)[1:], launch))
+
+
+def marginal_cosine_loss_bwd(grad, z, f, margin):
+    """grad scalar, z, f (B, N, C) contiguous -> the gradient to z, in z.dtype."""
+    rows, C = z.shape[0] * z.shape[1], z.shape[2]
+
+    def launch(config):
+        grad_z = torch.empty_like(z)
+        grid = (triton.cdiv(rows, config.blocks["ROWS"]),)
+        _marginal_cosine_bwd_kernel[grid](grad, z, f, grad_z, rows, C, 1 - margin, EPS=COSINE_EPS, **config.launch())
+        return grad_z
+
+    return launch(pick("marginal_cosine_loss_backward", ROWS, z.device, "any", _key(z, f)[1:], launch))
+
+
+def _inverse_norm(x):
+    rows, C = x.shape[0] * x.shape[1], x.shape[2]
+    inverse = x.new_empty(x.shape[:2], dtype=torch.float32)
+    config = pick("inverse_norm", ROWS, x.device, "any", ())
+    grid = (triton.cdiv(rows, config.blocks["ROWS"]),)
+    _inverse_norm_kernel[grid](x, inverse, rows, C, EPS=NORMALIZE_EPS, **config.launch())
+    return inverse
+
+
+def marginal_distance_matrix_loss_fwd(z, f, margin):
+    """z (B, N, C), f (B, N, E) contiguous -> (loss, 1 / |z_i| (B, N), 1 / |f_i| (B, N)), all fp32."""
+    B, N, C = z.shape
+    z_inverse, f_inverse = _inverse_norm(z), _inverse_norm(f)
+
+    def launch(config):
+        blocks = triton.cdiv(N, config.blocks["BLOCK_N"])
+        pairs = blocks * (blocks + 1) // 2
+        partial = z.new_empty(B * pairs, dtype=torch.float32)
+        _marginal_distance_matrix_fwd_kernel[(B * pairs,)](
+            z, f, z_inverse, f_inverse, partial, N, C, f.shape[2], pairs, 1 / (B * N * N), margin, **config.launch())
+        return partial.sum()
+
+    dtypes = "fp32" if torch.float32 in (z.dtype, f.dtype) else "half"
+    return launch(pick("marginal_distance_matrix_loss", FORWARD, z.device, dtypes, _key(z, f), launch)), z_inverse, f_inverse
+
+
+def marginal_distance_matrix_loss_bwd(grad, z, f, z_inverse, f_inverse, margin):
+    """grad scalar, z (B, N, C), f (B, N, E) contiguous, both inverse norms of the forward -> the gradient to z, in z.dtype."""
+    B, N, C = z.shape
+    narrow = z.dtype == torch.float32 and C <= NARROW
+    split = narrow or z.dtype != torch.float32
+
+    def launch(config):
+        grad_z = torch.empty_like(z)
+        chunks = triton.cdiv(C, config.blocks["BLOCK_C"]) if split else 1
+        grid = (B * triton.cdiv(N, config.blocks["BLOCK_M"]) * chunks,)
+        _marginal_distance_matrix_bwd_kernel[grid](
+            grad, z, f, z_inverse, f_inverse, grad_z, N, C, f.shape[2], chunks, 2 / (B * N * N), margin, EPS=NORMALIZE_EPS, SPLIT=split,
+            **config.launch())
+        return grad_z
+
+    shape_class = "narrow" if narrow else "fp32" if torch.float32 in (z.dtype, f.dtype) else "half"
+    return launch(pick("marginal_distance_matrix_loss_backward", BACKWARD, z.device, shape_class, _key(z, f), launch))
+
+
+def project(x, q):
+    """x (B, N, C) contiguous, q (C, K) fp32 contiguous -> (x @ q (B, N, K), |x_i| (B, N)), fp32."""
+    rows, C, K = x.shape[0] * x.shape[1], x.shape[2], q.shape[1]
+
+    def launch(config):
+        out, norm = x.new_empty(*x.shape[:2], K, dtype=torch.float32), x.new_empty(x.shape[:2], dtype=torch.float32)
+        grid = (triton.cdiv(rows, config.blocks["BLOCK_M"]), triton.cdiv(K, config.blocks["BLOCK_N"]))
+        _project_kernel[grid](x, q, out, norm, rows, C, K, **config.launch())
+        return out, norm
+
+    return launch(pick("alignment_project", PROJECT, x.device, "any", _key(x)[1:] + [K], launch))
+
+
+def audit_cases():
+    """Every kernel and configuration at the shapes of the VA-VAE: 256 tokens, 1024 features, 32 latent channels."""
+    cases = []
+
+    def add(kernel, table, signature, kind, constexprs=None, shape_class=None, **rest):
+        for (arch, name), configs in table.items():
+            if shape_class not in (None, name):
+                continue
+            others = [other for other, same in table if same == name and other > arch]
+            archs = tuple(a for a in (80, 90, 100) if a >= arch and a < min(others, default=1000))
+            for config in configs:
+                label = ",".join(str(value) for value in config.blocks.values())
+                constants = {**(constexprs or {}), **config.blocks}
+                cases.append(dict(name=f"{kernel.fn.__name__.strip('_')} {rest.get('dtype', '')} {label}", kernel=kernel,
+                                  signature={**signature, **{key: "constexpr" for key in constants}}, constexprs=constants,
+                                  divisible=[key for key, value in signature.items() if value[0] == "*" or key in ("C", "E", "N", "K")],
+                                  num_warps=config.num_warps, num_stages=config.num_stages, archs=archs, kind=kind,
+                                  **{key: value for key, value in rest.items() if key != "dtype"}))
+
+    for dtype in ("fp32", "bf16"):
+        tokens, group = f"*{dtype}", "fp32" if dtype == "fp32" else "half"
+        norms = dict(rows="i32", C="i32")
+        losses = dict(target="fp32")
+        matrix = dict(z=tokens, f=tokens, z_inverse="*fp32", f_inverse="*fp32")
+        sizes = dict(N="i32", C="i32", E="i32")
+        add(_inverse_norm_kernel, ROWS, dict(x=tokens, inverse="*fp32", **norms), "memory", dict(EPS=NORMALIZE_EPS), dtype=dtype)
+        add(_marginal_cosine_fwd_kernel, ROWS, dict(z=tokens, f=tokens, partial="*fp32", **norms, **losses), "memory",
+            dict(EPS=COSINE_EPS), dtype=dtype)
+        add(_marginal_cosine_bwd_kernel, ROWS, dict(grad="*fp32", z=tokens, f=tokens, grad_z=tokens, **norms, **losses), "memory",
+            dict(EPS=COSINE_EPS), dtype=dtype)
+        add(_marginal_distance_matrix_fwd_kernel, FORWARD,
+            dict(**matrix, partial="*fp32", **sizes, pairs="i32", scale="fp32", margin="fp32"), "matmul", None, group, dtype=dtype)
+        add(_marginal_distance_matrix_bwd_kernel, BACKWARD,
+            dict(grad="*fp32", **matrix, grad_z=tokens, **sizes, chunks="i32", scale="fp32", margin="fp32"), "matmul",
+            dict(EPS=NORMALIZE_EPS, SPLIT=dtype != "fp32"), group, dtype=dtype)
+        add(_project_kernel, PROJECT, dict(x=tokens, q="*fp32", out="*fp32", norm="*fp32", **norms, K="i32"), "matmul", dtype=dtype)
+    add(_marginal_distance_matrix_bwd_kernel, BACKWARD,
+        dict(grad="*fp32", z="*fp32", f="*fp32", z_inverse="*fp32", f_inverse="*fp32", grad_z="*fp32", N="i32", C="i32", E="i32",
+             chunks="i32", scale="fp32", margin="fp32"), "matmul", dict(EPS=NORMALIZE_EPS, SPLIT=True), "narrow", dtype="fp32 narrow")
+    return cases

@@ -1,0 +1,96 @@
+"""The Triton kernels of group_norm_silu, in the interpreter without a GPU, against fp64: both formats, odd sizes, several chunks."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from lightningdit_kernels import groupnorm_triton as triton_kernels  # noqa: E402
+from lightningdit_kernels.groupnorm import group_norm_silu_ref  # noqa: E402
+from lightningdit_kernels.testing import assert_matches_truth, random_tensor, values_and_gradients  # noqa: E402
+from lightningdit_kernels.tuning import Config  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Kernels(torch.autograd.Function):
+    """The launchers, tied together as the operator ties them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, num_groups, eps, out_dtype):
+        ctx.last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        out, *moments = triton_kernels.group_norm_silu_fwd(x, weight, bias, num_groups, eps, out_dtype, ctx.last)
+        ctx.save_for_backward(x, weight, bias, *moments)
+        ctx.num_groups = num_groups
+        assert out.stride() == x.stride(), "the result keeps the memory format"
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        layout = torch.channels_last if ctx.last else torch.contiguous_format
+        grads = triton_kernels.group_norm_silu_bwd(grad.contiguous(memory_format=layout), *ctx.saved_tensors, ctx.num_groups, ctx.last)
+        assert grads[0].stride() == ctx.saved_tensors[0].stride()
+        return *grads, None, None, None
+
+
+def kernels(x, weight, bias, num_groups, eps=1e-6):
+    return Kernels.apply(x, weight, bias, num_groups, eps, x.dtype)
+
+
+def inputs(shape, num_groups, dtype, layout):
+    weight, bias = 1 + random_tensor(shape[1], dtype=dtype, seed=1) / 4, random_tensor(shape[1], dtype=dtype, seed=2)
+    x = 3 + 2 * random_tensor(*shape, dtype=dtype)
+    return {name: value.to(DEVICE) for name, value in dict(x=x.to(memory_format=layout), weight=weight, bias=bias).items()} | dict(
+        num_groups=num_groups)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that a small tensor has several chunks, tiles and channel blocks."""
+    table = {
+        (80, "channels_last"): [Config(dict(BLOCK_P=4, BLOCK_C=8), num_warps=4)],
+        (80, "contiguous"): [Config(dict(BLOCK_P=16, BLOCK_C=2), num_warps=4)],
+    }
+    monkeypatch.setattr(triton_kernels, "TABLE", table)
+    monkeypatch.setattr(triton_kernels, "MERGE", Config(dict(BLOCK_K=2), num_warps=4))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, num_groups", [((1, 12, 7, 9), 3), ((2, 6, 5, 3), 6)], ids=str)
+def test_matches_truth_in_small_blocks(shape, num_groups, dtype, layout, small_blocks):
+    assert_matches_truth(kernels, group_norm_silu_ref, inputs(shape, num_groups, dtype, layout))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape, num_groups", [((2, 64, 9, 7), 32), ((1, 97, 3, 2), 1), ((3, 4, 1, 1), 2), ((1, 1, 4, 4), 1), ((0, 4, 2, 2), 2)], ids=str
+)
+def test_matches_truth_with_the_table(shape, num_groups, layout):
+    assert_matches_truth(kernels, group_norm_silu_ref, inputs(shape, num_groups, torch.float32, layout))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_a_large_mean_does_not_cancel(layout, small_blocks):
+    """At a mean of 1000 standard deviations sum(x^2) - sum(x)^2 / n would lose every digit of the variance. What remains is the rounding
+    of the mean to fp32, 3e-5 of a standard deviation, and at each place in the formulas where it enters.
+    """
+    case = inputs((1, 8, 9, 9), 2, torch.float32, layout)
+    case["x"] = (1000 + case["x"] / 2).to(memory_format=layout)
+    values = values_and_gradients(kernels, case)
+    doubled = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+    for name, true in values_and_gradients(group_norm_silu_ref, doubled).items():
+        assert (values[name] - true).abs().max() <= 2e-4 * true.abs().max(), name
+
+
+def test_half_precision_result_of_fp32_input():
+    case = inputs((1, 6, 3, 5), 2, torch.float32, torch.contiguous_format)
+    out = Kernels.apply(*case.values(), 1e-6, torch.bfloat16)
+    expected = group_norm_silu_ref(**case)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_nothing_is_specialised_on_the_batch():
+    """A kernel recompiles when an integer argument becomes 1 or its divisibility by 16 changes: none of them may be the batch."""
+    for case in triton_kernels.audit_cases():
+        assert not {"B", "batch", "rows"} & set(case["kernel"].arg_names)
