@@ -2,7 +2,7 @@
 
 from lightningdit_kernels import native
 from lightningdit_kernels.alignment import marginal_cosine_loss, marginal_distance_matrix_loss
-from lightningdit_kernels.attention import rope_attention
+from lightningdit_kernels.attention import MEASURED, rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
 from lightningdit_kernels.library import triton_available
 from lightningdit_kernels.norm import TRITON_MAX_WIDTH, gated_residual_rms_norm_modulate, rms_norm_modulate
@@ -31,4 +31,10 @@ def backends() -> dict[str, dict[str, str]]:
     for op in ("gated_residual_rms_norm_modulate", "rms_norm_modulate", "swiglu"):
         serves = dict(cpu="native" if native.available else "reference", cuda="triton" if triton_available else "reference")
         rows[op] = serves | dict(why=f"{cpu}. {cuda}" + ("" if op == "swiglu" else f", as are rows wider than {TRITON_MAX_WIDTH}"))
+    rows["rope_attention"] = dict(
+        cpu="reference",
+        cuda="the fastest measured, else sdpa" if MEASURED else "sdpa",
+        why=f"backend='auto' follows its measurements of (GPU, N, Dh), of which there are {len(MEASURED)}, and else takes sdpa; "
+        "backend='triton' (CUDA, fp32, bf16, fp16), 'flash_attn' and 'xformers' serve when named",
+    )
     return rows
