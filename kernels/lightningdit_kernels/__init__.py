@@ -2,7 +2,7 @@
 
 from lightningdit_kernels import native
 from lightningdit_kernels.alignment import alignment_losses, marginal_cosine_loss, marginal_distance_matrix_loss
-from lightningdit_kernels.attention import rope_attention
+from lightningdit_kernels.attention import MEASURED, rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
 from lightningdit_kernels.library import triton_available
 from lightningdit_kernels.norm import TRITON_MAX_WIDTH, gated_residual_rms_norm_modulate, rms_norm_modulate
@@ -34,4 +34,10 @@ def backends() -> dict[str, dict[str, str]]:
         rows[op] = serves | dict(why=f"{cpu}. {cuda}" + (f", as are rows wider than {TRITON_MAX_WIDTH}" if "rms_norm" in op else ""))
     for op in ("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss"):
         rows[op] = dict(cpu="reference", cuda=serves["cuda"], why=f"CPU: no native kernel. {cuda}; without an N x N matrix")
+    rows["rope_attention"] = dict(
+        cpu="reference",
+        cuda="the fastest measured, else sdpa" if MEASURED else "sdpa",
+        why=f"backend='auto' follows its measurements of (GPU, N, Dh), of which there are {len(MEASURED)}, and else takes sdpa; "
+        "backend='triton' (CUDA, fp32, bf16, fp16), 'flash_attn' and 'xformers' serve when named",
+    )
     return rows

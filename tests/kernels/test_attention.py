@@ -1,11 +1,15 @@
 """rope_attention against rotation matrices, torch's norms and an explicit softmax in fp64."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as nnf
+import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightningdit_kernels import rope_attention
-from lightningdit_kernels.attention import rope_ref
+from lightningdit_kernels import attention, backends, rope_attention
+from lightningdit_kernels.attention import fused, rope_ref, rope_table
 from lightningdit_kernels.testing import assert_matches_truth, random_tensor
 from lightningdit_kernels.testing import rope_frequencies as frequencies
 from lightningdit_kernels.testing import token_grid as grid
@@ -108,10 +112,97 @@ def test_gradcheck():
         (dict(q_weight=torch.ones(8), k_weight=torch.ones(4)), r"k_weight has shape \(4,\), expected \(8,\)"),
         (dict(q_bias=torch.ones(8), k_bias=torch.ones(8)), "q_bias is given without q_weight"),
         (dict(q_weight=torch.ones(8), k_weight=torch.ones(8), k_bias=torch.ones(8)), "q_bias is None, expected both"),
-        (dict(backend="magic"), "backend is 'magic', expected one of auto, sdpa"),
+        (dict(backend="triton"), "backend 'triton' got qkv on cpu, expected a CUDA device"),
+        (dict(backend="magic"), "backend is 'magic', expected one of auto, triton, sdpa, flash_attn, xformers"),
     ],
 )
 def test_bad_input(change, message):
     inputs = dict(qkv=torch.zeros(2, 6, 3, 1, 8), positions=grid(2, 3), freqs=frequencies(8))
     with pytest.raises(ValueError, match=message):
         rope_attention(**inputs | change)
+
+
+def operator_arguments(dtype, norm="layer", rope=True):
+    inputs = dict(positions=grid(2, 3), freqs=frequencies(8))
+    parameters = [1 + random_tensor(8, dtype=dtype, seed=seed) / 4 if norm == "layer" else None for seed in (1, 2, 3, 4)]
+    table = rope_table(*inputs.values(), torch.float64 if dtype == torch.float64 else torch.float32) if rope else None
+    return random_tensor(2, 6, 3, 2, 8, dtype=dtype), table, *parameters, 1e-5, norm == "layer"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("norm, rope", [("layer", True), ("none", True), ("none", False)])
+def test_opcheck(dtype, norm, rope):
+    arguments = operator_arguments(dtype, norm, rope)
+    for tensor in (arguments[0], *arguments[2:6]):
+        if tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.lightningdit.rope_attention, (*arguments, dtype))
+    with torch.no_grad():
+        out, lse = torch.ops.lightningdit.rope_attention(*arguments, dtype)
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    torch.library.opcheck(torch.ops.lightningdit.rope_attention_backward, (torch.ones_like(out), detached[0], out, lse, *detached[1:]))
+
+
+def test_the_operators_backward_is_the_gradient_of_its_forward():
+    arguments = operator_arguments(torch.float64)
+    leaves = (arguments[0], *arguments[2:6])
+
+    def call(qkv, *parameters):
+        return torch.ops.lightningdit.rope_attention(qkv, arguments[1], *parameters, *arguments[6:], torch.float64)[0]
+
+    assert torch.autograd.gradcheck(call, [a.requires_grad_() for a in leaves])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operators_definition_matches_truth(dtype):
+    inputs = dict(qkv=random_tensor(2, 12, 3, 2, 16, dtype=dtype), positions=grid(3, 4), freqs=frequencies(16))
+    weights = {f"{name}_weight": 1 + random_tensor(16, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 1)}
+    assert_matches_truth(fused, eager, inputs | weights, frozen=("freqs",))
+
+
+def test_the_operator_compiles_whole_and_checkpoints():
+    inputs = dict(positions=grid(2, 3), freqs=frequencies(8))
+    qkv = random_tensor(2, 6, 3, 2, 8).requires_grad_()
+    (plain,) = torch.autograd.grad(fused(qkv, **inputs).square().sum(), qkv)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for function in (compiled, lambda *a, **kw: torch.utils.checkpoint.checkpoint(fused, *a, use_reentrant=False, **kw)):
+        (again,) = torch.autograd.grad(function(qkv, **inputs).square().sum(), qkv)
+        assert torch.equal(plain, again)
+
+
+def test_the_operator_has_no_gradient_of_freqs_and_says_so():
+    with pytest.raises(ValueError, match="freqs requires a gradient"):
+        fused(torch.zeros(1, 6, 3, 1, 8), grid(2, 3), frequencies(8).requires_grad_())
+
+
+@pytest.mark.parametrize("backend, package, pip", [("flash_attn", "flash_attn", "flash-attn"), ("xformers", "xformers", "xformers")])
+def test_a_peer_that_is_missing_is_an_error(backend, package, pip):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ImportError, match=f"backend '{backend}' needs `pip install {pip}"):
+        rope_attention(torch.zeros(1, 6, 3, 1, 8), backend=backend)
+
+
+def test_a_peer_refuses_what_it_cannot_do(monkeypatch):
+    monkeypatch.setattr(attention.importlib, "import_module", lambda name: type("Peer", (), dict(flash_attn_func=lambda *a: 0)))
+    with pytest.raises(ValueError, match="backend 'flash_attn' got torch.float32 on cpu, expected bf16 or fp16 on a CUDA device"):
+        rope_attention(torch.zeros(1, 6, 3, 1, 8), backend="flash_attn")
+
+
+def test_auto_follows_the_measurements(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attention, "MEASURED", {((9, 0), 6, 8): "triton"})
+    with FakeTensorMode():
+        measured, other = (torch.empty(1, n, 3, 1, 8, device="cuda", dtype=torch.bfloat16) for n in (6, 7))
+        assert attention._auto(measured) == "triton"
+        assert attention._auto(other) == attention._auto(measured.float()) == attention._auto(measured.cpu()) == "sdpa"
+    assert "sdpa" in backends()["rope_attention"]["cuda"]
+
+
+def test_triton_names_what_it_cannot_do():
+    with FakeTensorMode():
+        for head_dim, dtype, message in [(20, torch.bfloat16, "head dimension 20"), (8, torch.float64, "dtype torch.float64")]:
+            with pytest.raises(ValueError, match=f"backend 'triton' got {message}, expected"):
+                rope_attention(torch.empty(1, 6, 3, 1, head_dim, device="cuda", dtype=dtype), backend="triton")
+        assert rope_attention(torch.empty(2, 6, 3, 1, 72, device="cuda", dtype=torch.bfloat16), backend="triton").shape == (2, 6, 72)

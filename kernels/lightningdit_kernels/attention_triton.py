@@ -1,0 +1,641 @@
+"""rope_attention on CUDA: flash attention that rotates and normalises q and k itself, forward and backward, without atomics.
+
+B batch, N tokens, H heads, D head dimension; q, k, v and their gradients stay packed as (B, N, 3, H, D), so nothing is transposed.
+
+D is computed as D0 + D1 channels, D0 the largest power of two in D and D1 a padded tail: 72 as 64 + 16, where one block of 128 would
+cost 1.6 times the matrix instructions. N, D and with them all strides are constexpr: head offsets of 72 elements are 16-byte aligned,
+which Triton can prove only of constants. A number of tokens is compiled once; nothing depends on the batch.
+
+Two ways to the rotated q and k. Up to RESIDENT_TOKENS each program makes its own from raw qkv: at 256 tokens a key is used by one or two
+programs, and a kernel of its own would move 8 more bytes per element. Beyond, every block of keys would be remade by N / BLOCK_M
+programs, so one prologue writes q' and k' (in the backward also delta = rowsum(dO * O)) and the loops load only matrix operands.
+
+cos and sin come as one table (N, D/2, 2) per call, for all heads and samples, interleaved so that a tile of it lies in registers just as
+the tile that it turns. For bf16 it is fp16, with an eighth of bf16's error and an eighth of the bytes of two fp32 tables (N, D).
+A table per axis would be smaller still, but its positions would have to be whole numbers with a bound known without a look at
+the device, and at D = 72 an axis ends inside a 16-byte vector.
+
+The backward is one kernel of two passes, dK and dV of a block of keys, then dQ of the same block of queries: seven products instead of
+five, for which no sum crosses programs. P is recomputed from lse. Gradients of the QK-norm are partial sums per program, added in a fixed
+order.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from lightningdit_kernels.tuning import Config, architecture, pick
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+RESIDENT_TOKENS = 256
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _load(
+    base, rows, N: tl.constexpr, STRIDE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, EVEN_N: tl.constexpr
+):
+    """Columns START to START + WIDTH of the given rows; 0 beyond column END and row N."""
+    columns = START + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * STRIDE + columns[None, :]
+    if EVEN_N:
+        if START + WIDTH <= END:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(columns < END)[None, :], other=0.0)
+    else:
+        if START + WIDTH <= END:
+            tile = tl.load(pointers, mask=(rows < N)[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(rows < N)[:, None] & (columns < END)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_pair(
+    base, rows, N: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr
+):
+    """Main part and tail of the given rows. Without a tail the second is the first again, and nobody uses it."""
+    x0 = _load(base, rows, N, STRIDE, 0, D0, D, EVEN_N)
+    x1 = x0
+    if D1 > 0:
+        x1 = _load(base, rows, N, STRIDE, D0, D1, D, EVEN_N)
+    return x0, x1
+
+
+@triton.jit
+def _store(base, rows, N: tl.constexpr, x, STRIDE: tl.constexpr, START: tl.constexpr, END: tl.constexpr, EVEN_N: tl.constexpr):
+    WIDTH: tl.constexpr = x.shape[1]
+    columns = START + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * STRIDE + columns[None, :]
+    x = x.to(base.dtype.element_ty)
+    if EVEN_N:
+        if START + WIDTH <= END:
+            tl.store(pointers, x)
+        else:
+            tl.store(pointers, x, mask=(columns < END)[None, :])
+    else:
+        tl.store(pointers, x, mask=(rows < N)[:, None] & (columns < END)[None, :])
+
+
+@triton.jit
+def _store_pair(
+    base, rows, N: tl.constexpr, x0, x1, STRIDE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN_N: tl.constexpr
+):
+    _store(base, rows, N, x0, STRIDE, 0, D, EVEN_N)
+    if D1 > 0:
+        _store(base, rows, N, x1, STRIDE, D0, D, EVEN_N)
+
+
+@triton.jit
+def _rotate(x, table, rows, N: tl.constexpr, SIGN: tl.constexpr, START: tl.constexpr, D: tl.constexpr, EVEN_N: tl.constexpr):
+    """Turns the pairs (2i, 2i+1) of x, whose first channel is START, by SIGN times their angles. A pair lies in one thread: no shuffle."""
+    ROWS: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    angles = _load(table, rows, N, D, START, WIDTH, D, EVEN_N).to(tl.float32)
+    cos, sin = tl.split(tl.reshape(angles, [ROWS, WIDTH // 2, 2]))
+    even, odd = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+    sin = SIGN * sin
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [ROWS, WIDTH])
+
+
+@triton.jit
+def _vector(pointer, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    columns = START + tl.arange(0, WIDTH)
+    return tl.load(pointer + columns, mask=columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _centred(x, mean, START: tl.constexpr, D: tl.constexpr):
+    columns = START + tl.arange(0, x.shape[1])
+    return tl.where((columns < D)[None, :], x - mean[:, None], 0.0)
+
+
+@triton.jit
+def _standardise(x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """x / rms(x), with CENTER after subtracting the mean; and the factor rstd. Padding stays 0."""
+    if CENTER:
+        total = tl.sum(x0, 1)
+        if D1 > 0:
+            total += tl.sum(x1, 1)
+        mean = total / D
+        x0 = _centred(x0, mean, 0, D)
+        if D1 > 0:
+            x1 = _centred(x1, mean, D0, D)
+    squares = tl.sum(x0 * x0, 1)
+    if D1 > 0:
+        squares += tl.sum(x1 * x1, 1)
+    rstd = tl.rsqrt(squares / D + EPS)
+    x0 = x0 * rstd[:, None]
+    if D1 > 0:
+        x1 = x1 * rstd[:, None]
+    return x0, x1, rstd
+
+
+@triton.jit
+def _rotated(
+    base, table, weight, bias, rows,
+    N: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """q' or k' of raw q or k: QK-norm, then RoPE, in fp32."""
+    x0, x1 = _load_pair(base, rows, N, STRIDE, D, D0, D1, EVEN_N)
+    if NORM or ROPE:
+        x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
+    if NORM:
+        x0, x1, _ = _standardise(x0, x1, D, D0, D1, EPS, CENTER)
+        x0 = x0 * _vector(weight, 0, D0, D)[None, :]
+        if D1 > 0:
+            x1 = x1 * _vector(weight, D0, D1, D)[None, :]
+        if BIAS:
+            x0 = x0 + _vector(bias, 0, D0, D)[None, :]
+            if D1 > 0:
+                x1 = x1 + _vector(bias, D0, D1, D)[None, :]
+    if ROPE:
+        x0 = _rotate(x0, table, rows, N, 1, 0, D, EVEN_N)
+        if D1 > 0:
+            x1 = _rotate(x1, table, rows, N, 1, D0, D, EVEN_N)
+    return x0, x1
+
+
+@triton.jit
+def _query_or_key(
+    qkv, prepared, table, weight, bias, rows,
+    N: tl.constexpr, WHICH: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DTYPE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
+    PREPARED: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """q' (WHICH = 0) or k' (1) of one head as an operand of a matrix product, loaded from the prologue's result or made here."""
+    if PREPARED:
+        x0, x1 = _load_pair(prepared + WHICH * H * D, rows, N, 2 * H * D, D, D0, D1, EVEN_N)
+    else:
+        x0, x1 = _rotated(
+            qkv + WHICH * H * D, table, weight, bias, rows, N, 3 * H * D, D, D0, D1, EPS, NORM, BIAS, CENTER, ROPE, EVEN_N
+        )
+    return x0.to(DTYPE), x1.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b in fp32. Triton's interpreter would multiply the bits of bf16; fp32 holds the same products exactly."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _scores(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over the channels of main part and tail; the tail first, so that the long product accumulates onto the short one."""
+    if D1 > 0:
+        product = _dot(a1, tl.trans(b1), None, PRECISION)
+        product = _dot(a0, tl.trans(b0), product, PRECISION)
+    else:
+        product = _dot(a0, tl.trans(b0), None, PRECISION)
+    return product
+
+
+@triton.jit
+def _rowsum_product(a0, a1, b0, b1, D1: tl.constexpr):
+    total = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), 1)
+    if D1 > 0:
+        total += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def _load_rows(pointer, rows, N: tl.constexpr, OTHER: tl.constexpr, EVEN_N: tl.constexpr):
+    if EVEN_N:
+        values = tl.load(pointer + rows)
+    else:
+        values = tl.load(pointer + rows, mask=rows < N, other=OTHER)
+    return values
+
+
+@triton.jit
+def _rope_attention_prologue_kernel(
+    QKV, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, PREPARED, DELTA,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
+    WITH_DELTA: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """PREPARED (B, N, 2, H, D) = q', k'; in the backward also DELTA (B, H, N) = rowsum(GRAD * OUT). A program: BLOCK tokens of a head."""
+    pid = tl.program_id(0)
+    head, blocks = pid % H, tl.cdiv(N, BLOCK)  # neighbours share the tokens, whose heads lie side by side in memory
+    block, sample = (pid // H) % blocks, (pid // H // blocks).to(tl.int64)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    qkv = QKV + sample * N * (3 * H * D) + head * D
+    prepared = PREPARED + sample * N * (2 * H * D) + head * D
+    q0, q1 = _rotated(qkv, TABLE, Q_WEIGHT, Q_BIAS, rows, N, 3 * H * D, D, D0, D1, EPS, NORM, BIAS, CENTER, ROPE, EVEN_N)
+    _store_pair(prepared, rows, N, q0, q1, 2 * H * D, D, D0, D1, EVEN_N)
+    k0, k1 = _rotated(qkv + H * D, TABLE, K_WEIGHT, K_BIAS, rows, N, 3 * H * D, D, D0, D1, EPS, NORM, BIAS, CENTER, ROPE, EVEN_N)
+    _store_pair(prepared + H * D, rows, N, k0, k1, 2 * H * D, D, D0, D1, EVEN_N)
+    if WITH_DELTA:
+        offset = sample * N * (H * D) + head * D
+        o0, o1 = _load_pair(OUT + offset, rows, N, H * D, D, D0, D1, EVEN_N)
+        g0, g1 = _load_pair(GRAD + offset, rows, N, H * D, D, D0, D1, EVEN_N)
+        tl.store(DELTA + (sample * H + head) * N + rows, _rowsum_product(o0, o1, g0, g1, D1), mask=rows < N)
+
+
+@triton.jit
+def _rope_attention_fwd_kernel(
+    QKV, PREPARED_QK, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, LSE,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
+    PREPARED: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head against all its keys. OUT (B, N, H*D), LSE (B, H, N) in natural logarithms."""
+    pid, blocks = tl.program_id(0), tl.cdiv(N, BLOCK_M)
+    head, sample = (pid // blocks) % H, (pid // blocks // H).to(tl.int64)
+    rows = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = OUT.dtype.element_ty
+    qkv = QKV + sample * N * (3 * H * D) + head * D
+    prepared = PREPARED_QK + sample * N * (2 * H * D) + head * D
+    q0, q1 = _query_or_key(
+        qkv, prepared, TABLE, Q_WEIGHT, Q_BIAS, rows, N, 0, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
+    )
+    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    o0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    if D1 > 0:
+        o1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k0, k1 = _query_or_key(
+            qkv, prepared, TABLE, K_WEIGHT, K_BIAS, keys, N, 1, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
+        )
+        s = _scores(q0, q1, k0, k1, D1, PRECISION)
+        if not EVEN_N:
+            s = tl.where((keys < N)[None, :], s, -float("inf"))
+        new = tl.maximum(highest, tl.max(s, 1) * SCALE)
+        p = tl.exp2(s * SCALE - new[:, None])
+        shrink = tl.exp2(highest - new)
+        total = total * shrink + tl.sum(p, 1)
+        highest = new
+        p = p.to(dtype)
+        v0, v1 = _load_pair(qkv + 2 * H * D, keys, N, 3 * H * D, D, D0, D1, EVEN_N)
+        o0 = _dot(p, v0.to(dtype), o0 * shrink[:, None], PRECISION)
+        if D1 > 0:
+            o1 = _dot(p, v1.to(dtype), o1 * shrink[:, None], PRECISION)
+    inverse = 1.0 / total
+    out = OUT + sample * N * (H * D) + head * D
+    _store(out, rows, N, o0 * inverse[:, None], H * D, 0, D, EVEN_N)
+    if D1 > 0:
+        _store(out, rows, N, o1 * inverse[:, None], H * D, D0, D, EVEN_N)
+    tl.store(LSE + (sample * H + head) * N + rows, (highest + tl.log2(total)) * LN2, mask=rows < N)
+
+
+@triton.jit
+def _column_sum(pointer, x, START: tl.constexpr, D: tl.constexpr):
+    columns = START + tl.arange(0, x.shape[1])
+    tl.store(pointer + columns, tl.sum(x, 0), mask=columns < D)
+
+
+@triton.jit
+def _store_raw_gradient(
+    g0, g1, raw, grad, table, weight, partial, rows,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of q' (or k') to that of raw q (or k): turned back, then through the norm; partial (2, D): weight, bias."""
+    if ROPE:
+        g0 = _rotate(g0, table, rows, N, -1, 0, D, EVEN_N)
+        if D1 > 0:
+            g1 = _rotate(g1, table, rows, N, -1, D0, D, EVEN_N)
+    if NORM:
+        x0, x1 = _load_pair(raw, rows, N, 3 * H * D, D, D0, D1, EVEN_N)
+        x0, x1, rstd = _standardise(x0.to(tl.float32), x1.to(tl.float32), D, D0, D1, EPS, CENTER)
+        if not EVEN_N:  # rows of padding must not reach the sums, not even as 0 * inf
+            g0 = tl.where((rows < N)[:, None], g0, 0.0)
+            if D1 > 0:
+                g1 = tl.where((rows < N)[:, None], g1, 0.0)
+        _column_sum(partial, g0 * x0, 0, D)
+        _column_sum(partial + D, g0, 0, D)
+        g0 = g0 * _vector(weight, 0, D0, D)[None, :]
+        slope, mean = tl.sum(g0 * x0, 1), tl.sum(g0, 1)
+        if D1 > 0:
+            _column_sum(partial, g1 * x1, D0, D)
+            _column_sum(partial + D, g1, D0, D)
+            g1 = g1 * _vector(weight, D0, D1, D)[None, :]
+            slope += tl.sum(g1 * x1, 1)
+            mean += tl.sum(g1, 1)
+        g0 = g0 - x0 * (slope / D)[:, None]
+        if D1 > 0:
+            g1 = g1 - x1 * (slope / D)[:, None]
+        if CENTER:
+            g0 = g0 - (mean / D)[:, None]
+            if D1 > 0:
+                g1 = g1 - (mean / D)[:, None]
+        g0 = g0 * rstd[:, None]
+        if D1 > 0:
+            g1 = g1 * rstd[:, None]
+    _store_pair(grad, rows, N, g0, g1, 3 * H * D, D, D0, D1, EVEN_N)
+
+
+@triton.jit
+def _delta(OUT, DELTA, offset, line, rows, g0, g1, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+           PREPARED: tl.constexpr, EVEN_N: tl.constexpr):  # fmt: skip
+    if PREPARED:
+        delta = _load_rows(DELTA + line, rows, N, 0.0, EVEN_N)
+    else:
+        o0, o1 = _load_pair(OUT + offset, rows, N, H * D, D, D0, D1, EVEN_N)
+        delta = _rowsum_product(o0, o1, g0, g1, D1)
+    return delta
+
+
+@triton.jit
+def _rope_attention_bwd_kernel(
+    QKV, PREPARED_QK, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, LSE, DELTA, GRAD_QKV, PARTIAL,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+    SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr,
+    ROPE: tl.constexpr, PREPARED: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK tokens of one head, first as keys (dK, dV), then as queries (dQ), each against all others in steps of INNER."""
+    pid, blocks = tl.program_id(0), tl.cdiv(N, BLOCK)
+    head, sample = (pid // blocks) % H, (pid // blocks // H).to(tl.int64)
+    rows = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = OUT.dtype.element_ty
+    qkv = QKV + sample * N * (3 * H * D) + head * D
+    prepared = PREPARED_QK + sample * N * (2 * H * D) + head * D
+    grad_qkv = GRAD_QKV + sample * N * (3 * H * D) + head * D
+    offset, line = sample * N * (H * D) + head * D, (sample * H + head) * N
+    partial = PARTIAL + pid.to(tl.int64) * (4 * D)
+
+    k0, k1 = _query_or_key(
+        qkv, prepared, TABLE, K_WEIGHT, K_BIAS, rows, N, 1, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
+    )
+    v0, v1 = _load_pair(qkv + 2 * H * D, rows, N, 3 * H * D, D, D0, D1, EVEN_N)
+    v0, v1 = v0.to(dtype), v1.to(dtype)
+    dk0, dv0 = tl.zeros([BLOCK, D0], tl.float32), tl.zeros([BLOCK, D0], tl.float32)
+    dk1, dv1 = dk0, dv0
+    if D1 > 0:
+        dk1, dv1 = tl.zeros([BLOCK, D1], tl.float32), tl.zeros([BLOCK, D1], tl.float32)
+    for start in range(0, N, INNER):
+        queries = start + tl.arange(0, INNER)
+        q0, q1 = _query_or_key(
+            qkv, prepared, TABLE, Q_WEIGHT, Q_BIAS, queries, N, 0, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
+        )
+        g0, g1 = _load_pair(GRAD + offset, queries, N, H * D, D, D0, D1, EVEN_N)
+        delta = _delta(OUT, DELTA, offset, line, queries, g0, g1, N, H, D, D0, D1, PREPARED, EVEN_N)
+        lse = _load_rows(LSE + line, queries, N, float("inf"), EVEN_N) * LOG2E  # inf: queries of padding weigh exp2(-inf) = 0
+        s = _scores(k0, k1, q0, q1, D1, PRECISION)  # transposed: keys x queries
+        p = tl.exp2(s * LOG2_SCALE - lse[None, :])
+        weights = p.to(dtype)
+        dv0 = _dot(weights, g0, dv0, PRECISION)
+        if D1 > 0:
+            dv1 = _dot(weights, g1, dv1, PRECISION)
+        dp = _scores(v0, v1, g0, g1, D1, PRECISION)
+        ds = (p * (dp - delta[None, :])).to(dtype)
+        dk0 = _dot(ds, q0, dk0, PRECISION)
+        if D1 > 0:
+            dk1 = _dot(ds, q1, dk1, PRECISION)
+    _store_pair(grad_qkv + 2 * H * D, rows, N, dv0, dv1, 3 * H * D, D, D0, D1, EVEN_N)
+    _store_raw_gradient(
+        dk0 * SCALE, dk1 * SCALE, qkv + H * D, grad_qkv + H * D, TABLE, K_WEIGHT, partial + 2 * D, rows, N,
+        H, D, D0, D1, EPS, NORM, CENTER, ROPE, EVEN_N,
+    )  # fmt: skip
+
+    # Names of their own: a name keeps its shape through a loop.
+    own_q0, own_q1 = _query_or_key(
+        qkv, prepared, TABLE, Q_WEIGHT, Q_BIAS, rows, N, 0, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
+    )
+    own_g0, own_g1 = _load_pair(GRAD + offset, rows, N, H * D, D, D0, D1, EVEN_N)
+    own_delta = _delta(OUT, DELTA, offset, line, rows, own_g0, own_g1, N, H, D, D0, D1, PREPARED, EVEN_N)
+    own_lse = _load_rows(LSE + line, rows, N, float("inf"), EVEN_N) * LOG2E
+    dq0 = tl.zeros([BLOCK, D0], tl.float32)
+    dq1 = dq0
+    if D1 > 0:
+        dq1 = tl.zeros([BLOCK, D1], tl.float32)
+    for start in range(0, N, INNER):
+        keys = start + tl.arange(0, INNER)
+        kj0, kj1 = _query_or_key(
+            qkv, prepared, TABLE, K_WEIGHT, K_BIAS, keys, N, 1, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
+        )
+        vj0, vj1 = _load_pair(qkv + 2 * H * D, keys, N, 3 * H * D, D, D0, D1, EVEN_N)
+        s = _scores(own_q0, own_q1, kj0, kj1, D1, PRECISION)
+        if not EVEN_N:  # a key of padding scores 0, and exp2(0 - lse) may overflow
+            s = tl.where((keys < N)[None, :], s, -float("inf"))
+        p = tl.exp2(s * LOG2_SCALE - own_lse[:, None])
+        dp = _scores(own_g0, own_g1, vj0.to(dtype), vj1.to(dtype), D1, PRECISION)
+        ds = (p * (dp - own_delta[:, None])).to(dtype)
+        dq0 = _dot(ds, kj0, dq0, PRECISION)
+        if D1 > 0:
+            dq1 = _dot(ds, kj1, dq1, PRECISION)
+    _store_raw_gradient(
+        dq0 * SCALE, dq1 * SCALE, qkv, grad_qkv, TABLE, Q_WEIGHT, partial, rows, N, H, D, D0, D1, EPS, NORM, CENTER, ROPE, EVEN_N
+    )
+
+
+def head_split(head_dim: int) -> tuple[int, int]:
+    """Channels of the main part and of the padded tail (0: none); both are powers of two of 16 or more, as matrix instructions ask."""
+    main = max(16, 1 << (head_dim.bit_length() - 1))
+    return main, 0 if main >= head_dim else max(16, triton.next_power_of_2(head_dim - main))
+
+
+def _shape_class(step: str, arch: int, n: int, head_dim: int, dtype: torch.dtype, norm: bool) -> str:
+    """Row of the tables: which way ("resident" rotates inside the kernel), "norm" where that costs the backward registers, channels."""
+    width = sum(head_split(head_dim))
+    bound = next(bound for bound in (80, 128, 256) if width <= bound)
+    if dtype == torch.float32:
+        return f"fp32 {bound}"
+    # Beside the accumulators of the backward the rotation spills on sm_80 and beyond 80 channels.
+    resident = n <= RESIDENT_TOKENS and (step == "forward" or (arch >= 90 and bound == 80))
+    return f"{'resident' if resident else 'flash'} {'norm ' if norm and step == 'backward' and bound == 80 else ''}{bound}"
+
+
+def _prepares(shape_class: str, n: int) -> bool:
+    """Whether q' and k' are made by the prologue."""
+    return n > RESIDENT_TOKENS or shape_class.startswith("flash")
+
+
+# Static choices first, then candidates for LIGHTNINGDIT_AUTOTUNE=1. Chosen with the offline compiler: no spill at the model's shapes,
+# blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. Not yet measured on a GPU.
+def _forward(m: int, n: int, warps: int, stages: int = 1) -> Config:
+    return Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages)
+
+
+def _backward(block: int, inner: int, warps: int, stages: int = 1) -> Config:
+    return Config(dict(BLOCK=block, INNER=inner), warps, stages)
+
+
+FORWARD = {
+    (80, "resident 80"): [_forward(128, 32, 8), _forward(64, 32, 4)],
+    (80, "resident 128"): [_forward(64, 32, 8)],
+    (80, "resident 256"): [_forward(64, 32, 8)],
+    (80, "flash 80"): [_forward(128, 64, 8, 3), _forward(128, 64, 4, 2), _forward(128, 128, 8, 2)],
+    (80, "flash 128"): [_forward(128, 64, 8, 2)],
+    (80, "flash 256"): [_forward(64, 32, 8, 2)],
+    (80, "fp32 80"): [_forward(64, 32, 8)],
+    (80, "fp32 128"): [_forward(64, 32, 8)],
+    (80, "fp32 256"): [_forward(32, 32, 8)],
+    (90, "resident 80"): [_forward(128, 64, 4), _forward(128, 64, 8), _forward(128, 128, 8), _forward(256, 64, 8)],
+    (90, "resident 128"): [_forward(128, 64, 8), _forward(128, 128, 8)],
+    (90, "flash 80"): [_forward(128, 64, 8, 3), _forward(128, 128, 8, 2), _forward(128, 64, 4, 2)],
+    (90, "flash 128"): [_forward(128, 64, 8, 2)],
+    (100, "resident 80"): [_forward(128, 64, 8), _forward(128, 64, 4), _forward(128, 128, 8)],
+}
+BACKWARD = {
+    (80, "flash 80"): [_backward(128, 32, 8, 2), _backward(64, 32, 8, 2)],
+    (80, "flash norm 80"): [_backward(64, 32, 8, 2)],
+    (80, "flash 128"): [_backward(64, 32, 8)],
+    (80, "flash 256"): [_backward(32, 32, 8)],
+    (80, "fp32 80"): [_backward(32, 16, 4)],
+    (80, "fp32 128"): [_backward(32, 16, 4)],
+    (80, "fp32 256"): [_backward(32, 16, 8)],
+    (90, "resident 80"): [_backward(128, 64, 8), _backward(128, 32, 8), _backward(64, 64, 4)],
+    (90, "resident norm 80"): [_backward(128, 64, 8), _backward(128, 32, 8)],
+    (90, "flash 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
+    (90, "flash norm 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
+    (90, "flash 128"): [_backward(64, 64, 8)],
+    (100, "resident norm 80"): [_backward(128, 32, 8), _backward(64, 64, 4)],
+    (100, "flash norm 80"): [_backward(128, 32, 8, 2), _backward(128, 64, 8)],
+}
+PROLOGUE = Config(dict(BLOCK=64), 4, 1)  # the tail, 64 x 16, is then 16 bytes a thread too
+
+
+def _constexprs(n, heads, head_dim, table, q_weight, q_bias, eps, center, blocks):
+    """What every kernel is specialised on; nothing of it depends on the batch."""
+    main, tail = head_split(head_dim)
+    even = all(n % block == 0 for block in blocks)
+    flags = dict(NORM=q_weight is not None, BIAS=q_bias is not None, CENTER=center, ROPE=table is not None, EVEN_N=even)
+    return dict(N=n, H=heads, D=head_dim, D0=main, D1=tail, EPS=eps) | flags
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of fp32: three tf32 products, as close to fp32 as the sums are. Without meaning for the 16-bit dtypes."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def _prologue(qkv, table, parameters, eps, center, dtype, out=None, grad=None):
+    """q', k' as (B, N, 2, H, D) in dtype, and, given out and grad, delta (B, H, N)."""
+    batch, n, _, heads, head_dim = qkv.shape
+    prepared = torch.empty((batch, n, 2, heads, head_dim), dtype=dtype, device=qkv.device)
+    delta = None if out is None else torch.empty((batch, heads, n), dtype=torch.float32, device=qkv.device)
+    pointers = [qkv if a is None else a for a in (table, *parameters, out, grad)]
+    grid = (batch * heads * triton.cdiv(n, PROLOGUE.blocks["BLOCK"]),)
+    _rope_attention_prologue_kernel[grid](
+        qkv, *pointers, prepared, prepared if delta is None else delta, WITH_DELTA=delta is not None,
+        **_constexprs(n, heads, head_dim, table, parameters[0], parameters[2], eps, center, PROLOGUE.blocks.values()), **PROLOGUE.launch(),
+    )  # fmt: skip
+    return prepared, delta
+
+
+def rope_attention_fwd(
+    qkv: torch.Tensor,
+    table: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    q_bias: torch.Tensor | None,
+    k_bias: torch.Tensor | None,
+    eps: float,
+    center: bool,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, N, H*D) in out_dtype and lse (B, H, N) in fp32 of the operator lightningdit::rope_attention. D: a multiple of 8 up to 256."""
+    batch, n, _, heads, head_dim = qkv.shape
+    qkv, parameters = qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias)
+    out = torch.empty((batch, n, heads * head_dim), dtype=out_dtype, device=qkv.device)
+    lse = torch.empty((batch, heads, n), dtype=torch.float32, device=qkv.device)
+    if out.numel() == 0:
+        return out, lse
+    shape_class = _shape_class("forward", architecture(qkv.device), n, head_dim, out_dtype, q_weight is not None)
+    prepare = _prepares(shape_class, n)
+    with torch.cuda.device_of(qkv):
+        prepared = _prologue(qkv, table, parameters, eps, center, out_dtype)[0] if prepare else qkv
+        pointers = [qkv if a is None else a for a in (table, *parameters)]
+
+        def launch(config):
+            grid = (batch * heads * triton.cdiv(n, config.blocks["BLOCK_M"]),)
+            _rope_attention_fwd_kernel[grid](
+                qkv, prepared, *pointers, out, lse,
+                SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out_dtype),
+                **_constexprs(n, heads, head_dim, table, q_weight, q_bias, eps, center, config.blocks.values()), **config.launch(),
+            )  # fmt: skip
+
+        launch(pick("rope_attention_fwd", FORWARD, qkv.device, shape_class, (n, heads, head_dim, str(out_dtype)), launch))
+    return out, lse
+
+
+def rope_attention_bwd(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    table: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    q_bias: torch.Tensor | None,
+    k_bias: torch.Tensor | None,
+    eps: float,
+    center: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of qkv, q_weight, k_weight, q_bias, k_bias, each in its dtype; empty for what is None."""
+    batch, n, _, heads, head_dim = qkv.shape
+    grad, qkv, parameters = grad.contiguous(), qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias)
+    grad_qkv = torch.empty_like(qkv)
+    shape_class = _shape_class("backward", architecture(qkv.device), n, head_dim, out.dtype, q_weight is not None)
+    prepare = _prepares(shape_class, n)
+    partial = qkv.new_zeros((0, 4, head_dim), dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(qkv):
+            prepared, delta = _prologue(qkv, table, parameters, eps, center, out.dtype, out, grad) if prepare else (qkv, lse)
+            pointers = [qkv if a is None else a for a in (table, *parameters)]
+
+            def launch(config):
+                programs = batch * heads * triton.cdiv(n, config.blocks["BLOCK"])
+                partial = torch.empty((programs if q_weight is not None else 0, 4, head_dim), dtype=torch.float32, device=qkv.device)
+                _rope_attention_bwd_kernel[(programs,)](
+                    qkv, prepared, *pointers, out, grad, lse, delta, grad_qkv, partial, SCALE=1 / math.sqrt(head_dim),
+                    LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out.dtype),
+                    **_constexprs(n, heads, head_dim, table, q_weight, q_bias, eps, center, config.blocks.values()), **config.launch(),
+                )  # fmt: skip
+                return partial
+
+            partial = launch(pick("rope_attention_bwd", BACKWARD, qkv.device, shape_class, (n, heads, head_dim, str(out.dtype)), launch))
+    sums = partial.sum(0)  # q_weight, q_bias, k_weight, k_bias; PyTorch's sum over one dimension has a fixed order
+    gradients = [qkv.new_empty(0) if a is None else sums[i].to(a.dtype) for i, a in zip((0, 2, 1, 3), parameters, strict=True)]
+    return grad_qkv, *gradients
+
+
+def audit_cases() -> list[dict]:
+    """What the offline audit compiles: every kernel at the model's shapes (16 heads), in bf16, with the static choice of each architecture.
+
+    The fp32 classes are left out: tf32x3 takes three products of split operands, which pass through registers, and their backward spills;
+    fp32 attention is there to be checked against, not to be fast.
+    """
+    cases = []
+    for n, head_dim, norm in [(n, head_dim, norm) for n in (256, 1024) for head_dim in (72, 64) for norm in (False, True)]:
+        label = f"N={n} D={head_dim}{' norm' if norm else ''}"
+        scale = LOG2E.value / math.sqrt(head_dim)
+        for arch in (80, 90, 100):
+            for step, kernel, table, scales in (
+                ("forward", _rope_attention_fwd_kernel, FORWARD, dict(SCALE=scale)),
+                ("backward", _rope_attention_bwd_kernel, BACKWARD, dict(SCALE=1 / math.sqrt(head_dim), LOG2_SCALE=scale)),
+            ):
+                shape_class = _shape_class(step, arch, n, head_dim, torch.bfloat16, norm)
+                config = table[max(known for known, name in table if name == shape_class and known <= arch), shape_class][0]
+                flags = dict(PREPARED=_prepares(shape_class, n), PRECISION=_precision(torch.bfloat16)) | scales
+                cases.append(_case(f"rope_attention_{step} {label}", kernel, config, n, head_dim, norm, flags, "attention", (arch,)))
+        for step, delta in (("forward", False), ("backward", True)) if n > RESIDENT_TOKENS else ():
+            name, flags = f"rope_attention_prologue_{step} {label}", dict(WITH_DELTA=delta)
+            cases.append(_case(name, _rope_attention_prologue_kernel, PROLOGUE, n, head_dim, norm, flags, "memory", (80, 90, 100)))
+    return cases
+
+
+def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
+    present = "present"  # stands for a tensor: only whether it is None matters
+    shared = _constexprs(n, 16, head_dim, present, present if norm else None, None, 1e-6, False, config.blocks.values())
+    constexprs = shared | flags | config.blocks
+    types = dict(TABLE="*fp16", LSE="*fp32", DELTA="*fp32", PARTIAL="*fp32")
+    signature = {a: "constexpr" if a in constexprs else types.get(a, "*bf16") for a in kernel.arg_names}
+    return dict(
+        name=f"{name} sm_{archs[0]}" if len(archs) == 1 else name, kernel=kernel, signature=signature, constexprs=constexprs,
+        divisible=[a for a, kind_of in signature.items() if kind_of != "constexpr"],
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        archs=archs, kind=kind,
+    )  # fmt: skip

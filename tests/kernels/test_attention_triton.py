@@ -1,0 +1,172 @@
+"""The Triton kernels of rope_attention, through the operator: in triton's interpreter, and on CUDA where there is one."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
+
+from lightningdit_kernels import attention, attention_triton, rope_attention  # noqa: E402
+from lightningdit_kernels.attention import fused  # noqa: E402
+from lightningdit_kernels.attention import rope_attention_ref as eager  # noqa: E402
+from lightningdit_kernels.testing import assert_matches_truth, random_tensor, values_and_gradients  # noqa: E402
+from lightningdit_kernels.testing import rope_frequencies as frequencies  # noqa: E402
+from lightningdit_kernels.testing import token_grid as grid  # noqa: E402
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device test_cuda_matches_truth runs the kernels compiled")
+
+
+@pytest.fixture(autouse=True)
+def triton_serves_cpu():
+    """The operators call the Triton launchers for CPU tensors too, which the interpreter can run."""
+    with torch.library._scoped_library("lightningdit", "IMPL") as library:
+        library.impl("rope_attention", attention._attention_cuda, "CPU")
+        library.impl("rope_attention_backward", attention._attention_backward_cuda, "CPU")
+        yield
+
+
+@pytest.fixture(params=["resident", "prologue"])
+def way(request, monkeypatch):
+    """Rotation inside the attention kernels, as for few tokens, or by the prologue, as for many."""
+    monkeypatch.setattr(attention_triton, "RESIDENT_TOKENS", 256 if request.param == "resident" else 0)
+
+
+def inputs_of(rows, columns, heads, head_dim, dtype, norm="none", rope=True, batch=1):
+    inputs = dict(qkv=random_tensor(batch, rows * columns, 3, heads, head_dim, dtype=dtype))
+    if norm != "none":
+        inputs |= {f"{name}_weight": 1 + random_tensor(head_dim, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 1)}
+    if norm == "layer":
+        inputs |= {f"{name}_bias": random_tensor(head_dim, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 3)}
+        inputs |= dict(center=True, eps=1e-5)
+    return inputs | (dict(positions=grid(rows, columns), freqs=frequencies(head_dim)) if rope else {})
+
+
+# Rows, columns, heads, Dh: N = 16, 63, 64; main part with padding (8), with tail (24, 40, 72), without either (64, 128).
+SHAPES = [(4, 4, 2, 8), (7, 9, 1, 24), (4, 4, 1, 40), (8, 8, 1, 64), (7, 9, 1, 72), (4, 4, 1, 128), (1, 1, 1, 8)]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_truth(shape, dtype):
+    assert_matches_truth(fused, eager, inputs_of(*shape, dtype), frozen=("freqs",))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "rope, norm, dtype",
+    [(rope, norm, torch.float32) for rope in (False, True) for norm in ("none", "rms", "layer")] + [(True, "layer", torch.bfloat16)],
+    ids=str,
+)
+def test_rotation_and_norm(rope, norm, dtype, way):
+    # Without RoPE, softmax is blind to the key's bias: that gradient is zero, and what is computed is rounding noise.
+    inputs = inputs_of(3, 7, 2, 24, dtype, norm, rope)
+    assert_matches_truth(fused, eager, inputs, frozen=("freqs",) if rope else ("freqs", "k_bias"))
+
+
+@interpreted
+def test_several_blocks_and_samples(way):
+    """More tokens than one block holds, with a remainder, and more than one sample: offsets, masks and the order of partial sums."""
+    assert_matches_truth(fused, eager, inputs_of(7, 10, 1, 8, torch.float32, "layer", batch=2), frozen=("freqs",))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # NumPy's, in rows of padding
+def test_scores_far_below_zero(way):
+    """Every score is near -400: exp2(-lse) overflows for a key of padding, which must not reach a gradient as inf * 0."""
+    qkv = random_tensor(1, 5, 3, 1, 8) / 8
+    qkv[:, :, 0], qkv[:, :, 1] = qkv[:, :, 0] + 12, qkv[:, :, 1] - 12
+    assert_matches_truth(fused, eager, dict(qkv=qkv))
+
+
+@interpreted
+def test_empty_batch_and_strided_input():
+    inputs = inputs_of(2, 3, 2, 8, torch.float32, "rms")
+    weight = inputs["q_weight"].requires_grad_()
+    fused(**inputs | dict(qkv=torch.zeros(0, 6, 3, 2, 8, requires_grad=True))).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(8))
+    strided = random_tensor(3, 6, 2, 2, 16)[..., ::2].permute(2, 1, 0, 3, 4)
+    assert_matches_truth(fused, eager, inputs | dict(qkv=strided), frozen=("freqs",))
+
+
+@interpreted
+def test_autocast_rounds_after_the_rotation():
+    """Inside autocast fp32 qkv is normalised and rotated in fp32, multiplied in bf16, and its gradient is fp32 again."""
+    inputs = inputs_of(4, 4, 1, 24, torch.float32, "rms")
+
+    def inside(op):
+        return lambda **kw: torch.autocast("cpu", torch.bfloat16)(op)(**kw)
+
+    ours, plain = (values_and_gradients(inside(op), inputs, frozen=("freqs",)) for op in (fused, eager))
+    doubled = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    assert ours["out.0"].dtype == torch.bfloat16 and ours["grad.qkv"].dtype == torch.float32
+    for name, true in values_and_gradients(eager, doubled, frozen=("freqs",)).items():
+        # The yardstick of testing.py with the ulp of bf16 for the fp32 gradients too, because the products behind them take bf16.
+        bound = 2 * (plain[name] - true).abs().max() + 4 * 2**-8 * true.abs().max()
+        assert (ours[name] - true).abs().max() <= bound, name
+
+
+@interpreted
+def test_checkpointing_recomputes_the_same():
+    inputs = inputs_of(4, 4, 1, 24, torch.float32, "rms")
+    qkv = inputs.pop("qkv").requires_grad_()
+    (plain,) = torch.autograd.grad(fused(qkv, **inputs).square().sum(), qkv)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(fused, qkv, use_reentrant=False, **inputs).square().sum(), qkv)
+    assert torch.equal(plain, again)
+
+
+@interpreted
+def test_opcheck():
+    inputs = inputs_of(2, 2, 1, 8, torch.float32, "layer")
+    table = attention.rope_table(inputs["positions"], inputs["freqs"], torch.float32)
+    parameters = [inputs[f"{name}_{what}"].requires_grad_() for what in ("weight", "bias") for name in "qk"]
+    arguments = (inputs["qkv"].requires_grad_(), table, *parameters, 1e-5, True, torch.float32)
+    torch.library.opcheck(torch.ops.lightningdit.rope_attention, arguments)
+
+
+@interpreted
+def test_nothing_is_specialised_on_the_batch(monkeypatch, way):
+    """What triton compiles for is the same for every batch: constexprs, launch options, and no number among the arguments."""
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **constexprs):
+                assert all(isinstance(arg, torch.Tensor) for arg in args)
+                launches[-1].append((self.kernel.fn.__name__, [arg.dtype for arg in args], constexprs))
+                self.kernel[grid](*args, **constexprs)
+
+            return launch
+
+    for name in ("prologue", "fwd", "bwd"):
+        name = f"_rope_attention_{name}_kernel"
+        monkeypatch.setattr(attention_triton, name, Recorder(getattr(attention_triton, name)))
+    for batch in (1, 3):
+        launches.append([])
+        inputs = inputs_of(2, 3, 1, 8, torch.float32, "rms", batch=batch)
+        fused(**inputs | dict(qkv=inputs["qkv"].requires_grad_())).sum().backward()
+    assert len(launches[0]) >= 2 and launches[0] == launches[1]
+
+
+def test_audit_cases_name_every_argument():
+    cases = attention_triton.audit_cases()
+    assert len({case["name"] for case in cases}) == len(cases)
+    for case in cases:
+        assert list(case["signature"]) == case["kernel"].arg_names
+        assert {name for name, kind in case["signature"].items() if kind == "constexpr"} == case["constexprs"].keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize(
+    "shape", [(16, 16, 16, 72), (16, 16, 6, 64), (32, 32, 4, 72), (7, 9, 2, 128), (19, 17, 2, 40), (4, 4, 1, 256)], ids=str
+)
+def test_cuda_matches_truth(shape, norm, dtype):
+    inputs = inputs_of(*shape, dtype, norm, batch=3)
+    inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    assert_matches_truth(lambda **kw: rope_attention(**kw, backend="triton"), eager, inputs, frozen=("freqs",))
