@@ -79,7 +79,7 @@ def op_rows(record: dict, limits: dict[str, float]) -> list[list[str]]:
     for row in record["contestants"]:
         name = f"**{row['name']}** ({row['version']})" if row["name"] == "ours" else f"{row['name']} {row['version']}"
         if row["status"] != "ok":
-            rows.append([name, "", f"{row['status']}: {row['reason']}".replace("|", "/"), *[""] * 6])
+            rows.append([row["name"], "", f"{row['status']}: {row['reason']}".replace("|", "/"), *[""] * 6])
             continue
         for step in (step for step in STEPS if step in row):
             one = row[step]
@@ -119,6 +119,8 @@ def environment_line(run: dict) -> str:
     device = run.get("gpu") or f"{run['cpu']}, {run['threads']} of {run['cores']} cores"
     loads = [record["load"] for record in run["results"] if "load" in record]
     load = f"; load average during the run {min(loads):.1f} to {max(loads):.1f}" if loads and run["device"] == "cpu" else ""
+    if load and max(loads) > 1.5 * run["cores"]:
+        load += ": **other processes shared the cores, so these figures are rough**"
     return f"{device}; {versions}; native library: {run['native']}; commit {run['commit']}; {run['date']}{load}."
 
 
@@ -211,10 +213,11 @@ def figures(run: dict) -> dict:
     points = [(record, name, row, record["counted"]["forward_backward"]) for record, name, row in kept]
     intensities = [counted["flops"] / counted["bytes"] for *_, counted in points if counted["flops"]]
     if "copy" in limits and intensities:
-        low, high = min(intensities) / 8, 8 * max(intensities)
+        ridges = [1e3 * peak / limits["copy"] for dtype, peak in limits.items() if dtype != "copy"]
+        low, high = min(intensities + ridges) / 8, 8 * max(intensities + ridges)
         for dtype, peak in limits.items():
             if dtype != "copy":
-                xs = [low, max(low, 1e3 * peak / limits["copy"]), max(high, 2e3 * peak / limits["copy"])]
+                xs = [low, 1e3 * peak / limits["copy"], high]
                 axes.plot(xs, [min(peak, x * limits["copy"] / 1e3) for x in xs], color="0.4", linestyle="-" if dtype == "float32" else "--")
                 axes.text(xs[-1], peak, dtype, ha="right", va="bottom", fontsize=7)
         for record, name, row, counted in points:
