@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 # Before torch loads OpenMP: its threads give the core up after some microseconds of waiting for each other instead of milliseconds. On
-# two cores shared with other programs the digits train 4 times faster so (86 -> 316 images/s), alone 7 % slower (1731 -> 1613).
+# two cores shared with other programs the digits train 4 times faster so (87 -> 316 images/s), alone 7 % slower (1731 -> 1613):
+# bench/results/spin_cpu.json.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch

@@ -1,9 +1,12 @@
-"""Where there is no CUDA device the Triton kernels run in triton's interpreter, on CPU tensors."""
+"""Where there is no CUDA device the Triton kernels run in triton's interpreter, on CPU tensors; and the CPU backends of an op."""
 
 import os
 import sys
 
+import pytest
 import torch
+
+from lightningdit_kernels import native
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     # triton reads the variable when it is imported and when a kernel is decorated; later is too late.
@@ -35,3 +38,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return create_dot(self, widened(a), widened(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot_of_bf16
+
+
+@pytest.fixture(params=["baseline", "AVX2", "AVX-512", "reference"])
+def backend(request, monkeypatch):
+    """Every way in which this machine can compute the op."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", False)
+        yield request.param
+        return
+    if not native.available:
+        pytest.skip(native.about)
+    wanted = {name: level for level, name in native.LEVELS.items()}[request.param]
+    highest = native.library.lightningdit_level()
+    if native.library.lightningdit_set_level(wanted) != wanted:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native.library.lightningdit_set_level(highest)

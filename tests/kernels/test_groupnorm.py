@@ -17,23 +17,6 @@ def eager(x, weight, bias, num_groups, eps=1e-6):
     return y * torch.sigmoid(y)
 
 
-@pytest.fixture(params=["baseline", "AVX2", "AVX-512", "reference"])
-def backend(request, monkeypatch):
-    """Every way in which this machine can compute the op."""
-    if request.param == "reference":
-        monkeypatch.setattr(native, "available", False)
-        yield request.param
-        return
-    if not native.available:
-        pytest.skip(native.about)
-    wanted = {name: level for level, name in native.LEVELS.items()}[request.param]
-    highest = native.library.lightningdit_level()
-    if native.library.lightningdit_set_level(wanted) != wanted:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.library.lightningdit_set_level(highest)
-
-
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 
 

@@ -20,23 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 16, 192), (3, 63, 100), (1, 1, 3), (2, 0, 8), (0, 4, 8)]
 
 
-@pytest.fixture(params=["baseline", "AVX2", "AVX-512", "reference"])
-def backend(request, monkeypatch):
-    """Every way in which this machine can compute the op."""
-    if request.param == "reference":
-        monkeypatch.setattr(native, "available", False)
-        yield
-        return
-    if not native.available:
-        pytest.skip(native.about)
-    wanted = {name: level for level, name in native.LEVELS.items()}[request.param]
-    highest = native.library.lightningdit_level()
-    if native.library.lightningdit_set_level(wanted) != wanted:
-        pytest.skip(f"this processor has no {request.param}")
-    yield
-    native.library.lightningdit_set_level(highest)
-
-
 @pytest.fixture(params=[True, False], ids=["native", "reference"])
 def kernels_or_reference(request, monkeypatch):
     if request.param and not native.available:

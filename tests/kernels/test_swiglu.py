@@ -13,23 +13,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_native = pytest.mark.skipif(not native.available, reason=native.about)
 
 
-@pytest.fixture(params=["baseline", "AVX2", "AVX-512", "reference"])
-def backend(request, monkeypatch):
-    """Every way in which this machine can compute the op."""
-    if request.param == "reference":
-        monkeypatch.setattr(native, "available", False)
-        yield
-        return
-    if not native.available:
-        pytest.skip(native.about)
-    wanted = {name: level for level, name in native.LEVELS.items()}[request.param]
-    highest = native.library.lightningdit_level()
-    if native.library.lightningdit_set_level(wanted) != wanted:
-        pytest.skip(f"this processor has no {request.param}")
-    yield
-    native.library.lightningdit_set_level(highest)
-
-
 def eager(packed):
     hidden = packed.shape[-1] // 2
     return nnf.silu(packed[..., :hidden]) * packed[..., hidden:]
