@@ -16,6 +16,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+DALI = "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"  # its CPU operators need no GPU
+EVALUATION = ["torch-fidelity>=0.4", "lpips>=0.1.4", "timm>=1.0.20", "torchvision", "diffusers>=0.35"]
 MISSING = "native_missing.txt"  # the name that lightningdit_kernels/native.py reads
 
 
@@ -92,10 +94,10 @@ setup(
         "torchdiffeq>=0.2.4",
     ],
     extras_require={
-        "dali": ["nvidia-dali-cuda130"],
-        "eval": ["torch-fidelity", "lpips", "timm", "torchvision"],
+        "dali": [DALI],
+        "eval": EVALUATION,
         "peers": ["xformers", "liger-kernel", "quack-kernels", "flash-attn-4"],
         "demo": ["gradio"],
-        "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.8", "torchvision"],
+        "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.8", "torchao>=0.18", DALI, *EVALUATION],
     },
 )
