@@ -150,12 +150,13 @@ class OptimConfig:
 
 @dataclass
 class SampleConfig:
-    method: Literal["euler", "heun", "midpoint", "dopri5", "sde_euler", "sde_heun"] = "euler"
+    method: Literal["euler", "heun", "midpoint", "dopri5", "ab2", "dpmpp_2m", "unipc", "sde_euler", "sde_heun"] = "euler"
     num_steps: int = 249  # intervals of the time grid; the official "250 steps" are 250 points, so 249 intervals
     shift: float = 0.3  # t' = s t / (1 + (s - 1) t); 1 is none
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # outside it the conditional velocity is used, and only that is computed
     guidance_channels: int | None = None  # None: all; 3: the official behaviour
+    guidance_rescale: float = 0.0  # 1: guided outputs keep the standard deviation of the conditional ones; 0: as guidance makes them
     batch_size: int = 64
     seed: int = 0
 
@@ -166,6 +167,7 @@ class SampleConfig:
         require(0 <= low <= high <= 1, "sample.guidance_interval", self.guidance_interval, "0 <= low <= high <= 1")
         require(self.guidance_channels is None or self.guidance_channels > 0, "sample.guidance_channels", self.guidance_channels,
                 "a positive number, or null for all")
+        require(0 <= self.guidance_rescale <= 1, "sample.guidance_rescale", self.guidance_rescale, "a number in [0, 1]")
         require(self.batch_size > 0, "sample.batch_size", self.batch_size, "a positive number")
 
 

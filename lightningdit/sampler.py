@@ -5,8 +5,12 @@
 `sample` is the way in. Below it, the solvers integrate any predict(x, t), which takes the state x (B, ...) and the time t, a Python
 float, and returns the model's output. Times come from a grid on the host, so that no step waits for the device.
 
-Steps are counted as intervals of the grid: num_steps = 249 is what the official code calls 250 steps, linspace(0, 1, 250). Euler
-evaluates the model once an interval, Heun and midpoint twice, dopri5 as often as its tolerance asks; an SDE's last step is one more.
+    noise = invert(model, latents, labels=...)                 # the same ODE, from data to noise
+    nats = log_likelihood(model, latents, labels=..., seeds=...)
+
+Steps are counted as intervals of the grid: num_steps = 249 is what the official code calls 250 steps, linspace(0, 1, 250). Euler and
+the multistep methods (ab2, dpmpp_2m, unipc) evaluate the model once an interval, Heun and midpoint twice, dopri5 as often as its
+tolerance asks; an SDE's last step is one more.
 
 Image i depends on its seed, its label and the settings, not on the other images: its noise comes from a generator of its own, and
 batches are filled up so that its arithmetic is the same (`padded_rows` says how far that holds). dopri5 is the exception: it chooses
@@ -23,16 +27,16 @@ from tqdm import tqdm
 from . import flow
 from .flow import check_choice
 
-ODE_METHODS = ("euler", "heun", "midpoint", "dopri5")
+ODE_METHODS = ("euler", "heun", "midpoint", "dopri5", "ab2", "dpmpp_2m", "unipc")
 SDE_METHODS = ("sde_euler", "sde_heun")
 LAST_STEPS = ("mean", "tweedie", "euler")
 
 
 @torch.no_grad()
 def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, method="euler", shift=0.3, guidance_scale=1.0,
-           guidance_interval=(0.0, 1.0), guidance_channels=None, path="linear", prediction="velocity", sample_eps=None,
-           atol=1e-6, rtol=1e-3, diffusion_form="sigma", diffusion_norm=1.0, last_step="mean", last_step_size=0.04,
-           device="cpu", dtype=torch.float32, batch_size=None, progress=False):
+           guidance_interval=(0.0, 1.0), guidance_channels=None, guidance_rescale=0.0, guide=None, path="linear",
+           prediction="velocity", sample_eps=None, atol=1e-6, rtol=1e-3, diffusion_form="sigma", diffusion_norm=1.0, last_step="mean",
+           last_step_size=0.04, device="cpu", dtype=torch.float32, batch_size=None, progress=False):
     """Draws one latent for each (label, seed).
 
     Args:
@@ -42,9 +46,10 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
         seeds: n integers in [0, 2^32), see NoiseStream.
         latent_shape: (C, H, W).
         num_steps: intervals of the time grid; dopri5 has none.
-        method: ODE "euler", "heun", "midpoint", "dopri5"; SDE "sde_euler" (Euler-Maruyama), "sde_heun".
+        method: ODE "euler", "heun", "midpoint", "dopri5", and for few steps "ab2", "dpmpp_2m", "unipc", see integrate_ode; SDE
+            "sde_euler" (Euler-Maruyama), "sde_heun".
         shift: of the time grid, see flow.shift_time; None, 0 or 1: none. The published numbers use 0.3.
-        guidance_scale, guidance_interval, guidance_channels: see GuidedModel. Scale 1 is no guidance.
+        guidance_scale, guidance_interval, guidance_channels, guidance_rescale, guide: see GuidedModel. Scale 1 is no guidance.
         path, prediction, sample_eps: what the model was trained on, see flow.integration_interval.
         atol, rtol: of dopri5.
         diffusion_form, diffusion_norm, last_step, last_step_size: of the SDE, see flow.diffusion and integrate_sde.
@@ -64,7 +69,8 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected a number of at least 1, or None for all at once")
     device, state_dtype = torch.device(device), torch.promote_types(dtype, torch.float32)
-    guidance = dict(num_classes=num_classes, scale=guidance_scale, interval=guidance_interval, channels=guidance_channels, dtype=dtype)
+    guidance = dict(num_classes=num_classes, scale=guidance_scale, interval=guidance_interval, channels=guidance_channels,
+                    rescale=guidance_rescale, guide=guide, dtype=dtype)
     GuidedModel(model, torch.empty(0, dtype=torch.long), **guidance).check_channels(latent_shape[0])
     method = check_choice("method", method, ODE_METHODS + SDE_METHODS)
     if method in SDE_METHODS:
@@ -80,7 +86,8 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
     batch_size = min(batch_size or n, n)
     starts = range(0, n, batch_size) if n else ()
     adaptive = method == "dopri5"  # would store the states that a callback asks for, so its bar moves once a batch
-    with _evaluation_mode(model), tqdm(total=len(starts) * (1 if adaptive else num_steps), desc="sampling", disable=not progress) as bar:
+    bar = tqdm(total=len(starts) * (1 if adaptive else num_steps), desc="sampling", disable=not progress)
+    with _evaluation_mode(model), _evaluation_mode(guide), bar:
         callback = None if adaptive else lambda *_: bar.update()
         for start in starts:
             chosen = list(range(start, min(start + batch_size, n)))
@@ -116,6 +123,84 @@ def sample_images(model, tokenizer, *, labels, seeds, batch_size=None, device="c
         with torch.autocast(latents.device.type, enabled=False):
             images.append(tokenizer.decode_uint8(filled)[: len(part)].cpu())
     return torch.cat(images)
+
+
+@torch.no_grad()
+def invert(model, latents, *, labels, num_classes, num_steps=249, method="heun", shift=0.3, path="linear", prediction="velocity",
+           sample_eps=None, atol=1e-6, rtol=1e-3, dtype=torch.float32):
+    """The noise x0 from which the ODE of `sample`, without guidance, makes these latents: solved from data to noise.
+
+    Args:
+        latents: (n, C, H, W), normalised, on the device of the model. labels: n integers in [0, num_classes].
+        method: "euler", "heun", "midpoint", "dopri5" or "ab2". The others: see sample.
+    Returns: (n, C, H, W) noise in fp32 (fp64 for fp64 latents). Solved forward along the same grid it gives the latents back, up to the
+        error of the solver.
+    Raises: ValueError that names the argument.
+    """
+    check_choice("method", method, [name for name in ODE_METHODS if name not in ("dpmpp_2m", "unipc")])
+    x, predict, (t0, t1) = _from_data(model, latents, labels, num_classes, path, prediction, sample_eps, dtype)
+    grid = time_grid(num_steps, shift, t0, t1).flip(0)
+    with _evaluation_mode(model):
+        return integrate_ode(predict, x, grid, method=method, path=path, prediction=prediction, atol=atol, rtol=rtol)
+
+
+def log_likelihood(model, latents, *, labels, seeds, num_classes, probes=1, path="linear", prediction="velocity", sample_eps=None,
+                   atol=1e-5, rtol=1e-5, dtype=torch.float32, progress=False):
+    """Logarithm of the density, in nats, that the probability-flow ODE (without guidance) gives to each latent.
+
+    log p(x1) = log N(x0) - integral over t of div v(x_t, t), solved from data to noise by dopri5. The divergence is Hutchinson's
+    estimate, e^T (dv / dx) e with fixed signs e: unbiased, its spread falls with the square root of the number of probes.
+
+    Args:
+        latents: (n, C, H, W), normalised, on the device of the model. labels: n integers in [0, num_classes].
+        seeds: n integers in [0, 2^32): of the signs. probes: sign vectors an image, each a backward pass through the model.
+        path, prediction, sample_eps, atol, rtol, dtype: see sample. Where the path needs sample_eps > 0, the density is that of x at the
+            ends of the interval.
+    Returns: (n,) fp64 on the CPU. Divide by C H W log 2 for bits a dimension of normalised latents (not of pixels).
+    Raises: ValueError that names the argument; ImportError without torchdiffeq; RuntimeError if no step is small enough.
+    Source: FFJORD, arXiv:1810.01367; Score SDE, arXiv:2011.13456, Sec. 4.3; Hutchinson, 1990.
+    """
+    from torchdiffeq import odeint
+
+    if not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes: got {probes!r}, expected an integer of at least 1")
+    x, predict, (t0, t1) = _from_data(model, latents, labels, num_classes, path, prediction, sample_eps, dtype)
+    seeds = _integers("seeds", seeds, 2**32 - 1)
+    if len(seeds) != len(x):
+        raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {len(x)} latents")
+    noise = NoiseStream(seeds, x.shape[1:], x.device, x.dtype)
+    signs = [noise().sign() for _ in range(probes)]
+
+    def derivative(t, state):
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            v = flow.velocity_from(predict(x, float(t)), x, t, path, prediction)
+            pulled = [torch.autograd.grad(v, x, e, retain_graph=i + 1 < probes)[0] for i, e in enumerate(signs)]
+        divergence = sum((e * p).flatten(1).sum(1) for e, p in zip(signs, pulled, strict=True)) / probes
+        bar.update()
+        return v.detach(), divergence
+
+    with _evaluation_mode(model), tqdm(desc="likelihood", unit="evaluation", disable=not progress) as bar:
+        times = torch.tensor([t1, t0], dtype=x.dtype, device=x.device)
+        noise, integral = (states[-1] for states in odeint(derivative, (x, x.new_zeros(len(x))), times, method="dopri5",
+                                                           atol=atol, rtol=rtol, options=dict(step_t=times[-1:])))
+    noise = noise.double().flatten(1)
+    # integral is that from t1 down to t0, the negative of the one in the formula.
+    return (-0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi) + integral.double()).cpu()
+
+
+def _from_data(model, latents, labels, num_classes, path, prediction, sample_eps, dtype):
+    """(state, predict, interval) of the unguided ODE that starts at data."""
+    if latents.dim() != 4 or not latents.is_floating_point():
+        raise ValueError(f"latents: got {latents.dtype} of shape {tuple(latents.shape)}, expected floating point (n, C, H, W)")
+    labels = _integers("labels", labels, num_classes)
+    if len(labels) != len(latents):
+        raise ValueError(f"labels: got {len(labels)}, expected one for each of {len(latents)} latents")
+    predict = GuidedModel(model, torch.tensor(labels, dtype=torch.long, device=latents.device), num_classes, dtype=dtype)
+    state = latents.to(torch.promote_types(torch.promote_types(dtype, latents.dtype), torch.float32))
+    interval = flow.integration_interval(path, prediction, mode="ode", sample_eps=sample_eps)
+    _check_start(interval[0], path, prediction)
+    return state, predict, interval
 
 
 def padded_rows(n, device):
@@ -216,11 +301,12 @@ def _integers(name, values, largest):
 
 
 class GuidedModel:
-    """predict(x, t) of a class-conditional model under classifier-free guidance: uncond + scale * (cond - uncond).
+    """predict(x, t) of a class-conditional model under guidance: weak + scale * (cond - weak).
 
-    In the interval, low <= t <= high, one batch of 2 B rows gives both outputs. Outside it the conditional output is used and
-    nothing else is computed, likewise always with scale 1. Times and bounds are compared in fp32, as the official code does. A high
-    of 1 or more is no bound, because adaptive solvers look beyond t = 1.
+    The weak output is the unconditional one (classifier-free guidance: one batch of 2 B rows gives both), or, with a guide, that of
+    the guide for the same labels (autoguidance: a smaller model, or an earlier checkpoint). Outside the interval, low <= t <= high, the
+    conditional output is used and nothing else is computed, likewise always with scale 1. Times and bounds are compared in fp32, as
+    the official code does. A high of 1 or more is no bound, because adaptive solvers look beyond t = 1.
 
     Args:
         model: model(x, t, y) -> output of the shape of x.
@@ -229,13 +315,17 @@ class GuidedModel:
         scale, interval: guidance scale, and (low, high).
         channels: number of leading channels to guide, the others keep the conditional output; None: all. The published numbers
             guide 3 of 32.
+        rescale: in [0, 1]; how far the standard deviation of each image's guided channels is pulled back to that of the conditional
+            output, against over-exposure at high scales. 0: not at all.
+        guide: model(x, t, y) in the place of the unconditional output; None: classifier-free guidance.
         dtype: in which the model gets x; None: that of x. The guided output has the type of x.
-    Raises: ValueError for a scale that is not finite, low > high or channels < 1; on call, for channels > C or an output whose
-        shape is not that of x.
-    Source: classifier-free guidance, arXiv:2207.12598; interval, arXiv:2404.07724; three channels, the official forward_with_cfg.
+    Raises: ValueError for a scale that is not finite, low > high, channels < 1 or rescale outside [0, 1]; on call, for channels > C
+        or an output whose shape is not that of x.
+    Source: classifier-free guidance, arXiv:2207.12598; interval, arXiv:2404.07724; autoguidance, arXiv:2406.02507; rescaling,
+        arXiv:2305.08891, Sec. 3.4; three channels, the official forward_with_cfg.
     """
 
-    def __init__(self, model, labels, num_classes, scale=1.0, interval=(0.0, 1.0), channels=None, dtype=None):
+    def __init__(self, model, labels, num_classes, scale=1.0, interval=(0.0, 1.0), channels=None, rescale=0.0, guide=None, dtype=None):
         if not math.isfinite(scale):
             raise ValueError(f"guidance_scale: got {scale!r}, expected a finite number")
         low, high = interval
@@ -243,7 +333,9 @@ class GuidedModel:
             raise ValueError(f"guidance_interval: got {low}, {high}, expected low <= high")
         if channels is not None and channels < 1:
             raise ValueError(f"guidance_channels: got {channels}, expected a number of at least 1, or None for all")
-        self.model, self.scale, self.channels, self.dtype = model, scale, channels, dtype
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance_rescale: got {rescale!r}, expected a number in [0, 1]")
+        self.model, self.guide, self.scale, self.channels, self.rescale, self.dtype = model, guide, scale, channels, rescale, dtype
         self.low, self.high = _fp32(low), math.inf if high >= 1 else _fp32(high)
         self.labels, self.both_labels = labels, torch.cat([labels, torch.full_like(labels, num_classes)])
 
@@ -253,18 +345,29 @@ class GuidedModel:
 
     def __call__(self, x, t):
         self.check_channels(x.shape[1])
-        guided = self.scale != 1 and self.low <= t <= self.high
-        inputs, labels = (torch.cat([x, x]), self.both_labels) if guided else (x, self.labels)
-        times = torch.full((len(inputs),), t, dtype=torch.float32, device=x.device)
-        output = self.model(inputs.to(self.dtype or x.dtype), times, labels)
-        if output.shape != inputs.shape:
-            raise ValueError(f"model: got an output of shape {tuple(output.shape)}, expected {tuple(inputs.shape)}")
-        output = output.to(x.dtype)
-        if not guided:
-            return output
-        cond, uncond = output.chunk(2)
-        mixed = uncond[:, : self.channels] + self.scale * (cond[:, : self.channels] - uncond[:, : self.channels])
+        if self.scale == 1 or not self.low <= t <= self.high:
+            return self._run("model", self.model, x, t, self.labels)
+        if self.guide is None:
+            cond, weak = self._run("model", self.model, torch.cat([x, x]), t, self.both_labels).chunk(2)
+        else:
+            cond, weak = self._run("model", self.model, x, t, self.labels), self._run("guide", self.guide, x, t, self.labels)
+        guided = slice(None, self.channels)
+        mixed = weak[:, guided] + self.scale * (cond[:, guided] - weak[:, guided])
+        if self.rescale:
+            ratio = _deviation(cond[:, guided]) / _deviation(mixed).clamp(min=1e-12)
+            mixed = mixed * (1 + self.rescale * (ratio - 1))
         return mixed if self.channels is None else torch.cat([mixed, cond[:, self.channels :]], dim=1)
+
+    def _run(self, name, model, x, t, labels):
+        output = model(x.to(self.dtype or x.dtype), torch.full((len(x),), t, dtype=torch.float32, device=x.device), labels)
+        if output.shape != x.shape:
+            raise ValueError(f"{name}: got an output of shape {tuple(output.shape)}, expected {tuple(x.shape)}")
+        return output.to(x.dtype)
+
+
+def _deviation(x):
+    """Standard deviation of each image, (B, 1, ...)."""
+    return x.flatten(1).std(1).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _fp32(value):
@@ -291,16 +394,23 @@ def integrate_ode(predict, x, grid, *, method="euler", path="linear", prediction
     euler:    x + h v(x, t).                       heun: x + h / 2 (k + v(x + h k, t + h)) with k = v(x, t).
     midpoint: x + h v(x + h / 2 k, t + h / 2).     dopri5: adaptive, by torchdiffeq, from the first to the last time of the grid; its
               last step may ask the model about times beyond the end, as in the official code.
+    ab2:      Adams-Bashforth of second order in t: x + h (k + h / (2 h') (k - k')), k' and h' from the step before.
+    dpmpp_2m: the same order, but in the logarithm of alpha / sigma, with the data prediction held linear: DPM-Solver++(2M).
+    unipc:    dpmpp_2m, and each state is corrected once its evaluation is there: UniPC of second order, without another evaluation.
+
+    The first step of the last three is of first order, and so are steps of dpmpp_2m and unipc that are more than twice as long in that
+    logarithm as the one before, such as the last one to sigma = 0. Equal steps of t suit them on the linear path, less on gvp and vp.
 
     Args:
         predict: predict(x, t: float) -> the model's output, which flow.velocity_from converts.
         x: (B, ...) state at grid[0].
-        grid: (num_steps + 1,) times on the CPU, increasing, or decreasing to go from data to noise.
+        grid: (num_steps + 1,) times on the CPU, increasing, or decreasing to go from data to noise (not dpmpp_2m and unipc).
         callback: callback(i, t, x) after step i, x being the state at t = grid[i + 1]. dopri5 interpolates these states and stores
             them all.
     Returns: (B, ...) state at grid[-1].
     Raises: ValueError for an unknown option; ImportError if dopri5 lacks torchdiffeq, RuntimeError if it finds no step small enough.
-    Source: these are the methods euler, heun2, midpoint and dopri5 of torchdiffeq.
+    Source: euler, heun2, midpoint and dopri5 of torchdiffeq; DPM-Solver++, arXiv:2211.01095, Alg. 2; UniPC, arXiv:2302.04867, Alg. 7
+        and 8 with B(h) = exp(h) - 1.
     """
     method, path = check_choice("method", method, ODE_METHODS), check_choice("path", path, flow.PATHS)
     prediction = check_choice("prediction", prediction, flow.PREDICTIONS)
@@ -311,7 +421,12 @@ def integrate_ode(predict, x, grid, *, method="euler", path="linear", prediction
     if method == "dopri5":
         # Beyond t = 1, where the last step may look, sigma of VP is not real: there the step must end with the grid.
         return _dopri5(velocity, x, grid, atol, rtol, callback, overshoot=path != "vp" or prediction == "velocity")
-    steps = grid.diff()
+    if method in ("dpmpp_2m", "unipc"):
+        def data(x, t):
+            return flow.data_from(predict(x, t), x, torch.tensor(t, dtype=grid.dtype), path, prediction)
+
+        return _exponential_multistep(data, x, grid, path, correct=method == "unipc", callback=callback)
+    steps, k_before = grid.diff(), None
     times, middles, steps = grid.tolist(), (grid[:-1] + 0.5 * steps).tolist(), steps.tolist()
     for i, h in enumerate(steps):
         k = velocity(x, times[i])
@@ -319,10 +434,60 @@ def integrate_ode(predict, x, grid, *, method="euler", path="linear", prediction
             k = 0.5 * (k + velocity(x + h * k, times[i + 1]))
         elif method == "midpoint":
             k = velocity(x + 0.5 * h * k, middles[i])
+        elif method == "ab2":
+            k, k_before = k if k_before is None else k + 0.5 * h / steps[i - 1] * (k - k_before), k
         x = x + h * k
         if callback is not None:
             callback(i, times[i + 1], x)
     return x
+
+
+def _exponential_multistep(data, x, grid, path, correct, callback):
+    """Solvers in l = log(alpha / sigma), in which sigma exp(l) integrates the data prediction m: over a step h of l from s to t,
+
+        x_t = sigma_t / sigma_s x_s + g (m_s + a_1 (m_r - m_s) / r + a_2 (m_t - m_s)),   g = alpha_t - alpha_s sigma_t / sigma_s,
+
+    with m_r of the step before, r = (l_r - l_s) / h < 0. Predictor: a_1 = 1/2, a_2 = 0. Corrector: a solves the order conditions. At
+    alpha = 0 and sigma = 0 l is infinite: such a step keeps m constant.
+    """
+    if not (grid.diff() > 0).all():
+        raise ValueError(f"grid: got times from {float(grid[0])} to {float(grid[-1])}, expected increasing times for this method")
+    times, (alpha, sigma, *_) = grid.tolist(), flow.path_coefficients(grid.double(), path)
+    alpha, sigma = (torch.where(a < 1e-6, 0, a) for a in (alpha, sigma))  # the cosine of pi / 2 is 6e-17
+    h = (alpha / sigma).log().diff().tolist()
+    alpha, sigma = alpha.tolist(), sigma.tolist()
+    start = m_before = m_before_that = None
+
+    def step(i, x, m, slopes):
+        g = alpha[i + 1] - alpha[i] * sigma[i + 1] / sigma[i]
+        return sigma[i + 1] / sigma[i] * x + g * (m if slopes is None else m + slopes)
+
+    for i in range(len(h)):
+        m = data(x, times[i])
+        if correct and i > 0 and math.isfinite(h[i - 1]):  # x was predicted by step i - 1, whose end is known better now
+            r = -h[i - 2] / h[i - 1] if m_before_that is not None else -math.inf
+            weights = _corrector_weights(h[i - 1], r)
+            slopes = weights[1] * (m - m_before)
+            if math.isfinite(r):
+                slopes = slopes + weights[0] / r * (m_before_that - m_before)
+            x = step(i - 1, start, m_before, slopes)
+        start = x
+        extrapolate = i > 0 and math.isfinite(h[i]) and h[i] <= 2 * h[i - 1]  # further than that a constant m is nearer
+        x = step(i, x, m, 0.5 * h[i] / h[i - 1] * (m - m_before) if extrapolate else None)
+        m_before, m_before_that = m, m_before
+        if callback is not None:
+            callback(i, times[i + 1], x)
+    return x
+
+
+def _corrector_weights(h, r):
+    """(a_1, a_2) of the corrector, exact for m linear (r = -inf: no step before) or quadratic in l. Source: UniPC, arXiv:2302.04867."""
+    e = math.expm1(-h)
+    b1, b2 = -1 / h - 1 / e, 2 * (1 / h**2 + (1 / h - 0.5) / e)
+    if not math.isfinite(r):
+        return 0.0, b1
+    a1 = (b1 - b2) / (1 - r)
+    return a1, b1 - a1
 
 
 def _dopri5(velocity, x, grid, atol, rtol, callback, overshoot):

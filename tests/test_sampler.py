@@ -175,6 +175,109 @@ def test_order_of_convergence(path, method, order, shift):
     assert math.log2(error(200) / error(400)) == pytest.approx(order, abs=0.1)
 
 
+def test_autoguidance_and_rescaling():
+    x, y = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    strong, weak = Gaussian(), Gaussian(std=1.5)
+    times = torch.full((3,), 0.4)
+    cond, bad, null = strong(x, times, y), weak(x, times, y), strong(x, times, torch.full_like(y, 5))
+    strong.rows.clear(), weak.rows.clear()
+    got = sampler.GuidedModel(strong, y, 5, scale=2.5, guide=weak, interval=(0.3, 0.5))
+    assert torch.allclose(got(x, 0.4), bad + 2.5 * (cond - bad)) and (strong.rows, weak.rows) == ([3], [3])
+    assert torch.equal(got(x, 0.6), strong(x, torch.full((3,), 0.6), y)) and weak.rows == [3]  # the guide sleeps outside the interval
+
+    plain = null + 4.0 * (cond - null)
+    full, half = (sampler.GuidedModel(strong, y, 5, scale=4.0, channels=2, rescale=phi)(x, 0.4) for phi in (1.0, 0.5))
+    assert torch.allclose(full[:, :2].flatten(1).std(1), cond[:, :2].flatten(1).std(1))
+    assert torch.allclose(half[:, :2], 0.5 * (full[:, :2] + plain[:, :2])) and torch.equal(full[:, 2:], cond[:, 2:])
+    settings = dict(labels=[0], seeds=[0], latent_shape=SHAPE, num_classes=3, num_steps=4, guidance_scale=2.0)
+    assert not torch.equal(sampler.sample(strong, guide=weak, **settings), sampler.sample(strong, **settings))
+
+
+@pytest.mark.parametrize("path", flow.PATHS)
+def test_multistep_methods_are_of_second_order(path):
+    """From t = 0.2 to 0.9: at t = 0 the logarithm is infinite, which hides the order."""
+    model, y = Gaussian(path), torch.zeros(2)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def error(method, num_steps):
+        grid, start = torch.linspace(0.2, 0.9, num_steps + 1, dtype=torch.float64), len(model.rows)
+        final = sampler.integrate_ode(lambda x, t: model(x, torch.tensor([t], dtype=torch.float64), y), x, grid, method=method, path=path)
+        assert len(model.rows) - start == num_steps  # one evaluation a step
+        return float((final - model.transport(x, 0.2, 0.9, y)).abs().max())
+
+    for method in ("ab2", "dpmpp_2m", "unipc"):
+        order = 3 if method == "unipc" else 2  # its corrector gains one
+        assert math.log2(error(method, 200) / error(method, 400)) == pytest.approx(order, abs=0.35), method
+    if path != "vp":  # on which the errors of the steps nearly cancel between these two times
+        assert error("unipc", 50) < error("dpmpp_2m", 50) < 0.25 * error("euler", 50)
+
+
+@pytest.mark.parametrize("prediction", flow.PREDICTIONS)
+def test_few_steps_of_a_multistep_method_beat_as_many_of_euler(prediction):
+    model, labels, seeds = Gaussian("linear", prediction), [0, 3, 1, 2], [5, 6, 7, 8]
+    t0, t1 = flow.integration_interval("linear", prediction, mode="ode")
+    settings = dict(latent_shape=SHAPE, num_classes=3, num_steps=12, shift=0.5, prediction=prediction, dtype=torch.float64)
+    truth = model.transport(sampler.initial_noise(seeds, SHAPE, dtype=torch.float64), t0, t1, torch.tensor(labels))
+    errors = {method: relative_error(sampler.sample(model, labels=labels, seeds=seeds, method=method, **settings), truth)
+              for method in ("euler", "ab2", "dpmpp_2m", "unipc")}
+    assert max(errors.values()) == errors["euler"] and errors["ab2"] < 0.6 * errors["euler"], errors
+
+
+@pytest.mark.parametrize(("h", "r"), [(0.5, -0.7), (2.0, -1.5), (0.1, -1.0), (1.3, -math.inf)])
+def test_corrector_weights_integrate_polynomials_exactly(h, r):
+    """The integral of e^{l - h} (1, l, l^2) over (0, h) against m through its values at r h, 0 and h."""
+    l = torch.linspace(0, h, 200_001, dtype=torch.float64)  # noqa: E741
+    a1, a2 = sampler._corrector_weights(h, r)
+    for power in (1,) if math.isinf(r) else (1, 2):
+        exact = torch.trapezoid(torch.exp(l - h) * l**power, l)
+        got = -math.expm1(-h) * ((0 if math.isinf(r) else a1 / r * (r * h) ** power) + a2 * h**power)
+        assert got == pytest.approx(float(exact), rel=1e-8)
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_inversion_and_likelihood_of_a_gaussian(path):
+    """x1 ~ N(mean(y), std^2) in every channel: its density, and the noise of every sample, are known."""
+    model, labels = Gaussian(path), [0, 3, 1]
+    latents = torch.tensor([-1.2, 0.4, 0.0], dtype=torch.float64).view(3, 1, 1, 1) + 0.3 * torch.randn(
+        3, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    arguments = dict(labels=labels, num_classes=3, path=path)
+    noise = sampler.invert(model, latents, **arguments)
+    assert relative_error(noise, model.transport(latents, 1.0, 0.0, torch.tensor(labels))) < 1e-4
+    again = sampler.integrate_ode(sampler.GuidedModel(model, torch.tensor(labels), 3), noise, sampler.time_grid(249, 0.3), method="heun",
+                                  path=path)
+    assert relative_error(again, latents) < 1e-4
+
+    truth = torch.distributions.Normal(model.mean(torch.tensor(labels)), 0.5).log_prob(latents).flatten(1).sum(1)
+    seeds = [1, 2, 3]
+    got = sampler.log_likelihood(model, latents, seeds=seeds, **arguments, atol=1e-7, rtol=1e-7)
+    assert got.dtype == torch.float64 and torch.allclose(got, truth, rtol=1e-4)  # a diagonal Jacobian: every sign vector is exact
+    alone = sampler.log_likelihood(model, latents[1:2], seeds=[2], labels=[3], num_classes=3, path=path, atol=1e-7, rtol=1e-7)
+    assert alone.item() == pytest.approx(got[1].item(), abs=1e-3)
+
+
+def test_likelihood_averages_probes_of_a_jacobian_that_is_not_diagonal():
+    """v = A x on 4 channels at one position: x1 = exp(A) x0, so log p is Gaussian and the integral of the divergence is trace(A)."""
+    A = torch.tensor([[0.2, 1.5, 0, 0], [-0.5, 0.1, 0, 0.3], [0, 0.8, -0.3, 0], [0.4, 0, 0, 0.1]], dtype=torch.float64)
+
+    def model(x, t, y):
+        return torch.einsum("oc,bchw->bohw", A.to(x.dtype), x)
+
+    x1 = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    transform = torch.matrix_exp(A)
+    truth = torch.distributions.MultivariateNormal(torch.zeros(4, dtype=torch.float64), transform @ transform.T).log_prob(x1.flatten(1))
+    few, many = (sampler.log_likelihood(model, x1, labels=[0, 0], seeds=[4, 5], num_classes=1, probes=probes, atol=1e-7, rtol=1e-7)
+                 for probes in (1, 400))
+    assert (many - truth).abs().max() < 0.15 < (few - truth).abs().max()  # standard deviation of one probe: 1.8
+
+
+@pytest.mark.parametrize("change", [dict(labels=[0]), dict(latents=torch.zeros(2, 3)), dict(method="unipc"), dict(labels=[0, 9])])
+def test_inversion_names_what_it_refuses(change):
+    arguments = dict(latents=torch.zeros(2, *SHAPE), labels=[0, 1], num_classes=3) | change
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        sampler.invert(toy_model, **arguments)
+
+
 @pytest.mark.parametrize("path", flow.PATHS)
 @pytest.mark.parametrize("prediction", flow.PREDICTIONS)
 @pytest.mark.parametrize("method", ["heun", "midpoint", "dopri5"])
@@ -193,7 +296,9 @@ def test_integration_back_to_the_noise():
     model, y = Gaussian("gvp"), torch.zeros(2)
     predict = lambda x, t: model(x, torch.tensor([t]), y)  # noqa: E731
     x0 = sampler.initial_noise([0, 1], SHAPE)
-    for method in sampler.ODE_METHODS:
+    with pytest.raises(ValueError, match="grid: got times from 1.0 to 0.0, expected increasing times for this method"):
+        sampler.integrate_ode(predict, x0, sampler.time_grid(5, None, 1.0, 0.0), method="unipc", path="gvp")
+    for method in (name for name in sampler.ODE_METHODS if name not in ("dpmpp_2m", "unipc")):
         x1 = sampler.integrate_ode(predict, x0, sampler.time_grid(200), method=method, path="gvp", rtol=1e-6)
         back = sampler.integrate_ode(predict, x1, sampler.time_grid(200, None, 1.0, 0.0), method=method, path="gvp", rtol=1e-6)
         assert relative_error(back, x0) < (0.02 if method == "euler" else 5e-4)
@@ -460,7 +565,7 @@ def test_dopri5_names_the_package_it_lacks(monkeypatch):
         (dict(num_steps=0), r"num_steps: got 0"),
         (dict(num_steps=-5), r"num_steps: got -5"),
         (dict(num_steps=2.5), r"num_steps: got 2.5"),
-        (dict(method="rk4"), r"method: got 'rk4', expected one of 'euler', 'heun', 'midpoint', 'dopri5', 'sde_euler', 'sde_heun'"),
+        (dict(method="rk4"), r"method: got 'rk4', expected one of 'euler', 'heun', 'midpoint', 'dopri5', 'ab2'"),
         (dict(path="cosine"), r"path: got 'cosine'"),
         (dict(prediction="data"), r"prediction: got 'data'"),
         (dict(shift=-0.3), r"shift: got -0.3"),
@@ -469,6 +574,7 @@ def test_dopri5_names_the_package_it_lacks(monkeypatch):
         (dict(guidance_interval=(0.6, 0.5)), r"guidance_interval: got 0.6, 0.5, expected low <= high"),
         (dict(guidance_channels=5), r"guidance_channels: got 5, expected at most the 4 channels"),
         (dict(guidance_channels=0), r"guidance_channels: got 0"),
+        (dict(guidance_rescale=1.5), r"guidance_rescale: got 1.5, expected a number in \[0, 1\]"),
         (dict(prediction="noise", sample_eps=0.0), r"sample_eps: got 0, expected a number > 0: on path 'linear' with prediction 'noise'"),
         (dict(sample_eps=0.7, path="vp"), r"sample_eps: got 0.7"),
         (dict(method="sde_euler", diffusion_form="cubic"), r"diffusion_form: got 'cubic'"),
