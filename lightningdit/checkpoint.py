@@ -1,19 +1,27 @@
 """Checkpoints that are complete or absent, and weights in the official layout.
 
-A checkpoint is a folder `checkpoints/step_XXXXXXX` of safetensors files (model, ema, trainer) and state.json, which lists the size and
-SHA-256 of each. It is written under a temporary name, flushed to the disk, and renamed: a killed or failed save leaves the previous
-checkpoint whole. Nothing is ever unpickled except official .pt files, and those with weights_only=True.
+A checkpoint is a folder `checkpoints/step_XXXXXXX` with a folder of safetensors files for each group of tensors (model, ema, trainer) and
+state.json, which lists the size and SHA-256 of every file. torch.distributed.checkpoint writes and reads the tensors: each process writes
+what it holds, and any number of processes, sharded in any way, reads it back. Everything goes under a temporary name, is flushed to the
+disk, and renamed: a killed or failed save leaves the previous checkpoint whole. Nothing is ever unpickled except official .pt files, and
+those with weights_only=True. With several processes the folder must be one that all of them see.
 """
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
+import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 NAME = re.compile(r"step_(\d{7,})$")
 
@@ -22,40 +30,121 @@ class CheckpointError(ValueError):
     """A checkpoint or weight file that is missing, damaged or of another model."""
 
 
-def save_checkpoint(run, step, tensors, state, keep=2):
-    """Writes run/checkpoints/step_XXXXXXX atomically and removes all but the newest `keep`.
+class Saver:
+    """Writes checkpoints of a run in the background, one at a time; training goes on while the disk works.
 
-    Args:
-        tensors: {"model": {name: tensor}, "ema": ..., "trainer": ...}, one safetensors file each.
-        state: JSON values stored beside them.
-    Returns: the checkpoint's path.
-    Raises: OSError (full disk, read-only folder): the partial folder is removed, earlier checkpoints are untouched.
+    Every process makes one and calls its methods in the same order. The newest `keep` checkpoints stay.
     """
-    folder = Path(run) / "checkpoints"
-    final, partial = folder / f"step_{step:07d}", folder / f".partial_step_{step:07d}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        files = {}
+
+    def __init__(self, run, keep=2):
+        self.folder, self.keep = Path(run) / "checkpoints", keep
+        # A group of its own: the collectives of a save must not meet those of the training step.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.main = self.group is None or dist.get_rank() == 0
+        self.thread = self.failure = self.saving = None
+
+    def start(self, step, tensors, state):
+        """Copies the tensors to host memory and begins to write run/checkpoints/step_XXXXXXX; waits for the save before, if there is one.
+
+        Args:
+            tensors: {"model": {name: tensor}, "ema": ..., "trainer": ...}; DTensors are written shard by shard.
+            state: JSON values stored beside them, the same on every process.
+        Raises: OSError if the save before failed.
+        """
+        self.wait()
+        staged = {}
         for name, group in tensors.items():
-            path = partial / f"{name}.safetensors"
-            _save_safetensors(group, path)
-            files[path.name] = dict(size=path.stat().st_size, sha256=sha256(path))
+            stager = BlockingAsyncStager(cache_staged_state_dict=False)
+            staged[name] = stager.stage({key: tensor.detach().contiguous() for key, tensor in group.items()})
+        self.saving = step
+        self.thread = threading.Thread(target=self._save, args=(step, staged, state), name="checkpoint")
+        self.thread.start()
+
+    def wait(self):
+        """Returns when nothing is being saved: the step that was saved, or None.
+
+        Raises: OSError (full disk, read-only folder), on every process: the partial folder is gone, earlier checkpoints are untouched.
+        """
+        if self.thread is None:
+            return None
+        self.thread.join()
+        self.thread, failure, self.failure = None, self.failure, None
+        if failure is not None:
+            raise OSError(failure)
+        return self.saving
+
+    def _save(self, step, tensors, state):
+        """In the thread. What fails on one process fails on all; only text crosses, since exceptions of a dead disk may not pickle."""
+        final, partial = self.folder / f"step_{step:07d}", self.folder / f".partial_step_{step:07d}"
+        try:
+            self._together(lambda: _empty_folder(partial) if self.main else None)
+            for name, group in tensors.items():
+                self._together(lambda name=name, group=group: self._write(partial / name, group))
+            mark = f"shard-{(dist.get_rank() if self.group else 0) + 1:05d}-"
+            files = self._together(lambda: {str(path.relative_to(partial)): dict(size=path.stat().st_size, sha256=sha256(path))
+                                            for path in sorted(partial.glob(f"*/{mark}*"))})
+            self._together(lambda: self._finish(partial, final, step, {k: v for part in files for k, v in part.items()}, state)
+                           if self.main else None)
+        except OSError as error:
+            self.failure = str(error)
+            if self.main:
+                shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:  # a process that died: the training step, too, is about to find out
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def _write(self, folder, tensors):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
+            try:
+                dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=self.group,
+                         no_dist=self.group is None)
+            except dcp.api.CheckpointException as error:
+                raise OSError("; ".join(f"{type(e[0]).__name__}: {e[0]}" for e in error.failures.values())) from None
+
+    def _finish(self, partial, final, step, files, state):
         path = partial / "state.json"
         path.write_text(json.dumps(dict(step=step, files=files, **state), indent=1))
-        _flush(path)
-        _flush(partial)
+        for folder in (path, *(p for p in partial.iterdir() if p.is_dir()), partial):
+            _flush(folder)
         if final.exists():  # a damaged one of the same step
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(folder)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for _, old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        _flush(self.folder)
+        for _, old in list_checkpoints(self.folder.parent)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _together(self, work):
+        """Results of work() on all processes; OSError on all of them if it failed on one."""
+        result = failure = None
+        try:
+            result = work()
+        except (OSError, SafetensorError) as error:
+            failure = f"{error}"
+        if self.group is None:
+            outcomes = [(result, failure)]
+        else:
+            outcomes = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(outcomes, (result, failure), group=self.group)
+        if failures := [f for _, f in outcomes if f]:
+            raise OSError("; ".join(dict.fromkeys(failures)))
+        return [r for r, _ in outcomes]
+
+
+def save_checkpoint(run, step, tensors, state, keep=2):
+    """Writes run/checkpoints/step_XXXXXXX atomically and removes all but the newest `keep`; waits until it is on the disk.
+
+    Args, errors: see Saver.
+    Returns: the checkpoint's path.
+    """
+    saver = Saver(run, keep)
+    saver.start(step, tensors, state)
+    saver.wait()
+    return saver.folder / f"step_{step:07d}"
+
+
+def _empty_folder(path):
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
 
 
 def list_checkpoints(run):
@@ -88,18 +177,61 @@ def check(path):
 
 
 def latest_checkpoint(run, warn=print):
-    """(path, state) of the newest undamaged checkpoint of a run, or None. Each damaged one is named through `warn` and passed over."""
-    for _, path in reversed(list_checkpoints(run)):
-        try:
-            return path, check(path)
-        except CheckpointError as error:
-            warn(f"warning: {error}; trying the one before")
-    return None
+    """(path, state) of the newest undamaged checkpoint of a run, or None. Each damaged one is named through `warn` and passed over.
+
+    With several processes the first one looks, and all take what it found.
+    """
+    found = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for _, path in reversed(list_checkpoints(run)):
+            try:
+                found = path, check(path)
+                break
+            except CheckpointError as error:
+                warn(f"warning: {error}; trying the one before")
+    if dist.is_initialized():
+        holder = [found]
+        dist.broadcast_object_list(holder)
+        found = holder[0]
+    return found
 
 
 def load_tensors(path, name):
-    """The tensors of one file of a checkpoint, e.g. "model"."""
-    return _load_safetensors(Path(path) / f"{name}.safetensors")
+    """All tensors of one group of a checkpoint, e.g. "model", whole and on the CPU, however many processes wrote them."""
+    found = _sizes(path, name)
+    tensors = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in found.items()}
+    _read(path, name, tensors, no_dist=True)
+    return tensors
+
+
+def load_into(path, name, tensors):
+    """Fills the given tensors, which may be sharded, with those of the same name in one group of a checkpoint. Every process calls it.
+
+    Raises: CheckpointError that lists the names or shapes that differ; nothing is changed then.
+    """
+    found = _sizes(path, name)
+    problems = [f"missing {key}" for key in tensors if key not in found] + [f"unexpected {key}" for key in found if key not in tensors]
+    problems += [f"misshaped {key}: got {tuple(found[key].size)}, expected {tuple(tensor.shape)}"
+                 for key, tensor in tensors.items() if key in found and found[key].size != tensor.shape]
+    if problems:
+        raise CheckpointError(f"checkpoint {path}: {name} does not fit, {len(problems)} problems:\n  " + "\n  ".join(problems))
+    _read(path, name, tensors, no_dist=not dist.is_initialized())
+
+
+def _sizes(path, name):
+    try:
+        return HuggingFaceStorageReader(str(Path(path) / name)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error})") from None
+
+
+def _read(path, name, tensors, no_dist):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(Path(path) / name)), no_dist=no_dist)
+        except dcp.api.CheckpointException as error:
+            raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error})") from None
 
 
 def trainer_tensors(model, optimizer):
@@ -113,23 +245,30 @@ def trainer_tensors(model, optimizer):
     return tensors
 
 
-def restore_trainer(model, optimizer, tensors):
-    """Undoes trainer_tensors: fills the optimizer of `model` and sets PyTorch's generators.
+def load_trainer(path, model, optimizer):
+    """Undoes trainer_tensors from the group "trainer" of a checkpoint: fills the optimizer of `model` and sets PyTorch's generators.
 
     Raises: CheckpointError when the state is of another model.
     """
-    tensors = dict(tensors)
+    parameters, tensors = dict(model.named_parameters()), {}
+    for key, about in _sizes(path, "trainer").items():
+        kind, _, name = key.partition(".")
+        if kind == "rng":
+            tensors[key] = torch.empty(about.size, dtype=about.properties.dtype)
+        elif name not in parameters or (kind != "step" and parameters[name].shape != about.size):
+            raise CheckpointError(f"checkpoint {path}: optimizer state {key} {tuple(about.size)} does not belong to this model")
+        elif kind == "step":
+            tensors[key] = torch.zeros(about.size, dtype=about.properties.dtype, device=parameters[name].device)
+        else:  # sharded as its parameter is
+            tensors[key] = torch.zeros_like(parameters[name], dtype=about.properties.dtype).detach()
+    load_into(path, "trainer", tensors)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
-        if name not in parameters or (kind != "step" and parameters[name].shape != value.shape):
-            raise CheckpointError(f"optimizer state {key} {tuple(value.shape)} does not belong to this model")
-        device = parameters[name].device
-        optimizer.state[parameters[name]][kind] = value.to(device)
+        optimizer.state[parameters[name]][kind] = value
 
 
 def load_weights(path, entry="ema"):

@@ -1,6 +1,9 @@
 """Fixtures shared by the tests."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,18 @@ def golden():
             return text
 
     return load
+
+
+@pytest.fixture
+def torchrun():
+    """torchrun(n, script, *arguments) runs a script in n processes of one thread each; the result is checked unless check=False."""
+
+    def run(processes, script, *arguments, check=True, timeout=300, **environment):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script, *arguments]
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=paths) | environment
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=timeout)
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    return run

@@ -3,8 +3,10 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_save_load_and_keep(tmp_path):
 def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage):
     write(tmp_path, 1, 1.0)
     path = write(tmp_path, 2, 2.0)
-    file = path / "model.safetensors"
+    (file,) = (path / "model").iterdir()
     data = bytearray(file.read_bytes())
     if damage == "truncated":
         file.write_bytes(data[:-100])
@@ -57,19 +59,88 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage):
 
 def test_a_failed_save_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
     write(tmp_path, 1, 1.0)
-    save_file, calls = checkpoint.save_file, []
+    save, calls = checkpoint.dcp.save, []
 
-    def full_disk(tensors, path, metadata=None):
-        calls.append(path)
-        save_file(tensors, path, metadata)
+    def full_disk(*args, **kwargs):
+        calls.append(args)
+        save(*args, **kwargs)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint.dcp, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 2, 2.0)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
     assert checkpoint.latest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_saving_in_the_background_keeps_what_was_there_when_it_began(tmp_path, monkeypatch):
+    """The writer waits for a lock while the tensors change; the error of a failed save comes with the next call."""
+    lock, save = threading.Lock(), checkpoint.dcp.save
+
+    def slow(*args, **kwargs):
+        with lock:
+            save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    weight, saver = torch.zeros(3), checkpoint.Saver(tmp_path)
+    with lock:
+        saver.start(1, {"model": {"w": weight}}, {})
+        weight += 1
+        assert not checkpoint.list_checkpoints(tmp_path)
+    assert saver.wait() == 1 and saver.wait() is None
+    assert torch.equal(checkpoint.load_weights(tmp_path, "model")["w"], torch.zeros(3))
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    saver.start(2, {"model": {"w": weight}}, {})
+    with pytest.raises(OSError):
+        saver.start(3, {"model": {"w": weight}}, {})
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from lightningdit import checkpoint
+from lightningdit.optim import build_optimizer
+dist.init_process_group("gloo")
+mesh = torch.distributed.init_device_mesh("cpu", (dist.get_world_size(),))
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7, affine=False), torch.nn.Linear(7, 3))
+fully_shard(model, mesh=mesh)
+optimizer = build_optimizer(model, 0.1)
+def train():
+    model(torch.linspace(-1, 1, 20).view(4, 5) ** 2).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+if sys.argv[2] == "save":
+    train()
+    checkpoint.save_checkpoint(sys.argv[1], 1, dict(model=model.state_dict(), trainer=checkpoint.trainer_tensors(model, optimizer)), {})
+else:
+    path, state = checkpoint.latest_checkpoint(sys.argv[1])
+    checkpoint.load_into(path, "model", model.state_dict())
+    checkpoint.load_trainer(path, model, optimizer)
+train()
+values = [p.full_tensor().double().sum().item() for p in model.parameters()]
+if dist.get_rank() == 0:
+    print("VALUES", values)
+dist.destroy_process_group()
+"""
+
+
+def test_any_number_of_processes_reads_what_two_wrote(tmp_path, torchrun):
+    (tmp_path / "script.py").write_text(SHARDED)
+
+    def run(processes, what):
+        out = torchrun(processes, tmp_path / "script.py", tmp_path, what).stdout
+        return [float(value) for value in out.split("VALUES [")[1].split("]")[0].split(",")]
+
+    truth = run(2, "save")
+    assert len(list((tmp_path / "checkpoints" / "step_0000001" / "model").iterdir())) == 2
+    for processes in (1, 2, 3):
+        assert run(processes, "load") == pytest.approx(truth, rel=1e-6)
+    whole = checkpoint.load_tensors(tmp_path / "checkpoints" / "step_0000001", "model")
+    shapes = {key: tuple(tensor.shape) for key, tensor in whole.items()}
+    assert (shapes["0.weight"], shapes["2.bias"], shapes["1.num_batches_tracked"]) == ((7, 5), (3,), ())
 
 
 def test_a_write_that_the_system_refuses(tmp_path):
@@ -142,7 +213,7 @@ def test_exported_name_must_say_the_format(tmp_path):
         checkpoint.save_weights(tmp_path / "weights.bin", {})
 
 
-def test_optimizer_state_round_trip():
+def test_optimizer_state_round_trip(tmp_path):
     from lightningdit.optim import build_optimizer
 
     def train(model, optimizer, steps):
@@ -155,12 +226,14 @@ def test_optimizer_state_round_trip():
     optimizers = [build_optimizer(model, 0.1) for model in models]
     train(models[0], optimizers[0], 3)
     models[1].load_state_dict(models[0].state_dict())
-    stored = {name: tensor.clone() for name, tensor in checkpoint.trainer_tensors(models[0], optimizers[0]).items()}
-    checkpoint.restore_trainer(models[1], optimizers[1], stored)
+    path = checkpoint.save_checkpoint(tmp_path, 3, dict(trainer=checkpoint.trainer_tensors(models[0], optimizers[0])), {})
+    checkpoint.load_trainer(path, models[1], optimizers[1])
     state = torch.get_rng_state()
     train(models[0], optimizers[0], 2)
     torch.set_rng_state(state)
     train(models[1], optimizers[1], 2)
     assert torch.equal(models[0].weight, models[1].weight)
     with pytest.raises(CheckpointError, match="does not belong to this model"):
-        checkpoint.restore_trainer(torch.nn.Linear(5, 2), optimizers[1], checkpoint.trainer_tensors(models[0], optimizers[0]))
+        checkpoint.load_trainer(path, torch.nn.Linear(5, 2), optimizers[1])
+    with pytest.raises(CheckpointError, match="trainer does not fit, .*\n  missing weight"):
+        checkpoint.load_into(path, "trainer", dict(models[1].named_parameters()))

@@ -171,9 +171,9 @@ def resume(run, model, average, optimizer, facts):
     if found is None:
         return 0
     path, state = found
-    model.load_weights(checkpoint.load_tensors(path, "model"))
-    average.load_weights(checkpoint.load_tensors(path, "ema"))
-    checkpoint.restore_trainer(model, optimizer, checkpoint.load_tensors(path, "trainer"))
+    checkpoint.load_into(path, "model", model.state_dict())
+    checkpoint.load_into(path, "ema", average.state_dict())
+    checkpoint.load_trainer(path, model, optimizer)
     if state["data"] != facts["data"]:
         print(f"warning: the images have changed since {path} was saved, and with them the order of the data")
     return state["step"]
