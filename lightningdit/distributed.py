@@ -3,11 +3,18 @@
 Every random number of a run is a function of (seed, purpose, step): nothing depends on when the run was interrupted. The numbers of
 a step are drawn for the whole global batch and each process takes its slice, so they do not depend on the number of processes either.
 """
+import contextlib
 import hashlib
+import math
 import os
 import shutil
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def world():
@@ -44,3 +51,81 @@ def seed_for(*keys):
 
 def generator_for(*keys, device="cpu"):
     return torch.Generator(device).manual_seed(seed_for(*keys))
+
+
+PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
+
+
+def choose_parallel(wanted, training_bytes, device):
+    """The mode that "auto" stands for: "none" on one process; "ddp" where a whole copy of the training state fits well; else "fsdp", or
+    "hsdp" over several nodes, which keeps the gathering of weights inside a node.
+
+    Args: training_bytes: of weights, gradients, optimizer state and average, without activations.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        return "none"
+    if wanted != "auto":
+        return wanted
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if training_bytes < 0.4 * memory:
+        return "ddp"
+    return "hsdp" if size > _local_world_size() else "fsdp"
+
+
+def _local_world_size():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def parallelise(model, mode, device, *, bf16=False):
+    """Spreads a model with `blocks` over the processes; returns what to call in its place (the model itself, or DDP around it).
+
+    ddp:  every process holds all of it. fsdp: parameters, gradients and what is made from them are sharded over all processes, block by
+    block, and gathered when needed. hsdp: sharded inside a node, replicated over the nodes.
+
+    With bf16, a block's weights are gathered in bf16 and their gradients reduced in fp32. What lies outside the blocks stays fp32 (autocast
+    casts where it multiplies), and inputs are not cast, so that the residual stream keeps fp32. Gradients are means over the processes.
+    Compile blocks before, build the optimizer after.
+
+    Raises: ValueError for an unknown mode, or hsdp with unequal nodes.
+    Source: FSDP2, torch.distributed.fsdp.fully_shard.
+    """
+    if mode == "none":
+        return model
+    if mode == "ddp":
+        arguments = dict(device_ids=[device.index]) if device.type == "cuda" else {}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **arguments)
+    if mode not in PARALLEL[1:]:
+        raise ValueError(f"parallel: got {mode!r}, expected one of {', '.join(PARALLEL)}")
+    size, local = dist.get_world_size(), _local_world_size()
+    if mode == "hsdp" and size % local:
+        raise ValueError(f"parallel: got 'hsdp' with {size} processes, {local} on this node, expected as many on every node")
+    shape, names = ((size // local, local), ("replicate", "shard")) if mode == "hsdp" else ((size,), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) if bf16 else None
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **({} if policy is None else dict(mp_policy=policy)))
+    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+@contextlib.contextmanager
+def gradient_sync(model, wanted):
+    """Inside, backward passes reduce gradients over the processes only if wanted: once for each global batch, after its last part."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not wanted:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensor):
+    """The tensor itself, gathered if it is sharded or a partial sum."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    """This process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
