@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
+from . import images_dali
 from .distributed import generator_for, seed_for
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".sp
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow may try: others (EPS) start foreign programs
 MAX_PIXELS = 89_478_485  # of one image, Pillow's own limit: a quarter of a GiB as RGB
 MAX_CLASSES = 1_000_000
+MAX_JSON = 2**30  # bytes; a small zip can claim any size
 MAX_BAD_FRACTION = 0.01
 SHOWN = 10  # bad files listed in a report
 MODES = {1: "L", 3: "RGB"}  # image channels: Pillow's mode
@@ -202,7 +204,7 @@ class _Files:
             with open(self.paths[file], "rb", buffering=0) as handle:
                 data = os.pread(handle.fileno(), size, offset)
         if len(data) != size:
-            raise OSError(f"{self.paths[file]} ends at byte {offset + len(data)}, expected {offset + size}: cut after it was indexed")
+            raise OSError(f"{self.paths[file]} ends before byte {offset + size}, expected more: it was cut after it was indexed")
         return data
 
 
@@ -249,8 +251,10 @@ class ZipImages(ImageSource):
         try:
             with zipfile.ZipFile(path) as archive:
                 everything = [m for m in archive.infolist() if not m.is_dir()]
-                if any(m.filename == "dataset.json" for m in everything):
-                    described = json.loads(archive.read("dataset.json"))
+                if (labels := next((m for m in everything if m.filename == "dataset.json"), None)) is not None:
+                    if labels.file_size > MAX_JSON:
+                        raise ValueError(f"dataset.json of {labels.file_size} bytes, expected at most {MAX_JSON}")
+                    described = json.loads(archive.read(labels))
         except Exception as error:  # a damaged directory makes zipfile raise nearly anything
             raise ValueError(f"{path}: damaged zip file ({type(error).__name__}: {error})") from None
         members = sorted((m for m in everything if _is_image(m.filename)), key=lambda m: m.filename)
@@ -344,6 +348,7 @@ def _described_labels(path, names, described):
 # The index of a tar file
 
 INDEX_FORMAT = "tar index 1"
+COLUMNS = ("names", "offsets", "sizes", "labels")
 
 
 def _tar_index(path, bar):
@@ -354,13 +359,14 @@ def _tar_index(path, bar):
     beside = path.with_name(f".{path.name}.index")
     elsewhere = cache / f"{hashlib.sha256(str(path.resolve()).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.index"
     for place in (beside, elsewhere):
-        if (index := _load_index(place, stamp, stat.st_size)) is not None:
+        if (index := _load_index(place, stamp)) is not None:
             bar.update(stat.st_size)
             return index
     index = _scan_tar(path, stat.st_size, bar)
     read_only = not path.parent.stat().st_mode & 0o222  # which does not stop root
     names = np.frombuffer("\0".join(index["names"]).encode("utf-8", "surrogateescape"), np.uint8)
-    contents = save(index | dict(names=names), dict(stamp=stamp))
+    columns = index | dict(names=names)
+    contents = save(columns, dict(stamp=stamp, sha256=_digest(columns)))
     for place in (elsewhere,) if read_only else (beside, elsewhere):
         partial = place.with_name(f"{place.name}.{os.getpid()}")
         try:
@@ -375,7 +381,7 @@ def _tar_index(path, bar):
     return index
 
 
-def _load_index(place, stamp, size):
+def _load_index(place, stamp):
     """The index kept in a file, or None if there is none, it belongs to other contents, or it is damaged."""
     try:
         if not place.is_file():
@@ -383,16 +389,18 @@ def _load_index(place, stamp, size):
         with safe_open(place, "np") as file:
             if (file.metadata() or {}).get("stamp") != stamp:
                 return None
-            index = {key: file.get_tensor(key) for key in ("names", "offsets", "sizes", "labels")}
+            index = {key: file.get_tensor(key) for key in COLUMNS}
+            whole = file.metadata().get("sha256") == _digest(index)
         index["names"] = index["names"].tobytes().decode("utf-8", "surrogateescape").split("\0") if index["names"].size else []
-        lengths = {len(column) for column in index.values()}
-        if len(lengths) == 1 and ((index["offsets"] >= 0) & (index["sizes"] >= 0) & (index["offsets"] + index["sizes"] <= size)).all():
+        if whole:
             return index
-    except (OSError, SafetensorError, KeyError, AttributeError) as error:
+        log.info("%s: damaged", place)
+    except (OSError, SafetensorError) as error:
         log.info("%s: unreadable (%s)", place, error)
-        return None
-    log.info("%s: damaged", place)
-    return None
+
+
+def _digest(columns):
+    return hashlib.sha256(b"".join(columns[key].tobytes() for key in COLUMNS)).hexdigest()
 
 
 def _scan_tar(path, size, bar):
@@ -538,26 +546,11 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def window(width, height, size, u=None, v=None):
-    """The square that remains of an image after its shorter side is resized to `size` and a size x size crop is taken.
-
-    Args:
-        u, v: in [0, 1), where along width and height the crop lies; None: in the middle.
-    Returns: (left, top, right, bottom) in pixels of the image as it was, not rounded.
-    """
-    scale, box = size / min(width, height), []
-    for side, place in ((width, u), (height, v)):
-        resized = max(size, round(side * scale))
-        start = (resized - size) // 2 if place is None else int(place * (resized - size + 1))
-        box.append((start * side / resized, (start + size) * side / resized))
-    return box[0][0], box[1][0], box[0][1], box[1][1]
-
-
 def decode_image(data, size, channels=3, place=None, flip=False):
     """Decodes the bytes of an image file by Pillow to uint8 (size, size, channels). Alpha is dropped, 16 bit scaled to 8.
 
     Args:
-        place: None for the ADM center crop; (u, v) for the crop at `window(..., u, v)`, resized by bicubic filter with antialiasing.
+        place: None for the ADM center crop; (u, v) for the crop at `images_dali.window`, resized by bicubic filter with antialiasing.
         flip: mirror it left to right.
     Raises: whatever Pillow raises for a bad file; ValueError for an empty or a huge one, and for pixels without a fixed range.
     """
@@ -566,10 +559,14 @@ def decode_image(data, size, channels=3, place=None, flip=False):
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
-        image = _convert(ImageOps.exif_transpose(image), MODES[channels])
+        not_inverted = image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info
+        image = ImageOps.exif_transpose(image)
+        if not_inverted:  # Pillow takes every CMYK JPEG for one of Adobe's, whose ink is inverted
+            image = ImageChops.invert(image)
+        image = _convert(image, MODES[channels])
     short, long = sorted(image.size)
     if place is not None:
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=window(*image.size, size, *place))
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=images_dali.window(*image.size, size, place))
     elif long / short * size * size > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels become more than {MAX_PIXELS} when the shorter side is made {size}")
     else:
@@ -589,8 +586,6 @@ def _convert(image, mode):
         raise ValueError("mode F (floating point) has no fixed range")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for one of Adobe's, whose ink is inverted
     return image.convert(mode)
 
 
@@ -759,9 +754,20 @@ class ImageBatches:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _dali(self, jobs):
+        decoder = images_dali.DaliDecoder(
+            jobs, self.batch_size, self.image_size, self.channels, self.crop == "center", self.source.read, self._decode_into, self.workers,
+            self.device, MAX_PIXELS)
+        self.fallbacks = decoder.fallbacks
+        return decoder
+
 
 def _choose_decoder(decoder, crop):
     """("dali" or "pillow", why)."""
-    if decoder == "dali":
-        raise ImportError("decoder='dali' needs DALI: pip install nvidia-dali-cuda130")
-    return "pillow", "as asked" if decoder == "pillow" else "exact" if crop == "center" else "DALI is not installed"
+    if decoder == "pillow" or (decoder == "auto" and crop == "center"):
+        return "pillow", "as asked" if decoder == "pillow" else "exact, for the center crop"
+    if reason := images_dali.unavailable():
+        if decoder == "dali":
+            raise ImportError(f"decoder: got 'dali', which cannot be imported ({reason}); pip install nvidia-dali-cuda130")
+        return "pillow", f"DALI cannot be imported: {reason}"
+    return "dali", "as asked" if decoder == "dali" else "it is installed"
