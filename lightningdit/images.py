@@ -149,7 +149,7 @@ def _expand_braces(text):
 
 
 class ImageFolder(ImageSource):
-    """A folder with one folder of images a class. Attribute files: their paths, sorted within a class.
+    """A folder with one folder of images a class; names are sorted within a class.
 
     Raises: FileNotFoundError for a missing folder; ValueError for a file in its place, no class folders, classes without images (named).
     """
@@ -160,21 +160,38 @@ class ImageFolder(ImageSource):
             raise FileNotFoundError(f"no folder {path}")
         if not path.is_dir():
             raise ValueError(f"{path} is a file, expected a folder with one folder of images a class")
-        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not folders:
+        classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not classes:
             raise ValueError(f"{path} holds no class folders, expected one folder of images a class")
-        files = [sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in EXTENSIONS and p.is_file()) for folder in folders]
-        empty = [folder.name for folder, found in zip(folders, files, strict=True) if not found]
+        names, labels, stamps, empty = [], [], [], []
+        with tqdm(desc=f"listing {path.name}", unit="image", delay=1) as bar:
+            for label, name in enumerate(classes):
+                found = sorted(_walk(path / name, name), key=lambda one: one[0].split("/"))
+                if not found:
+                    empty.append(name)
+                names += [name for name, _ in found]
+                stamps += [stamp for _, stamp in found]
+                labels += [label] * len(found)
+                bar.update(len(found))
         if empty:
             raise ValueError(f"{path}: no images in class {', '.join(empty)}; expected files ending in {' '.join(sorted(EXTENSIONS))}")
-        self.files = [file for found in files for file in found]
-        names = [file.relative_to(path).as_posix() for file in self.files]
-        stamps = [_stamp(name, file) for name, file in zip(names, self.files, strict=True)]
-        labels = [label for label, found in enumerate(files) for _ in found]
-        super().__init__(path, names, labels, [folder.name for folder in folders], stamps)
+        super().__init__(path, names, labels, classes, stamps)
 
     def read(self, index):
-        return self.files[index].read_bytes()
+        return (self.path / self.names[index]).read_bytes()
+
+
+def _walk(folder, name):
+    """(name, stamp) of the images in a folder and below; links to folders are not followed, as they may go in circles."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            inside = f"{name}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path, inside)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                yield inside, _stamp(inside, entry)
 
 
 class _Files:
@@ -559,10 +576,9 @@ def decode_image(data, size, channels=3, place=None, flip=False):
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
-        not_inverted = image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info
-        image = ImageOps.exif_transpose(image)
-        if not_inverted:  # Pillow takes every CMYK JPEG for one of Adobe's, whose ink is inverted
-            image = ImageChops.invert(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+            image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for one of Adobe's, whose ink is inverted
         image = _convert(image, MODES[channels])
     short, long = sorted(image.size)
     if place is not None:
@@ -586,7 +602,7 @@ def _convert(image, mode):
         raise ValueError("mode F (floating point) has no fixed range")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 # Batches

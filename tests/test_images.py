@@ -102,7 +102,7 @@ def test_folder_in_order(folder):
     assert data.classes == ["apple", "banana"] and len(data) == 6
     pictures, labels, indices, bad = one_pass(data, 16, workers=3)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1] and indices.tolist() == list(range(6))
-    for i, path in enumerate(data.files):
+    for i, path in enumerate(folder / name for name in data.names):
         assert np.array_equal(pictures[i].numpy(), np.asarray(center_crop(Image.open(path), 16))), path
     assert bad == []
     later = one_pass(data, 16, start=4)
