@@ -288,15 +288,8 @@ def load_weights(path, entry="ema"):
             path = found[0]
         check(path)
         return load_tensors(path, entry)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint: no file or folder {path}")
-    if path.suffix == ".safetensors":
-        state = _load_safetensors(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises half a dozen types for damaged files, and UnpicklingError for what it refuses to run
-            raise CheckpointError(f"checkpoint {path}: torch.load(weights_only=True) refuses it: {str(error).splitlines()[0]}") from None
+    state = read_file(path)
+    if path.suffix != ".safetensors":
         if not isinstance(state, dict):
             raise CheckpointError(f"checkpoint {path}: got a {type(state).__name__}, "
                                   "expected a state dict, or a dictionary with 'ema' or 'model'")
@@ -307,6 +300,35 @@ def load_weights(path, entry="ema"):
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise CheckpointError(f"checkpoint {path}: its entry {entry!r} is not a state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def read_file(path):
+    """What a file of weights holds: the tensors of a .safetensors file, or whatever torch.load(weights_only=True) reads from another one.
+
+    Raises: CheckpointError for a missing or damaged file, or one that would have to run code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: no file or folder {path}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for damaged files, and UnpicklingError for what it refuses to run
+        refusal = f"checkpoint {path}: torch.load(weights_only=True) refuses it"
+        if foreign := _foreign_objects(path):
+            raise CheckpointError(f"{refusal}: besides tensors it holds {', '.join(foreign)}, which only code from the file can rebuild. "
+                                  "If you trust where it comes from, take its weights out once, in a Python of your own: state = "
+                                  "torch.load(FILE, weights_only=False); torch.save(state['state_dict'], 'weights.pt')") from None
+        raise CheckpointError(f"{refusal}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+def _foreign_objects(path):
+    """Names of what the pickle in a PyTorch file wants to call and torch.load refuses to; nothing is run. [] for other files."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # not a PyTorch file at all
+        return []
 
 
 def save_weights(path, state, ema=None, metadata=None):

@@ -2,6 +2,7 @@
 
     lightningdit sample --checkpoint runs/digits --classes 3,7 --seed 0 --num 16 --out grid.png
     lightningdit export --checkpoint runs/digits --out digits.pt
+    lightningdit export-tokenizer --tokenizer vavae.pt --statistics latents_stats.pt --out vavae
 """
 import json
 import sys
@@ -17,7 +18,7 @@ from .distributed import pick_device
 from .log import image_grid, save_png
 from .model import LightningDiT
 from .sampler import sample_images
-from .tokenizer.vavae import Tokenizer
+from .tokenizer.vavae import Tokenizer, load_tokenizer
 
 
 def sample(
@@ -48,7 +49,7 @@ def sample(
         method: euler, heun, midpoint, dopri5, sde_euler or sde_heun.
         device: auto, cpu or cuda.
         config: a recipe, where the checkpoint is not a run.
-        tokenizer: a tokenizer file or "digits", where the checkpoint is not a run.
+        tokenizer: a tokenizer file, a folder of diffusers, or "digits", where the checkpoint is not a run.
     """
     configuration.require(num > 0, "num", num, "a positive number of images")
     device = pick_device(device)
@@ -79,6 +80,25 @@ def export(checkpoint: str, out: str) -> int:
     state, ema = (load_weights(checkpoint, entry) for entry in ("model", "ema"))
     save_weights(out, state, ema)
     print(f"{sum(tensor.numel() for tensor in ema.values()) / 1e6:.2f} M values in {out}")
+    return 0
+
+
+def export_tokenizer(tokenizer: str, out: str, preset: str | None = None, statistics: str | None = None) -> int:
+    """Rewrites a tokenizer: for this library, or for diffusers.
+
+    Args:
+        tokenizer: "digits", a .safetensors file of this library, an official VA-VAE, LDM or MAR checkpoint, or a folder of diffusers.
+        out: a name in .safetensors, for this library; any other is a folder that diffusers.AutoencoderKL.from_pretrained reads.
+        preset: architecture of an official checkpoint, such as f16d32 or mar-f16d16; not given: what the weights' shapes say.
+        statistics: a latents_stats.pt, or the number that latents are multiplied by; official checkpoints need it.
+    """
+    try:
+        statistics = float(statistics) if statistics is not None else None
+    except ValueError:
+        pass  # a file
+    loaded = load_tokenizer(tokenizer, preset=preset, statistics=statistics)
+    (loaded.save if out.endswith(".safetensors") else loaded.save_diffusers)(out)
+    print(f"latents {loaded.downsample}x smaller of {loaded.latent_channels} channels, SHA-256 {loaded.sha256}, in {out}")
     return 0
 
 
@@ -133,7 +153,7 @@ def parse_classes(text, num_classes, names):
 
 def main(argv=None):
     try:
-        commands = {"sample": sample, "export": export}
+        commands = {"sample": sample, "export": export, "export-tokenizer": export_tokenizer}
         return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lightningdit", description=__doc__)
     except (ValueError, OSError, ImportError) as problem:
         sys.exit(f"error: {problem}")

@@ -178,7 +178,7 @@ def rewrite(path, change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda tensors, about: about.pop("latent_mean"), "no latent statistics .*train/vavae.py"),
+    (lambda tensors, about: about.pop("latent_mean"), "no latent statistics, .*train/vavae.py"),
     (lambda tensors, about: about.update(kind="encoder"), "kind 'encoder', expected a tokenizer"),
     (lambda tensors, about: about["config"].update(depth=3), "describes no autoencoder.*depth"),
     (lambda tensors, about: tensors.pop("encoder.conv_in.bias"), "missing: encoder.conv_in.bias"),

@@ -43,12 +43,18 @@ class Posterior:
         return self.mean
 
     def kl(self):
-        """KL(posterior || N(0, 1)), summed over each image: (B,), nats."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+        """KL(posterior || N(0, 1)), summed over each image: (B,), nats, in fp32 or better."""
+        mean, logvar = self._widened()
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
     def nll(self, x):
-        """-log density at x (B, z, h, w), summed over each image: (B,), nats."""
-        return 0.5 * (math.log(2 * math.pi) + self.logvar + (x - self.mean).square() / self.logvar.exp()).flatten(1).sum(1)
+        """-log density at x (B, z, h, w), summed over each image: (B,), nats, in fp32 or better."""
+        mean, logvar = self._widened()
+        return 0.5 * (math.log(2 * math.pi) + logvar + (x - mean).square() / logvar.exp()).flatten(1).sum(1)
+
+    def _widened(self):
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)  # sums over an image lose too much in bf16
+        return self.mean.to(dtype), self.logvar.to(dtype)
 
 
 class AutoencoderKL(nn.Module):
@@ -64,11 +70,13 @@ class AutoencoderKL(nn.Module):
         resolution: side in pixels from which the levels' sides are counted.
         decoder_attention: False leaves attention out of the decoder's levels (MAR); its middle keeps it.
         num_groups: groups of every GroupNorm; must divide every width.
+        middle_attention: False leaves attention out of the middle of encoder and decoder.
+        quant_conv: False leaves out the 1x1 convolutions around the latent (Stable Diffusion 3, FLUX); needs embed_dim = z_channels.
     Raises: ValueError, naming the argument, for settings that cannot be built.
     """
 
     def __init__(self, in_channels=3, out_channels=3, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=32, embed_dim=32,
-                 attn_resolutions=(16,), resolution=256, decoder_attention=True, num_groups=32):
+                 attn_resolutions=(16,), resolution=256, decoder_attention=True, num_groups=32, middle_attention=True, quant_conv=True):
         super().__init__()
         sizes = dict(in_channels=in_channels, out_channels=out_channels, ch=ch, num_res_blocks=num_res_blocks, z_channels=z_channels,
                      embed_dim=embed_dim, resolution=resolution, num_groups=num_groups)
@@ -83,12 +91,16 @@ class AutoencoderKL(nn.Module):
         self.downsample = 2 ** (len(ch_mult) - 1)
         if resolution % self.downsample:
             raise ValueError(f"resolution: got {resolution}, expected a multiple of {self.downsample} (ch_mult has {len(ch_mult)} levels)")
-        self.config = dict(sizes, ch_mult=list(ch_mult), attn_resolutions=list(attn_resolutions), decoder_attention=decoder_attention)
-        levels = dict(ch=ch, ch_mult=tuple(ch_mult), num_res_blocks=num_res_blocks, resolution=resolution, num_groups=num_groups)
+        if not quant_conv and embed_dim != z_channels:
+            raise ValueError(f"embed_dim: got {embed_dim}, expected z_channels, {z_channels}, where there is no quant_conv")
+        self.config = dict(sizes, ch_mult=list(ch_mult), attn_resolutions=list(attn_resolutions), decoder_attention=decoder_attention,
+                           middle_attention=middle_attention, quant_conv=quant_conv)
+        levels = dict(ch=ch, ch_mult=tuple(ch_mult), num_res_blocks=num_res_blocks, resolution=resolution, num_groups=num_groups,
+                      middle_attention=middle_attention)
         self.encoder = Encoder(in_channels, 2 * z_channels, attn_resolutions=attn_resolutions, **levels)
         self.decoder = Decoder(z_channels, out_channels, attn_resolutions=attn_resolutions if decoder_attention else (), **levels)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1) if quant_conv else nn.Identity()
 
     def encode(self, x):
         """x (B, in_channels, H, W) in [-1, 1], H and W multiples of f = `downsample` -> Posterior over (B, embed_dim, H / f, W / f)."""
@@ -104,7 +116,8 @@ class AutoencoderKL(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, num_groups):
+    def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, num_groups,
+                 middle_attention):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -115,7 +128,7 @@ class Encoder(nn.Module):
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(width, num_groups)
+        self.mid = Middle(width, num_groups, middle_attention)
         self.norm_out = nn.GroupNorm(num_groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
@@ -129,11 +142,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, num_groups):
+    def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, num_groups,
+                 middle_attention):
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.mid = Middle(width, num_groups)
+        self.mid = Middle(width, num_groups, middle_attention)
         levels = []
         for i in reversed(range(len(ch_mult))):
             level = Level(width, ch * ch_mult[i], num_res_blocks + 1, resolution >> i in attn_resolutions, num_groups)
@@ -172,10 +186,10 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels, num_groups):
+    def __init__(self, channels, num_groups, attention):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, num_groups)
-        self.attn_1 = AttnBlock(channels, num_groups)
+        self.attn_1 = AttnBlock(channels, num_groups) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, num_groups)
 
     def forward(self, h):
