@@ -3,10 +3,13 @@
     lightningdit sample --checkpoint runs/digits --classes 3,7 --seed 0 --num 16 --out grid.png
     lightningdit export --checkpoint runs/digits --out digits.pt
     lightningdit export-tokenizer --tokenizer vavae.pt --statistics latents_stats.pt --out vavae
+    lightningdit evaluate tokenizer --tokenizer digits
+    lightningdit evaluate samples --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 """
 import json
 import sys
 from pathlib import Path
+from typing import Annotated, Any, Union
 
 import torch
 import tyro
@@ -15,6 +18,7 @@ from . import config as configuration
 from .checkpoint import NAME, CheckpointError, latest_checkpoint, load_weights, save_weights
 from .config import DiTConfig
 from .distributed import pick_device
+from .evaluation import evaluate_samples, evaluate_tokenizer
 from .log import image_grid, save_png
 from .model import LightningDiT
 from .sampler import sample_images
@@ -151,9 +155,22 @@ def parse_classes(text, num_classes, names):
     return chosen or list(range(num_classes))
 
 
+def union(commands):
+    """The type that tyro reads as a choice of commands: {name: function, or (description, {name: function})}."""
+    choices = []
+    for name, command in commands.items():
+        description = None
+        if isinstance(command, tuple):
+            description, command = command[0], union(command[1])
+        choices.append(Annotated[Any, tyro.conf.subcommand(name, constructor=command, description=description)])
+    return Union[tuple(choices)]  # noqa: UP007  made of a list
+
+
 def main(argv=None):
+    measures = dict(tokenizer=evaluate_tokenizer, samples=evaluate_samples)
+    commands = {"sample": sample, "export": export, "export-tokenizer": export_tokenizer,
+                "evaluate": ("Measures a tokenizer or generated images.", measures)}
     try:
-        commands = {"sample": sample, "export": export, "export-tokenizer": export_tokenizer}
-        return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lightningdit", description=__doc__)
+        return tyro.cli(union(commands), args=argv, prog="lightningdit", description=__doc__)
     except (ValueError, OSError, ImportError) as problem:
         sys.exit(f"error: {problem}")

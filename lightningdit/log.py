@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-def write_environment(run, device):
-    """run/environment.json: versions, device, commit and command line, for whoever asks later what made these numbers."""
+def environment(device):
+    """Versions, device, commit and command line, for whoever asks later what made these numbers: JSON values."""
     versions = {name: _version(name) for name in ("lightningdit", "triton", "numpy", "safetensors")} | dict(torch=torch.__version__)
     on_cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
@@ -25,9 +25,13 @@ def write_environment(run, device):
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    record = dict(date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), command=sys.argv, commit=commit or None,
-                  python=platform.python_version(), platform=platform.platform(), device=str(device), hardware=hardware, **versions)
-    (Path(run) / "environment.json").write_text(json.dumps(record, indent=1))
+    return dict(date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), command=sys.argv, commit=commit or None,
+                python=platform.python_version(), platform=platform.platform(), device=str(device), hardware=hardware, **versions)
+
+
+def write_environment(run, device):
+    """run/environment.json: the `environment`."""
+    (Path(run) / "environment.json").write_text(json.dumps(environment(device), indent=1))
 
 
 def _version(name):
