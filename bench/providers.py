@@ -83,12 +83,17 @@ def eager_norm(x, scale, shift=None, weight=None, eps=1e-6):
     return h if shift is None else h + shift[:, None]
 
 
-def eager_gated_norm(x, y, gate, scale, shift=None, weight=None, eps=1e-6):
-    x = x + gate[:, None] * y
+def _add(x, y, gate, bias):
+    return x + gate[:, None] * (y if bias is None else y + bias)
+
+
+def eager_gated_norm(x, y, gate, scale, shift=None, weight=None, eps=1e-6, bias=None):
+    x = _add(x, y, gate, bias)
     return x, eager_norm(x, scale, shift, weight, eps)
 
 
-def eager_swiglu(packed):
+def eager_swiglu(packed, bias=None):
+    packed = packed if bias is None else packed + bias
     gate, up = packed.chunk(2, dim=-1)
     return nnf.silu(gate) * up
 
@@ -113,18 +118,14 @@ def _modulate(h, scale, shift):
     return h if shift is None else h + shift[:, None]
 
 
-def _add(x, y, gate):
-    return x + gate[:, None] * y
-
-
 def _norm_with(rms_norm: Callable, gated: bool) -> Callable:
     modulate, add = _compiled(_modulate), _compiled(_add)
 
     def plain(x, scale, shift=None, weight=None, eps=1e-6):
         return modulate(rms_norm(x, weight, eps), scale, shift)
 
-    def with_residual(x, y, gate, scale, shift=None, weight=None, eps=1e-6):
-        x = add(x, y, gate)
+    def with_residual(x, y, gate, scale, shift=None, weight=None, eps=1e-6, bias=None):
+        x = add(x, y, gate, bias)
         return x, plain(x, scale, shift, weight, eps)
 
     return with_residual if gated else plain
@@ -187,7 +188,11 @@ def _function(module, name):
 def _liger_swiglu():
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    return lambda packed: LigerSiLUMulFunction.apply(*packed.chunk(2, dim=-1))
+    def function(packed, bias=None):
+        packed = packed if bias is None else packed + bias
+        return LigerSiLUMulFunction.apply(*packed.chunk(2, dim=-1))
+
+    return function
 
 
 def _apex_group_norm():

@@ -95,11 +95,11 @@ def contestant(monkeypatch, op, function, **more):
     monkeypatch.setattr(harness, "providers", lambda op: [*providers.providers(op)[:1], peer])
 
 
-def wrong(packed):
-    return providers.eager_swiglu(packed) * 1.001
+def wrong(packed, bias=None):
+    return providers.eager_swiglu(packed, bias) * 1.001
 
 
-def raises(packed):
+def raises(packed, bias=None):
     raise RuntimeError("no kernel image")
 
 

@@ -64,7 +64,7 @@ static int level = detected_level;
   return baseline::call;
 
 // Raised with every change of a signature, so that a library left over from an older build is refused.
-EXPORT int lightningdit_abi_version() { return 2; }
+EXPORT int lightningdit_abi_version() { return 3; }
 
 EXPORT int lightningdit_level() { return level; }
 
@@ -72,7 +72,8 @@ EXPORT int lightningdit_level() { return level; }
 EXPORT int lightningdit_set_level(int wanted) { return level = wanted < detected_level ? wanted : detected_level; }
 
 EXPORT LIGHTNINGDIT_NORM_FORWARD(lightningdit_norm_forward) {
-  DISPATCH(norm_forward(x, y, gate, factor, shift, residual, h, mean, rstd, batch, tokens, width, eps, x_dtype, y_dtype, h_dtype, threads))
+  DISPATCH(norm_forward(x, y, bias, gate, factor, shift, residual, h, mean, rstd, batch, tokens, width, eps, x_dtype, y_dtype, h_dtype,
+                        threads))
 }
 
 EXPORT LIGHTNINGDIT_NORM_BACKWARD(lightningdit_norm_backward) {
@@ -91,9 +92,9 @@ EXPORT LIGHTNINGDIT_GROUPNORM_BACKWARD(lightningdit_groupnorm_backward) {
 }
 
 EXPORT LIGHTNINGDIT_SWIGLU_FORWARD(lightningdit_swiglu_forward) {
-  DISPATCH(swiglu_forward(packed, out, rows, hidden, packed_dtype, out_dtype, threads))
+  DISPATCH(swiglu_forward(packed, bias, out, rows, hidden, packed_dtype, out_dtype, threads))
 }
 
 EXPORT LIGHTNINGDIT_SWIGLU_BACKWARD(lightningdit_swiglu_backward) {
-  DISPATCH(swiglu_backward(grad, packed, grad_packed, rows, hidden, grad_dtype, packed_dtype, threads))
+  DISPATCH(swiglu_backward(grad, packed, bias, grad_packed, sums, rows, hidden, grad_dtype, packed_dtype, threads))
 }

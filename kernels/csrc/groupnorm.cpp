@@ -22,7 +22,8 @@ static inline float grad_of_silu(float grad, float y) {
 
 // Whether a result of this type can keep dy between two passes: the exponential is what costs, not the memory, which is in cache.
 static inline bool exact(const float*) { return true; }
-static inline bool exact(const bf16*) { return false; }
+template <typename Half>
+static inline bool exact(const Half*) { return false; }
 
 template <typename X, typename Out>
 static void forward_contiguous(const X* x, const float* weight, const float* bias, Out* out, float* mean, float* rstd, int64_t batch,
@@ -267,37 +268,28 @@ static void backward_channels_last(const Grad* grad, const X* x, const float* we
 }
 
 LIGHTNINGDIT_GROUPNORM_FORWARD(groupnorm_forward) {
-#define RUN(X, Out)                                                                                                                  \
-  {                                                                                                                                  \
-    if (channels_last)                                                                                                               \
-      forward_channels_last((const X*)x, weight, bias, (Out*)out, mean, rstd, scratch, batch, channels, pixels, groups, eps, threads); \
-    else                                                                                                                             \
-      forward_contiguous((const X*)x, weight, bias, (Out*)out, mean, rstd, batch, channels, pixels, groups, eps, threads);           \
-    return LIGHTNINGDIT_OK;                                                                                                          \
-  }
-  if (x_dtype == LIGHTNINGDIT_F32 && out_dtype == LIGHTNINGDIT_F32) RUN(float, float)
-  if (x_dtype == LIGHTNINGDIT_F32 && out_dtype == LIGHTNINGDIT_BF16) RUN(float, bf16)
-  if (x_dtype == LIGHTNINGDIT_BF16 && out_dtype == LIGHTNINGDIT_BF16) RUN(bf16, bf16)
-#undef RUN
-  return LIGHTNINGDIT_UNSUPPORTED_DTYPE;
+  return with_types(x_dtype, out_dtype, [=](auto a, auto b) {
+    const decltype(a)* from = (const decltype(a)*)x;
+    decltype(b)* to = (decltype(b)*)out;
+    if (channels_last)
+      forward_channels_last(from, weight, bias, to, mean, rstd, scratch, batch, channels, pixels, groups, eps, threads);
+    else
+      forward_contiguous(from, weight, bias, to, mean, rstd, batch, channels, pixels, groups, eps, threads);
+    return int(LIGHTNINGDIT_OK);
+  });
 }
 
 LIGHTNINGDIT_GROUPNORM_BACKWARD(groupnorm_backward) {
-#define RUN(Grad, X)                                                                                                                 \
-  {                                                                                                                                  \
-    if (channels_last)                                                                                                               \
-      backward_channels_last((const Grad*)grad, (const X*)x, weight, bias, mean, rstd, (X*)grad_x, sums, scratch, batch, channels,   \
-                             pixels, groups, threads);                                                                               \
-    else                                                                                                                             \
-      backward_contiguous((const Grad*)grad, (const X*)x, weight, bias, mean, rstd, (X*)grad_x, sums, batch, channels, pixels,       \
-                          groups, threads);                                                                                          \
-    return LIGHTNINGDIT_OK;                                                                                                          \
-  }
-  if (grad_dtype == LIGHTNINGDIT_F32 && x_dtype == LIGHTNINGDIT_F32) RUN(float, float)
-  if (grad_dtype == LIGHTNINGDIT_BF16 && x_dtype == LIGHTNINGDIT_F32) RUN(bf16, float)
-  if (grad_dtype == LIGHTNINGDIT_BF16 && x_dtype == LIGHTNINGDIT_BF16) RUN(bf16, bf16)
-#undef RUN
-  return LIGHTNINGDIT_UNSUPPORTED_DTYPE;
+  return with_types(grad_dtype, x_dtype, [=](auto a, auto b) {
+    const decltype(a)* from = (const decltype(a)*)grad;
+    const decltype(b)* at = (const decltype(b)*)x;
+    decltype(b)* to = (decltype(b)*)grad_x;
+    if (channels_last)
+      backward_channels_last(from, at, weight, bias, mean, rstd, to, sums, scratch, batch, channels, pixels, groups, threads);
+    else
+      backward_contiguous(from, at, weight, bias, mean, rstd, to, sums, batch, channels, pixels, groups, threads);
+    return int(LIGHTNINGDIT_OK);
+  });
 }
 
 }  // namespace LIGHTNINGDIT_LEVEL

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the numbers of common.h
+ABI_VERSION = 3
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of common.h
 LEVELS = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
 MISSING = "native_missing.txt"  # written by setup.py in place of a library that could not be built: why
 
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
-    "lightningdit_norm_forward": [_pointer] * 9 + [_size] * 3 + [_float] + [_int] * 4,
+    "lightningdit_norm_forward": [_pointer] * 10 + [_size] * 3 + [_float] + [_int] * 4,
     "lightningdit_norm_backward": [_pointer] * 11 + [_size] * 3 + [_int] * 4,
     "lightningdit_groupnorm_forward": [_pointer] * 7 + [_size] * 4 + [_float] + [_int] * 4,
     "lightningdit_groupnorm_backward": [_pointer] * 9 + [_size] * 4 + [_int] * 4,
-    "lightningdit_swiglu_forward": [_pointer, _pointer, _size, _size, _int, _int, _int],
-    "lightningdit_swiglu_backward": [_pointer, _pointer, _pointer, _size, _size, _int, _int, _int],
+    "lightningdit_swiglu_forward": [_pointer] * 3 + [_size] * 2 + [_int] * 3,
+    "lightningdit_swiglu_backward": [_pointer] * 5 + [_size] * 2 + [_int] * 3,
 }
 
 
@@ -52,42 +52,47 @@ if not available:
 
 
 def serves(*dtypes: torch.dtype) -> bool:
-    """Whether the library is there and knows these dtypes."""
-    return available and all(dtype in DTYPES for dtype in dtypes)
+    """Whether the library is there and knows these dtypes; bf16 and fp16 do not meet in one kernel."""
+    both = torch.bfloat16 in dtypes and torch.float16 in dtypes
+    return available and not both and all(dtype in DTYPES for dtype in dtypes)
 
 
 NORM_CHUNK = 32  # tokens, as in norm.h
 
 
-def norm_forward(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+def norm_forward(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype):
     """What norm.norm_forward_ref computes. The (B, D) vectors are brought to fp32 here: they are N times smaller than x."""
     x, y = x.contiguous(), None if y is None else y.contiguous()
-    gate, factor = _or_constant(gate, 1, scale), _factor(scale, weight)
-    shift = _or_constant(shift, 0, scale)
+    gate, factor = _or_constant(gate, 1, scale.shape), _factor(scale, weight)
+    shift, bias = _or_constant(shift, 0, scale.shape), _or_constant(bias, 0, scale.shape[1:])
     residual, h = None if y is None else torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     mean = torch.empty_like(rstd) if center else None
-    tensors = x, y, gate, factor, shift, residual, h, mean, rstd
+    tensors = x, y, bias, gate, factor, shift, residual, h, mean, rstd
     dtypes = DTYPES[x.dtype], 0 if y is None else DTYPES[y.dtype], DTYPES[out_dtype]
     _run("lightningdit_norm_forward", *map(_address, tensors), *x.shape, eps, *dtypes)
     return x if y is None else residual, h, mean, rstd
 
 
-def norm_backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
-    """What norm.norm_backward_ref computes. branch_dtype is y's where both are given; bias needs one of them."""
+def norm_backward(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype):
+    """What norm.norm_backward_ref computes. branch_dtype is y's where both are given."""
     residual, grad_h = residual.contiguous(), grad_h.contiguous()
     (B, N, D), chunks = residual.shape, -(-residual.shape[1] // NORM_CHUNK)
     grad_residual = None if grad_residual is None else grad_residual.contiguous()
     y = None if y is None else y.contiguous()
     dx = torch.empty_like(residual)
     y_dtype = branch_dtype if y is None else y.dtype
+    if bias is not None and y_dtype is None:
+        y_dtype = residual.dtype  # the kernel sums for the bias where it writes dy
     dy = None if y_dtype is None else torch.empty_like(residual, dtype=y_dtype)
-    sums = residual.new_empty((B, chunks, 3, D), dtype=torch.float32)
-    gates, factor = _or_constant(gate, 1, scale), _factor(scale, weight)
+    sums = residual.new_empty((B, chunks, 4, D), dtype=torch.float32)
+    gates, factor = _or_constant(gate, 1, scale.shape), _factor(scale, weight)
     tensors = grad_residual, grad_h, residual, y, gates, factor, mean, rstd, dx, dy, sums
     dtypes = DTYPES[residual.dtype], 0 if dy is None else DTYPES[dy.dtype], DTYPES[grad_h.dtype]
     _run("lightningdit_norm_backward", *map(_address, tensors), B, N, D, *dtypes)
-    by_scale, by_shift, by_gate = (sums[:, :, i].sum(1) for i in range(3))  # tensors of their own: results must not share memory
+    by_scale, by_shift, by_branch, by_gate = (sums[:, :, i].sum(1) for i in range(4))  # tensors of their own: results must not share memory
+    if bias is not None:  # sum dx * (y + bias) in two parts
+        by_gate += bias.float() * by_branch
     return (
         dx,
         None if branch_dtype is None else dy,
@@ -95,13 +100,13 @@ def norm_backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean,
         (by_scale if weight is None else by_scale * weight.float()).to(scale.dtype),
         None if shift_dtype is None else by_shift.to(shift_dtype),
         None if weight is None else (by_scale * (1 + scale.float())).sum(0).to(weight.dtype),
-        dy.sum((0, 1), dtype=torch.float32) if bias else None,
+        None if bias is None else (gates * by_branch).sum(0).to(bias.dtype),
     )
 
 
-def _or_constant(vector, constant, like):
-    """A (B, D) vector in fp32; a missing one as a constant, so that the kernel needs no variants."""
-    return like.new_full(like.shape, constant, dtype=torch.float32) if vector is None else vector.float().contiguous()
+def _or_constant(vector, constant, shape):
+    """A vector in fp32; a missing one as a constant, so that the kernel needs no variants."""
+    return torch.full(shape, constant, dtype=torch.float32) if vector is None else vector.float().contiguous()
 
 
 def _factor(scale, weight):
@@ -137,20 +142,28 @@ def _group_norm_scratch(x, channels_last):
     return x.new_empty(batch * (2 * chunks + 4) * channels if channels_last else 0, dtype=torch.float32)
 
 
-def swiglu_forward(packed: torch.Tensor, out: torch.Tensor) -> None:
-    """out (..., F) = silu(gate) * up of packed (..., 2F)."""
-    hidden = out.shape[-1]
+def swiglu_forward(packed, bias, out_dtype):
+    """What swiglu.swiglu_ref computes."""
+    packed, hidden = packed.contiguous(), packed.shape[-1] // 2
+    out = packed.new_empty((*packed.shape[:-1], hidden), dtype=out_dtype)
     rows = out.numel() // hidden if hidden else 0
-    numbers = DTYPES[packed.dtype], DTYPES[out.dtype]
-    _run("lightningdit_swiglu_forward", packed.data_ptr(), out.data_ptr(), rows, hidden, *numbers)
+    tensors = packed, _or_constant(bias, 0, packed.shape[-1:]), out
+    _run("lightningdit_swiglu_forward", *map(_address, tensors), rows, hidden, DTYPES[packed.dtype], DTYPES[out_dtype])
+    return out
 
 
-def swiglu_backward(grad: torch.Tensor, packed: torch.Tensor, grad_packed: torch.Tensor) -> None:
-    """grad_packed (..., 2F) from grad (..., F) and packed (..., 2F)."""
-    hidden = grad.shape[-1]
+SWIGLU_CHUNK = 32  # rows, as in swiglu.h
+
+
+def swiglu_backward(grad, packed, bias):
+    """What swiglu.swiglu_backward_ref computes."""
+    grad, packed, hidden = grad.contiguous(), packed.contiguous(), grad.shape[-1]
     rows = grad.numel() // hidden if hidden else 0
-    numbers = DTYPES[grad.dtype], DTYPES[packed.dtype]
-    _run("lightningdit_swiglu_backward", grad.data_ptr(), packed.data_ptr(), grad_packed.data_ptr(), rows, hidden, *numbers)
+    grad_packed = torch.empty_like(packed)
+    sums = None if bias is None else packed.new_empty((-(-rows // SWIGLU_CHUNK), 2 * hidden), dtype=torch.float32)
+    tensors = grad, packed, _or_constant(bias, 0, packed.shape[-1:]), grad_packed, sums
+    _run("lightningdit_swiglu_backward", *map(_address, tensors), rows, hidden, DTYPES[grad.dtype], DTYPES[packed.dtype])
+    return grad_packed, None if bias is None else sums.sum(0).to(bias.dtype)
 
 
 def _run(name: str, *arguments) -> None:

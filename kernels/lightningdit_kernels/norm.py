@@ -35,23 +35,31 @@ def rms_norm_modulate_ref(x, scale, shift=None, weight=None, eps=1e-6, center=Fa
     return h.to(result_dtype(x) if out_dtype is None else out_dtype)
 
 
-def gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift=None, weight=None, eps=1e-6, center=False, out_dtype=None):
+def gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift=None, weight=None, eps=1e-6, center=False, out_dtype=None, bias=None):
     """The definition of gated_residual_rms_norm_modulate in plain PyTorch."""
-    acc = accumulation_dtype(x)
-    branch = y.to(acc) if gate is None else gate.to(acc).unsqueeze(1) * y.to(acc)
-    x = (x.to(acc) + branch).to(x.dtype)
+    x = _add_branch(x, y, gate, bias)
     return x, rms_norm_modulate_ref(x, scale, shift, weight, eps, center, out_dtype)
 
 
-def norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+def _add_branch(x, y, gate, bias):
+    """x' = x + gate * (y + bias), rounded once."""
+    acc = accumulation_dtype(x)
+    branch = _plus(y, bias, acc)
+    return (x.to(acc) + (branch if gate is None else gate.to(acc).unsqueeze(1) * branch)).to(x.dtype)
+
+
+def _plus(y, bias, acc):
+    return y.to(acc) if bias is None else y.to(acc) + bias.to(acc)
+
+
+def norm_forward_ref(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype):
     """(x', h, mean, rstd): the definition once more, with the statistics that the backward keeps.
 
     Without y, x' is x; without center, mean is None.
     """
     acc = accumulation_dtype(x)
     if y is not None:
-        branch = y.to(acc) if gate is None else gate.to(acc).unsqueeze(1) * y.to(acc)
-        x = (x.to(acc) + branch).to(x.dtype)
+        x = _add_branch(x, y, gate, bias)
     x_hat, mean = x.to(acc), None
     if center:
         mean = x_hat.mean(-1, keepdim=True)
@@ -63,11 +71,12 @@ def norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype):
     return x, h.to(out_dtype), mean, rstd
 
 
-def norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+def norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype):
     """(dx, dy, dgate, dscale, dshift, dweight, dbias), where None is what was not asked for; residual is x'.
 
     With x_hat = (x' - mean) * rstd and a = grad_h * (1 + scale) * weight,
-    dx = grad_residual + rstd * (a - [center] mean(a) - x_hat * mean(a * x_hat)), and dy = gate * dx. dgate is computed if y is given.
+    dx = grad_residual + rstd * (a - [center] mean(a) - x_hat * mean(a * x_hat)), and dy = gate * dx. dgate =
+    sum over tokens of dx * (y + bias) is computed if y is given, dbias = sum over all tokens of dy if bias is.
     """
     acc = accumulation_dtype(residual)
     grad_h, x_hat = grad_h.to(acc), residual.to(acc)
@@ -84,11 +93,11 @@ def norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, m
     return (
         dx.to(residual.dtype),
         None if branch_dtype is None else dy.to(branch_dtype),
-        None if y is None else (dx * y.to(acc)).sum(1).to(gate.dtype),
+        None if y is None else (dx * _plus(y, bias, acc)).sum(1).to(gate.dtype),
         (by_sample if weight is None else by_sample * weight.to(acc)).to(scale.dtype),
         None if shift_dtype is None else grad_h.sum(1).to(shift_dtype),
         None if weight is None else (by_sample * (1 + scale.to(acc))).sum(0).to(weight.dtype),
-        dy.sum((0, 1)) if bias else None,
+        None if bias is None else dy.sum((0, 1)).to(bias.dtype),
     )
 
 
@@ -100,45 +109,45 @@ def _factor(scale, weight, acc):
 # The operators. A schema has no optional result: what a variant lacks is an empty tensor.
 
 
-def _forward_cpu(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+def _forward_cpu(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype):
     if not native.serves(x.dtype, x.dtype if y is None else y.dtype, out_dtype):
-        return norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype)
-    return native.norm_forward(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+        return norm_forward_ref(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype)
+    return native.norm_forward(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype)
 
 
-def _backward_cpu(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+def _backward_cpu(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype):
     dtypes = residual.dtype, grad_h.dtype, residual.dtype if y is None else y.dtype, branch_dtype or residual.dtype
     backward = native.norm_backward if native.serves(*dtypes) else norm_backward_ref
-    return backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+    return backward(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype)
 
 
-def _forward_cuda(x, y, gate, scale, shift, weight, eps, center, out_dtype):
-    if not _triton_serves(x, out_dtype, y, gate, scale, shift, weight):
-        return norm_forward_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+def _forward_cuda(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype):
+    if not _triton_serves(x, out_dtype, y, gate, scale, shift, weight, bias):
+        return norm_forward_ref(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype)
     from lightningdit_kernels.norm_triton import norm_fwd
 
-    residual, *rest = norm_fwd(x, y, gate, scale, shift, weight, eps, center, out_dtype)
+    residual, *rest = norm_fwd(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype)
     return x if y is None else residual, *rest
 
 
-def _backward_cuda(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
-    if not _triton_serves(residual, grad_h.dtype, y, gate, scale, weight):
-        return norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+def _backward_cuda(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype):
+    if not _triton_serves(residual, grad_h.dtype, y, gate, scale, weight, bias):
+        return norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype)
     from lightningdit_kernels.norm_triton import norm_bwd
 
-    return norm_bwd(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+    return norm_bwd(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype)
 
 
 def _triton_serves(x, out_dtype, *others):
     return triton_serves(x.dtype, out_dtype, *(t.dtype for t in others if t is not None)) and x.shape[-1] <= TRITON_MAX_WIDTH
 
 
-def _forward_fake(x, y, gate, scale, shift, weight, eps, center, out_dtype):
+def _forward_fake(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype):
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=accumulation_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), torch.empty_like(rstd) if center else None, rstd
 
 
-def _backward_fake(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias):
+def _backward_fake(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype):
     by_sample = residual.new_empty((residual.shape[0], residual.shape[2]))
     return (
         residual.new_empty(residual.shape),
@@ -147,7 +156,7 @@ def _backward_fake(grad_residual, grad_h, residual, y, gate, scale, weight, mean
         torch.empty_like(by_sample, dtype=scale.dtype),
         None if shift_dtype is None else torch.empty_like(by_sample, dtype=shift_dtype),
         None if weight is None else weight.new_empty(weight.shape),
-        residual.new_empty(residual.shape[2:], dtype=accumulation_dtype(residual)) if bias else None,
+        None if bias is None else bias.new_empty(bias.shape),
     )
 
 
@@ -158,20 +167,20 @@ def _operators(forward, backward):
         return tuple(x.new_empty(0) if result is None else result for result in results)
 
     def norm(x, scale, shift, weight, eps, center, out_dtype):
-        _, *rest = forward(x, None, None, scale, shift, weight, eps, center, out_dtype)
+        _, *rest = forward(x, None, None, scale, shift, weight, None, eps, center, out_dtype)
         return full(rest, x)
 
     def norm_backward(grad_h, x, scale, weight, mean, rstd, center, shift_dtype):
         mean = mean if center else None
-        dx, _, _, *rest, _ = backward(None, grad_h, x, None, None, scale, weight, mean, rstd, None, shift_dtype, False)
+        dx, _, _, *rest, _ = backward(None, grad_h, x, None, None, scale, weight, None, mean, rstd, None, shift_dtype)
         return full((dx, *rest), x)
 
-    def gated(x, y, gate, scale, shift, weight, eps, center, out_dtype):
-        return full(forward(x, y, gate, scale, shift, weight, eps, center, out_dtype), x)
+    def gated(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype):
+        return full(forward(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype), x)
 
-    def gated_backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, center, branch_dtype, shift_dtype, bias):
+    def gated_backward(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, center, branch_dtype, shift_dtype):
         mean = mean if center else None
-        gradients = backward(grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype, shift_dtype, bias)
+        gradients = backward(grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype, shift_dtype)
         return full(gradients, residual)
 
     return norm, norm_backward, gated, gated_backward
@@ -182,10 +191,10 @@ _SCHEMAS = (
     " -> (Tensor h, Tensor mean, Tensor rstd)",
     "rms_norm_modulate_backward(Tensor grad_h, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, bool center,"
     " ScalarType? shift_dtype) -> (Tensor dx, Tensor dscale, Tensor dshift, Tensor dweight)",
-    "gated_residual_rms_norm_modulate(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor? shift, Tensor? weight, float eps,"
-    " bool center, ScalarType out_dtype) -> (Tensor residual, Tensor h, Tensor mean, Tensor rstd)",
+    "gated_residual_rms_norm_modulate(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor? shift, Tensor? weight, Tensor? bias,"
+    " float eps, bool center, ScalarType out_dtype) -> (Tensor residual, Tensor h, Tensor mean, Tensor rstd)",
     "gated_residual_rms_norm_modulate_backward(Tensor? grad_residual, Tensor grad_h, Tensor residual, Tensor? y, Tensor? gate,"
-    " Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, bool center, ScalarType? branch_dtype, ScalarType? shift_dtype, bool bias)"
+    " Tensor scale, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool center, ScalarType? branch_dtype, ScalarType? shift_dtype)"
     " -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift, Tensor dweight, Tensor dbias)",
 )
 for _schema, *_implementations in zip(
@@ -213,23 +222,22 @@ def _norm_backward(ctx, grad_h, *_):
 
 
 def _setup_gated(ctx, inputs, output):
-    _, y, gate, scale, shift, weight, _, ctx.center, _ = inputs
+    _, y, gate, scale, shift, weight, bias, _, ctx.center, _ = inputs
     residual, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # the final layer does not use x': its gradient is then not read
     ctx.branch_dtype = y.dtype if ctx.needs_input_grad[1] else None
     ctx.shift_dtype = None if shift is None else shift.dtype
     ctx.out_dtype = output[1].dtype
-    ctx.save_for_backward(residual, y if gate is not None and ctx.needs_input_grad[2] else None, gate, scale, weight, mean, rstd)
+    ctx.save_for_backward(residual, y if gate is not None and ctx.needs_input_grad[2] else None, gate, scale, weight, bias, mean, rstd)
 
 
 def _gated_backward(ctx, grad_residual, grad_h, *_):
     if grad_h is None:
         grad_h = torch.zeros_like(ctx.saved_tensors[0], dtype=ctx.out_dtype)
-    dx, dy, dgate, dscale, dshift, dweight, _ = torch.ops.lightningdit.gated_residual_rms_norm_modulate_backward(
-        grad_residual, grad_h, *ctx.saved_tensors, ctx.center, ctx.branch_dtype, ctx.shift_dtype, False
-    )
-    return _wanted(ctx, dx, dy, dgate, dscale, dshift, dweight, None, None, None)
+    arguments = grad_residual, grad_h, *ctx.saved_tensors, ctx.center, ctx.branch_dtype, ctx.shift_dtype
+    gradients = torch.ops.lightningdit.gated_residual_rms_norm_modulate_backward(*arguments)
+    return _wanted(ctx, *gradients, None, None, None)
 
 
 def _wanted(ctx, *gradients):
@@ -278,27 +286,31 @@ def gated_residual_rms_norm_modulate(
     eps: float = 1e-6,
     center: bool = False,
     out_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x' = x + gate * y, then h = rms_norm_modulate(x', scale, shift, weight, eps, center, out_dtype).
+    """x' = x + gate * (y + bias), then h = rms_norm_modulate(x', scale, shift, weight, eps, center, out_dtype).
 
     Args:
         x: (B, N, D), the residual stream, fp32, bf16, fp16 or fp64.
         y: (B, N, D), the output of the branch before; its dtype may differ from x's.
         gate: (B, D), broadcast over N, or None for 1.
         scale, shift, weight, eps, center, out_dtype: as in rms_norm_modulate.
+        bias: (D,), or None for 0: the bias of the linear layer that made y, if that layer left it out. It is added in fp32, and its
+            gradient is summed in the pass of the backward that writes dy.
     Returns: x' (B, N, D) in x.dtype, and h (B, N, D).
     Raises: ValueError for a shape or dtype other than these.
     Source: adaLN-Zero, DiT, arXiv:2212.09748; RMSNorm, arXiv:1910.07467.
     """
     op = "gated_residual_rms_norm_modulate"
     _check(op, x, scale, shift, weight)
-    check_floating(op, x=x, y=y, gate=gate)
+    check_floating(op, x=x, y=y, gate=gate, bias=bias)
     check_shape(op, tuple(x.shape), "the shape of x", y=y)
     check_shape(op, (x.shape[0], x.shape[2]), "(B, D) of x", gate=gate)
+    check_shape(op, (x.shape[2],), "(D,) of x", bias=bias)
     out_dtype = result_dtype(x) if out_dtype is None else out_dtype
     if _compiler_fuses(x, y, out_dtype):
-        return gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype)
-    return torch.ops.lightningdit.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, eps, center, out_dtype)[:2]
+        return gated_residual_rms_norm_modulate_ref(x, y, gate, scale, shift, weight, eps, center, out_dtype, bias)
+    return torch.ops.lightningdit.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, bias, eps, center, out_dtype)[:2]
 
 
 def _compiler_fuses(x, y, out_dtype):

@@ -75,10 +75,13 @@ def _row_sum(tiles, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "chunks", "chunk_rows"])
 def _norm_fwd_kernel(
-    x, y, gate, scale, shift, weight, residual, h, mean, rstd, N, chunks, chunk_rows, gate_stride, scale_stride, shift_stride,
+    x, y, gate, scale, shift, weight, bias, residual, h, mean, rstd, N, chunks, chunk_rows, gate_stride, scale_stride, shift_stride,
     EPS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Writes x' = x + gate * y (with y), rstd (and mean, to centre) and h. What may be None: y with residual, gate, shift, weight, mean."""
+    """Writes x' = x + gate * (y + bias) (with y), rstd (and mean, to centre) and h.
+
+    What may be None: y with residual, gate, shift, weight, bias, mean.
+    """
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = tl.program_id(0) % chunks * chunk_rows
     columns = _columns(PIECES)
@@ -86,6 +89,7 @@ def _norm_fwd_kernel(
     weights = _load_modulation(weight, columns, 0.0, 1.0, D)
     shifts = _load_modulation(None if shift is None else shift + sample * shift_stride, columns, 0.0, 0.0, D)
     gates = _load_modulation(None if gate is None else gate + sample * gate_stride, columns, 0.0, 1.0, D)
+    biases = _load_modulation(bias, columns, 0.0, 0.0, D)
     LANES: tl.constexpr = min(THREADS, PIECES[len(PIECES) - 1])
     base = sample * N * D
     end = min(first + chunk_rows, N)
@@ -99,7 +103,10 @@ def _norm_fwd_kernel(
         for i in tl.static_range(len(PIECES)):
             tile = tiles[i].to(tl.float32)
             if y is not None:  # the norm sees x' as it is stored, since that is what the backward recomputes from
-                stored = (tile + gates[i] * branches[i].to(tl.float32)).to(residual.dtype.element_ty)
+                branch = branches[i].to(tl.float32)
+                if bias is not None:
+                    branch += biases[i]
+                stored = (tile + gates[i] * branch).to(residual.dtype.element_ty)
                 tl.store(residual + base + rows * D + columns[i], stored, mask=valid & (columns[i] < D))
                 tile = stored.to(tl.float32)
             xs, squares = xs + (tile,), squares + (tile * tile,)
@@ -141,7 +148,7 @@ def _store_sums(partial, totals, columns, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "chunks", "chunk_rows"])
 def _norm_bwd_kernel(
-    grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, sum_scale, sum_shift, sum_gate, sum_bias,
+    grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, sum_scale, sum_shift, sum_gate, sum_branch,
     N, chunks, chunk_rows, gate_stride, scale_stride, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Writes dx, dy and the sums over this program's rows of dh * x_hat, dh, dx * y and dx. What is None is neither read nor written.
@@ -156,7 +163,7 @@ def _norm_bwd_kernel(
     weights = _load_modulation(weight, columns, 0.0, 1.0, D)
     gates = _load_modulation(None if gate is None else gate + sample * gate_stride, columns, 0.0, 1.0, D)
     scale_totals, shift_totals = _zeros(PIECES, ROWS, THREADS), _zeros(PIECES, ROWS, THREADS)
-    gate_totals, bias_totals = _zeros(PIECES, ROWS, THREADS), _zeros(PIECES, ROWS, THREADS)
+    gate_totals, branch_totals = _zeros(PIECES, ROWS, THREADS), _zeros(PIECES, ROWS, THREADS)
     LANES: tl.constexpr = min(THREADS, PIECES[len(PIECES) - 1])
     base = sample * N * D
     end = min(first + chunk_rows, N)
@@ -188,7 +195,7 @@ def _norm_bwd_kernel(
         a_dot = _row_sum(products, LANES) * (1.0 / D)
         if mean is not None:
             a_mean = _row_sum(a_s, LANES) * (1.0 / D)
-        new_gate, new_bias = (), ()
+        new_gate, new_branch = (), ()
         for i in tl.static_range(len(PIECES)):
             d = a_s[i] - x_hats[i] * a_dot
             if mean is not None:
@@ -201,29 +208,32 @@ def _norm_bwd_kernel(
             if dy is not None:
                 tl.store(dy + base + rows * D + columns[i], (gates[i] * d).to(dy.dtype.element_ty), mask=mask)
             new_gate = new_gate + (_add_rows(gate_totals[i], d * branches[i].to(tl.float32)) if sum_gate is not None else gate_totals[i],)
-            new_bias = new_bias + (_add_rows(bias_totals[i], d) if sum_bias is not None else bias_totals[i],)
-        gate_totals, bias_totals = new_gate, new_bias
+            new_branch = new_branch + (_add_rows(branch_totals[i], d) if sum_branch is not None else branch_totals[i],)
+        gate_totals, branch_totals = new_gate, new_branch
     offset = tl.program_id(0).to(tl.int64) * D
     _store_sums(sum_scale + offset, scale_totals, columns, D)
     if sum_shift is not None:
         _store_sums(sum_shift + offset, shift_totals, columns, D)
     if sum_gate is not None:
         _store_sums(sum_gate + offset, gate_totals, columns, D)
-    if sum_bias is not None:
-        _store_sums(sum_bias + offset, bias_totals, columns, D)
+    if sum_branch is not None:
+        _store_sums(sum_branch + offset, branch_totals, columns, D)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _norm_sums_kernel(
-    sum_scale, sum_shift, sum_gate, sum_bias, gate, scale, weight, dscale, dshift, dgate, for_weight, for_bias,
+    sum_scale, sum_shift, sum_gate, sum_branch, gate, scale, weight, bias, dscale, dshift, dgate, for_weight, for_bias,
     chunks, gate_stride, scale_stride, D: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums (B, chunks, D) of one sample: dscale, dshift, dgate, and its share of dweight and of the bias gradient."""
+    """Adds the partial sums (B, chunks, D) of one sample: dscale, dshift, dgate, and its share of dweight and of dbias.
+
+    dgate = sum dx * y + bias * sum dx, dbias = sum over samples of gate * sum dx: one sum for both. sum_branch comes with bias.
+    """
     sample = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = columns < D
     total_scale, total_shift = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    total_gate, total_bias = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    total_gate, total_branch = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for chunk in range(chunks):
         offset = (sample * chunks + chunk) * D
         total_scale += tl.load(sum_scale + offset + columns, mask=mask, other=0.0)
@@ -231,8 +241,8 @@ def _norm_sums_kernel(
             total_shift += tl.load(sum_shift + offset + columns, mask=mask, other=0.0)
         if sum_gate is not None:
             total_gate += tl.load(sum_gate + offset + columns, mask=mask, other=0.0)
-        if sum_bias is not None:
-            total_bias += tl.load(sum_bias + offset + columns, mask=mask, other=0.0)
+        if sum_branch is not None:
+            total_branch += tl.load(sum_branch + offset + columns, mask=mask, other=0.0)
     own = sample * D + columns
     by_scale = total_scale
     if weight is not None:  # dweight = sum over samples of (1 + scale) * sum dh * x_hat, dscale = weight * sum dh * x_hat: one sum for both
@@ -243,11 +253,13 @@ def _norm_sums_kernel(
     if sum_shift is not None:
         tl.store(dshift + own, total_shift.to(dshift.dtype.element_ty), mask=mask)
     if sum_gate is not None:
+        if bias is not None:
+            total_gate += total_branch * tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(dgate + own, total_gate.to(dgate.dtype.element_ty), mask=mask)
-    if sum_bias is not None:
+    if bias is not None:
         if gate is not None:
-            total_bias *= tl.load(gate + sample * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        tl.store(for_bias + own, total_bias, mask=mask)
+            total_branch *= tl.load(gate + sample * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(for_bias + own, total_branch, mask=mask)
 
 
 def _chunks(batch: int, tokens: int, programs: int, least: int) -> tuple[int, int]:
@@ -255,6 +267,10 @@ def _chunks(batch: int, tokens: int, programs: int, least: int) -> tuple[int, in
     size = max(least, triton.cdiv(tokens * batch, programs))
     size = max(1, min(size, tokens))
     return max(1, triton.cdiv(tokens, size)), size
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _by_sample(vector: Tensor | None) -> tuple[Tensor | None, int]:
@@ -275,10 +291,10 @@ def _configured(op: str, launch, like: Tensor, key: tuple):
     launch(pick(op, CONFIGS, like.device, str(pieces(width)[0]), (width, *key), launch))
 
 
-def norm_fwd(x, y, gate, scale, shift, weight, eps: float, center: bool, out_dtype: torch.dtype):
+def norm_fwd(x, y, gate, scale, shift, weight, bias, eps: float, center: bool, out_dtype: torch.dtype):
     """Launches the forward: arguments as in norm.norm_forward_ref. Returns x' (None without y), h, mean (None unless center), rstd."""
     x, (B, N, D) = x.contiguous(), x.shape
-    y, weight = None if y is None else y.contiguous(), None if weight is None else weight.contiguous()
+    y, weight, bias = map(_dense, (y, weight, bias))
     (gate, gate_stride), (scale, scale_stride), (shift, shift_stride) = map(_by_sample, (gate, scale, shift))
     residual = None if y is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=out_dtype)
@@ -288,17 +304,17 @@ def norm_fwd(x, y, gate, scale, shift, weight, eps: float, center: bool, out_dty
 
     def launch(config):
         _norm_fwd_kernel[(B * chunks,)](
-            x, y, gate, scale, shift, weight, residual, h, mean, rstd, N, chunks, chunk_rows, gate_stride, scale_stride, shift_stride,
-            EPS=eps, **_constants(D, config), **config.launch(),
+            x, y, gate, scale, shift, weight, bias, residual, h, mean, rstd, N, chunks, chunk_rows,
+            gate_stride, scale_stride, shift_stride, EPS=eps, **_constants(D, config), **config.launch(),
         )  # fmt: skip
 
     if x.numel():
-        _configured("norm_fwd", launch, x, (str(x.dtype), str(out_dtype), y is None))
+        _configured("norm_fwd", launch, x, (str(x.dtype), str(out_dtype), y is None, bias is None))
     return residual, h, mean, rstd
 
 
 def norm_bwd(
-    grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, branch_dtype=None, shift_dtype=None, bias: bool = False
+    grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype=None, shift_dtype=None
 ) -> tuple[Tensor | None, ...]:
     """Launches the backward.
 
@@ -307,23 +323,22 @@ def norm_bwd(
         residual, mean, rstd: what the forward wrote (residual is x where there was no y).
         y: the branch, if the gradient to gate is wanted.
         branch_dtype, shift_dtype: dtypes of dy and dshift, None for those that are not wanted.
-        bias: also sum dy over all tokens, in fp32: the gradient to the bias of the linear layer that made y.
-    Returns: dx, dy, dgate, dscale, dshift, dweight, dbias (fp32); None for what was not wanted.
+    Returns: dx, dy, dgate, dscale, dshift, dweight, dbias; None for what was not wanted or has no tensor.
     """
     grad_h, residual, (B, N, D) = grad_h.contiguous(), residual.contiguous(), residual.shape
-    grad_residual, y, weight = (None if t is None else t.contiguous() for t in (grad_residual, y, weight))
+    grad_residual, y, weight, bias = map(_dense, (grad_residual, y, weight, bias))
     (gate, gate_stride), (scale, scale_stride) = map(_by_sample, (gate, scale))
     chunks, chunk_rows = _chunks(B, N, programs=1024, least=16)
     new = functools.partial(torch.empty, device=residual.device, dtype=torch.float32)
     dx = torch.empty_like(residual)
     dy = None if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype)
-    wanted = (True, shift_dtype is not None, y is not None, bias)
+    wanted = (True, shift_dtype is not None, y is not None, bias is not None)
     partial = iter(new((sum(wanted), B, chunks, D)))
     sums = [next(partial) if want else None for want in wanted]
     dscale = new((B, D), dtype=scale.dtype)
     dshift = new((B, D), dtype=shift_dtype) if shift_dtype is not None else None
     dgate = new((B, D), dtype=gate.dtype) if y is not None else None
-    for_weight, for_bias = new((B, D)) if weight is not None else None, new((B, D)) if bias else None
+    for_weight, for_bias = (None if vector is None else new((B, D)) for vector in (weight, bias))
 
     def launch(config):
         _norm_bwd_kernel[(B * chunks,)](
@@ -335,11 +350,11 @@ def norm_bwd(
         if N:
             _configured("norm_bwd", launch, residual, (str(residual.dtype), str(grad_h.dtype), str(branch_dtype), *wanted))
         _norm_sums_kernel[(triton.cdiv(D, _SUM_COLUMNS), B)](
-            *sums, gate, scale, weight, dscale, dshift, dgate, for_weight, for_bias, chunks if N else 0, gate_stride, scale_stride,
+            *sums, gate, scale, weight, bias, dscale, dshift, dgate, for_weight, for_bias, chunks if N else 0, gate_stride, scale_stride,
             D=D, COLUMNS=_SUM_COLUMNS, num_warps=1,
         )  # fmt: skip
-    dweight = None if weight is None else for_weight.sum(0).to(weight.dtype)
-    return dx, dy, dgate, dscale, dshift, dweight, for_bias.sum(0) if bias else None
+    dweight, dbias = (None if v is None else part.sum(0).to(v.dtype) for v, part in ((weight, for_weight), (bias, for_bias)))
+    return dx, dy, dgate, dscale, dshift, dweight, dbias
 
 
 def audit_cases() -> list[dict]:
@@ -362,14 +377,15 @@ def audit_cases() -> list[dict]:
             forward = common | dict(x=f"*{stream}", h="*bf16", shift="*bf16", shift_stride="i32")
             backward = common | sums | dict(grad_residual=f"*{stream}", grad_h="*bf16", dx=f"*{stream}", dy="*bf16")
             for name, kernel, signature, rest in (
-                ("fwd", _norm_fwd_kernel, forward, dict(mean=None, EPS=1e-6)),
-                ("bwd", _norm_bwd_kernel, backward, dict(mean=None, sum_bias=None)),
-                ("bwd+bias", _norm_bwd_kernel, backward | dict(sum_bias="*fp32"), dict(mean=None)),
+                ("fwd", _norm_fwd_kernel, forward, dict(mean=None, bias=None, EPS=1e-6)),
+                ("fwd+bias", _norm_fwd_kernel, forward | dict(bias="*fp32"), dict(mean=None, EPS=1e-6)),
+                ("bwd", _norm_bwd_kernel, backward, dict(mean=None, sum_branch=None)),
+                ("bwd+bias", _norm_bwd_kernel, backward | dict(sum_branch="*fp32"), dict(mean=None)),
             ):
                 title = f"norm_{name} D={width} residual {stream}"
                 case(title, kernel, signature, constants | rest, sizes, num_warps=config.num_warps)
         gradients = dict(dscale="*bf16", dshift="*bf16", dgate="*bf16", for_weight="*fp32", for_bias="*fp32")
-        signature = vectors | sums | gradients | dict(sum_bias="*fp32", chunks="i32")
+        signature = vectors | sums | gradients | dict(sum_branch="*fp32", bias="*fp32", chunks="i32")
         constants = dict(D=width, COLUMNS=_SUM_COLUMNS)
         case(f"norm_sums D={width}", _norm_sums_kernel, signature, constants, sizes, num_warps=1, kind="small")
     return cases

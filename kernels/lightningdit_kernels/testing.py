@@ -23,7 +23,7 @@ DEFINITIONS = {
     "marginal_distance_matrix_loss": marginal_distance_matrix_loss_ref,
     "rms_norm_modulate": rms_norm_modulate_ref,
     "rope_attention": rope_attention_ref,
-    "swiglu": lambda packed: swiglu_ref(packed, packed.dtype),
+    "swiglu": lambda packed, bias=None: swiglu_ref(packed, bias, packed.dtype),
 }
 
 FROZEN = ("freqs", "f")  # arguments of ops that get no gradient
@@ -53,7 +53,7 @@ def example_inputs(op: str, batch: int, rows: int, columns: int, width: int, hea
         case "rms_norm_modulate" | "gated_residual_rms_norm_modulate":
             inputs = dict(x=tensor(batch, tokens, width, seed=1))
             if op.startswith("gated"):
-                inputs |= dict(y=tensor(batch, tokens, width, seed=2), gate=tensor(batch, width, seed=6))
+                inputs |= dict(y=tensor(batch, tokens, width, seed=2), gate=tensor(batch, width, seed=6), bias=tensor(width, seed=7))
             weight = 1 + tensor(width, seed=5) / 4
             return inputs | dict(scale=tensor(batch, width, seed=3), shift=tensor(batch, width, seed=4), weight=weight)
         case "rope_attention":
@@ -61,7 +61,7 @@ def example_inputs(op: str, batch: int, rows: int, columns: int, width: int, hea
             norm = {f"{name}_weight": 1 + tensor(head_dim, seed=seed) / 4 for seed, name in enumerate("qk", 2)}
             return dict(qkv=tensor(batch, tokens, 3, heads, head_dim, seed=1)) | rope | norm
         case "swiglu":
-            return dict(packed=tensor(batch, tokens, 2 * width, seed=1))
+            return dict(packed=tensor(batch, tokens, 2 * width, seed=1), bias=tensor(2 * width, seed=2))
         case "alignment_losses":
             r = min(32, width // 2)
             inputs = dict(s=tensor(batch, tokens, r, seed=1), weight=tensor(width, r, seed=3), f=tensor(batch, tokens, width, seed=2))

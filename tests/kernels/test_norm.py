@@ -33,7 +33,8 @@ def eager_norm(x, scale, shift=None, weight=None, eps=1e-6, center=False):
     return normed * (1 + scale[:, None]) + (0 if shift is None else shift[:, None])
 
 
-def eager_residual(x, y, gate, scale, **rest):
+def eager_residual(x, y, gate, scale, bias=None, **rest):
+    y = y if bias is None else y + bias
     x = x + (y if gate is None else gate[:, None] * y).to(x.dtype)
     return x, eager_norm(x, scale, **rest)
 
@@ -60,6 +61,7 @@ def test_norm_matches_truth(shape, dtype, center, backend):
 @pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
 def test_gated_residual_matches_truth(shape, dtype, center, backend):
     more = dict(y=random_tensor(*shape, dtype=dtype, seed=5), gate=random_tensor(shape[0], shape[2], dtype=dtype, seed=6), center=center)
+    more |= dict(bias=random_tensor(shape[2], dtype=dtype, seed=7))
     assert_matches_truth(gated_residual_rms_norm_modulate, eager_residual, norm_inputs(shape, dtype) | more)
 
 
@@ -73,10 +75,12 @@ def test_width_one(backend):
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
-def test_optional_arguments(shift, weight, gate, backend):
+@pytest.mark.parametrize("bias", [False, True])
+def test_optional_arguments(shift, weight, gate, bias, backend):
     inputs = norm_inputs((2, 7, 36), torch.float32, shift, weight)
     assert_matches_truth(rms_norm_modulate, eager_norm, inputs)
     inputs |= dict(y=random_tensor(2, 7, 36, seed=5), gate=random_tensor(2, 36, seed=6) if gate else None)
+    inputs |= dict(bias=random_tensor(36, seed=7) if bias else None)
     assert_matches_truth(gated_residual_rms_norm_modulate, eager_residual, inputs)
 
 
@@ -91,7 +95,7 @@ def test_non_contiguous_and_broadcast(backend):
 
 def test_fp32_residual_with_bf16_branch(backend):
     inputs = norm_inputs((2, 16, 48), torch.float32) | dict(y=random_tensor(2, 16, 48, dtype=torch.bfloat16, seed=5))
-    inputs |= dict(gate=random_tensor(2, 48, dtype=torch.bfloat16, seed=6))
+    inputs |= dict(gate=random_tensor(2, 48, dtype=torch.bfloat16, seed=6), bias=random_tensor(48, seed=7))
 
     def eager(y, gate, **rest):
         return eager_residual(y=y.to(gate.dtype) if y.dtype == torch.float64 else y.float(), gate=gate.to(rest["x"].dtype), **rest)
@@ -115,8 +119,12 @@ def test_output_dtype_follows_autocast_and_argument():
 @pytest.mark.parametrize("center", [False, True])
 def test_gradcheck(center):
     x, scale, shift, weight = (a.requires_grad_() for a in norm_inputs((2, 3, 5), torch.float64).values())
-    y, gate = random_tensor(2, 3, 5, dtype=torch.float64).requires_grad_(), random_tensor(2, 5, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: gated_residual_rms_norm_modulate(*a, center=center), (x, y, gate, scale, shift, weight))
+    y, gate, bias = (random_tensor(*size, dtype=torch.float64).requires_grad_() for size in ((2, 3, 5), (2, 5), (5,)))
+
+    def function(*tensors):
+        return gated_residual_rms_norm_modulate(*tensors[:-1], center=center, bias=tensors[-1])
+
+    assert torch.autograd.gradcheck(function, (x, y, gate, scale, shift, weight, bias))
 
 
 @pytest.mark.parametrize(
@@ -130,11 +138,12 @@ def test_gradcheck(center):
         (dict(scale=torch.zeros(2, 8, device="meta")), "scale is on meta, expected cpu"),
         (dict(y=torch.zeros(2, 4, 9)), r"y has shape \(2, 4, 9\), expected \(2, 4, 8\)"),
         (dict(gate=torch.zeros(8)), r"gate has shape \(8,\), expected \(2, 8\)"),
+        (dict(bias=torch.zeros(2, 8)), r"bias has shape \(2, 8\), expected \(8,\)"),
     ],
 )
 def test_bad_input(change, message):
     inputs = norm_inputs((2, 4, 8), torch.float32)
-    if not change.keys() & {"y", "gate"}:
+    if not change.keys() & {"y", "gate", "bias"}:
         with pytest.raises(ValueError, match=message):
             rms_norm_modulate(**inputs | change)
     with pytest.raises(ValueError, match=message):
@@ -145,57 +154,63 @@ def gated_arguments(dtype=torch.float32, shape=(2, 5, 12), center=False, out_dty
     """Positional arguments of the operator, all tensors given."""
     inputs = norm_inputs(shape, dtype)
     y, gate = random_tensor(*shape, dtype=dtype, seed=5), random_tensor(shape[0], shape[2], dtype=dtype, seed=6)
-    tensors = (inputs["x"], y, gate, inputs["scale"], inputs["shift"], inputs["weight"])
+    bias = random_tensor(shape[2], dtype=dtype, seed=7)
+    tensors = (inputs["x"], y, gate, inputs["scale"], inputs["shift"], inputs["weight"], bias)
     return *(t.requires_grad_() for t in tensors), 1e-6, center, out_dtype
 
 
 @pytest.mark.parametrize("dtype, center", [(torch.float32, False), (torch.bfloat16, True), (torch.float64, True)], ids=str)
 def test_opcheck(dtype, center, kernels_or_reference):
-    x, y, gate, scale, shift, weight, *rest = gated_arguments(dtype, center=center, out_dtype=dtype)
+    x, y, gate, scale, shift, weight, bias, *rest = gated_arguments(dtype, center=center, out_dtype=dtype)
     torch.library.opcheck(OPERATORS.rms_norm_modulate, (x, scale, shift, weight, *rest))
     torch.library.opcheck(OPERATORS.rms_norm_modulate, (x, scale, None, None, 1e-6, center, torch.bfloat16))
-    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, gate, scale, shift, weight, *rest))
-    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, None, scale, None, None, *rest))
-    x, y, gate, scale, shift, weight = (t.detach() for t in (x, y, gate, scale, shift, weight))
-    _, h, mean, rstd = OPERATORS.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, *rest)
+    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, gate, scale, shift, weight, bias, *rest))
+    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, None, scale, None, None, None, *rest))
+    x, y, gate, scale, shift, weight, bias = (t.detach() for t in (x, y, gate, scale, shift, weight, bias))
+    _, h, mean, rstd = OPERATORS.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, bias, *rest)
     torch.library.opcheck(OPERATORS.rms_norm_modulate_backward, (h, x, scale, weight, mean, rstd, center, dtype))
     statistics = mean, rstd, center
     backward = OPERATORS.gated_residual_rms_norm_modulate_backward
-    torch.library.opcheck(backward, (x, h, x, y, gate, scale, weight, *statistics, dtype, dtype, True))
-    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, *statistics, None, None, False))
+    torch.library.opcheck(backward, (x, h, x, y, gate, scale, weight, bias, *statistics, dtype, dtype))
+    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, bias, *statistics, None, None))
+    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, None, *statistics, None, None))
 
 
 @pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
 def test_backward_reference_is_the_gradient_of_the_reference(center):
-    x, y, gate, scale, shift, weight, *_ = leaves = gated_arguments(torch.float64)
-    residual, h, mean, rstd = norm_forward_ref(*leaves[:6], 1e-6, center, torch.float64)
+    x, y, gate, scale, shift, weight, bias, *_ = leaves = gated_arguments(torch.float64)
+    residual, h, mean, rstd = norm_forward_ref(*leaves[:7], 1e-6, center, torch.float64)
     grads = torch.randn_like(residual), torch.randn_like(h)
-    expected = torch.autograd.grad((residual, h), leaves[:6], grads)
-    saved = (None if t is None else t.detach() for t in (residual, y, gate, scale, weight, mean, rstd))
-    *got, dbias = norm_backward_ref(*grads, *saved, torch.float64, torch.float64, True)
-    for want, have in zip(expected, (got[0], got[1], got[2], got[3], got[4], got[5]), strict=True):
+    expected = torch.autograd.grad((residual, h), leaves[:7], grads)
+    saved = (None if t is None else t.detach() for t in (residual, y, gate, scale, weight, bias, mean, rstd))
+    for want, have in zip(expected, norm_backward_ref(*grads, *saved, torch.float64, torch.float64), strict=True):
         torch.testing.assert_close(have, want)
-    torch.testing.assert_close(dbias, expected[1].sum((0, 1)))
 
 
-def test_sums_the_gradient_for_the_bias(kernels_or_reference):
-    x, y, gate, scale, _, weight, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in gated_arguments(shape=(2, 40, 12)))
-    _, h, mean, rstd = OPERATORS.gated_residual_rms_norm_modulate(x, y, gate, scale, None, weight, 1e-6, False, torch.float32)
-    arguments = (x, h, x, y, gate, scale, weight, mean, rstd, False, torch.float32, None)
-    _, dy, *_, dbias = OPERATORS.gated_residual_rms_norm_modulate_backward(*arguments, True)
-    torch.testing.assert_close(dbias, dy.sum((0, 1)))
-    assert OPERATORS.gated_residual_rms_norm_modulate_backward(*arguments, False)[-1].numel() == 0
+@pytest.mark.parametrize("needed", [("bias",), ("bias", "gate"), ("y",), ("gate",)], ids=str)
+def test_only_some_gradients_are_asked_for(needed, backend):
+    """What is frozen changes what the kernel computes, not what it gives for the rest."""
+    inputs = norm_inputs((2, 40, 12), torch.float32)
+    inputs |= dict(y=random_tensor(2, 40, 12, seed=5), gate=random_tensor(2, 12, seed=6), bias=random_tensor(12, seed=7))
+    assert_matches_truth(gated_residual_rms_norm_modulate, eager_residual, inputs, frozen=tuple(inputs.keys() - set(needed)))
+
+
+def test_a_bias_is_added_before_rounding(backend):
+    """y in bf16 and its bias in fp32: their sum is not rounded to bf16, as a linear layer under autocast would."""
+    x, y, bias = torch.zeros(1, 1, 4), torch.full((1, 1, 4), 256.0, dtype=torch.bfloat16), torch.full((4,), 0.25)
+    residual, _ = gated_residual_rms_norm_modulate(x, y, None, torch.zeros(1, 4), bias=bias)
+    assert torch.equal(residual, torch.full_like(x, 256.25))
 
 
 @pytest.mark.skipif(not native.available, reason=native.about)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_do_not_change_the_result(dtype):
-    inputs = gated_arguments(dtype, (3, 70, 1152))[:6]
+    *inputs, bias = gated_arguments(dtype, (3, 70, 1152))[:7]
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        outputs = gated_residual_rms_norm_modulate(*inputs)
-        results.append((*outputs, *torch.autograd.grad(outputs, inputs, outputs)))
+        outputs = gated_residual_rms_norm_modulate(*inputs, bias=bias)
+        results.append((*outputs, *torch.autograd.grad(outputs, (*inputs, bias), outputs)))
     torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

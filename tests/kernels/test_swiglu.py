@@ -13,7 +13,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_native = pytest.mark.skipif(not native.available, reason=native.about)
 
 
-def eager(packed):
+def eager(packed, bias=None):
+    packed = packed if bias is None else packed + bias
     hidden = packed.shape[-1] // 2
     return nnf.silu(packed[..., :hidden]) * packed[..., hidden:]
 
@@ -21,7 +22,10 @@ def eager(packed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 16, 256), (3, 63, 74), (5, 14), (2,), (0, 4), (3, 0), (1, 5000)], ids=str)
 def test_matches_truth(shape, dtype, backend):
-    assert_matches_truth(swiglu, eager, dict(packed=3 * random_tensor(*shape, dtype=dtype)))
+    packed, bias = 3 * random_tensor(*shape, dtype=dtype), random_tensor(shape[-1], dtype=dtype, seed=1)
+    assert_matches_truth(swiglu, eager, dict(packed=packed))
+    assert_matches_truth(swiglu, eager, dict(packed=packed, bias=bias))
+    assert_matches_truth(swiglu, eager, dict(packed=packed, bias=bias), frozen=("packed",))
 
 
 def test_non_contiguous(backend):
@@ -48,7 +52,7 @@ def test_fp32_to_bf16_rounds_once(backend):
     """Inside autocast an fp32 packed is computed in fp32; only the result is bf16, and the gradient is fp32 again."""
     packed = random_tensor(3, 7, 66).requires_grad_()
     grad = random_tensor(3, 7, 33, dtype=torch.bfloat16, seed=1)
-    out = torch.ops.lightningdit.swiglu(packed, torch.bfloat16)
+    out = torch.ops.lightningdit.swiglu(packed, None, torch.bfloat16)
     out.backward(grad)
     assert out.dtype == torch.bfloat16 and packed.grad.dtype == torch.float32
     truth = packed.detach().double().requires_grad_()
@@ -74,40 +78,41 @@ def test_native_is_within_a_few_ulp_everywhere(backend):
 def test_special_values(backend):
     nan, inf = float("nan"), float("inf")
     assert swiglu(torch.tensor([nan, inf, 1.0, 1.0])).isnan().tolist() == [True, False]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = swiglu(torch.tensor([nan, inf, 1.0, nan, 1.0, 1.0, -inf, 0.0], dtype=dtype))
         assert out[0].isnan() and out[1] == inf and out[2] == -inf and out[3].isnan()
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_threads_do_not_change_the_result(dtype):
-    packed, grad = random_tensor(50, 4096, dtype=dtype), random_tensor(50, 2048, dtype=dtype, seed=1)
+    packed, grad = random_tensor(150, 4096, dtype=dtype), random_tensor(150, 2048, dtype=dtype, seed=1)
+    bias = random_tensor(4096, seed=2)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append((swiglu(packed), torch.ops.lightningdit.swiglu_backward(grad, packed, False)[0]))
+        results.append((swiglu(packed, bias), *torch.ops.lightningdit.swiglu_backward(grad, packed, bias)))
     torch.set_num_threads(before)
-    for out, grad_packed in results[1:]:
-        assert torch.equal(out, results[0][0]) and torch.equal(grad_packed, results[0][1])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_opcheck(dtype, backend):
-    packed = random_tensor(3, 4, 10, dtype=dtype)
-    torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.requires_grad_(), dtype))
-    torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.detach(), torch.bfloat16))
-    for bias in (False, True):
-        torch.library.opcheck(torch.ops.lightningdit.swiglu_backward, (random_tensor(3, 4, 5, dtype=dtype), packed.detach(), bias))
+    packed, grad = random_tensor(3, 4, 10, dtype=dtype), random_tensor(3, 4, 5, dtype=dtype)
+    for bias in (None, random_tensor(10)):
+        leaf = None if bias is None else bias.clone().requires_grad_()
+        torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.clone().requires_grad_(), leaf, dtype))
+        torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed, bias, torch.bfloat16))
+        torch.library.opcheck(torch.ops.lightningdit.swiglu_backward, (grad, packed, bias))
 
 
 def test_backward_reference_is_the_gradient_of_the_reference():
     packed = random_tensor(4, 12, dtype=torch.float64).requires_grad_()
+    bias = random_tensor(12, dtype=torch.float64, seed=2).requires_grad_()
     grad = random_tensor(4, 6, dtype=torch.float64, seed=1)
-    (expected,) = torch.autograd.grad(swiglu_ref(packed, torch.float64), packed, grad)
-    grad_packed, grad_bias = swiglu_backward_ref(grad, packed.detach(), bias=True)
-    torch.testing.assert_close(grad_packed, expected)
-    torch.testing.assert_close(grad_bias, expected.sum(0))
+    expected = torch.autograd.grad(swiglu_ref(packed, bias, torch.float64), (packed, bias), grad)
+    torch.testing.assert_close(swiglu_backward_ref(grad, packed.detach(), bias.detach()), expected)
 
 
 def test_checkpointing_recomputes_the_same():
@@ -137,7 +142,13 @@ def test_compile_sees_the_operator_or_the_definition(available, monkeypatch):
 
 
 def test_gradcheck():
-    assert torch.autograd.gradcheck(swiglu, random_tensor(3, 10, dtype=torch.float64).requires_grad_())
+    packed, bias = (random_tensor(*shape, dtype=torch.float64).requires_grad_() for shape in ((3, 10), (10,)))
+    assert torch.autograd.gradcheck(swiglu, (packed, bias))
+
+
+def test_bias_of_another_size():
+    with pytest.raises(ValueError, match=r"bias has shape \(2,\), expected \(4,\)"):
+        swiglu(torch.zeros(3, 4), torch.zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -157,17 +168,17 @@ class TritonSwiglu(torch.autograd.Function):
     """The Triton launchers: on CUDA, or on the CPU in triton's interpreter."""
 
     @staticmethod
-    def forward(ctx, packed):
+    def forward(ctx, packed, bias):
         from lightningdit_kernels.swiglu_triton import swiglu_fwd
 
-        ctx.save_for_backward(packed)
-        return swiglu_fwd(packed, packed.dtype)
+        ctx.save_for_backward(packed, bias)
+        return swiglu_fwd(packed, bias, packed.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         from lightningdit_kernels.swiglu_triton import swiglu_bwd
 
-        return swiglu_bwd(grad, *ctx.saved_tensors)[0]
+        return swiglu_bwd(grad, *ctx.saved_tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -175,18 +186,26 @@ class TritonSwiglu(torch.autograd.Function):
 def test_triton_matches_truth(shape, dtype):
     pytest.importorskip("triton", reason="triton is not installed")
     packed = 3 * random_tensor(*shape, dtype=dtype, device=DEVICE)
-    assert_matches_truth(lambda packed: TritonSwiglu.apply(packed), eager, dict(packed=packed))
+    bias = random_tensor(shape[-1], dtype=dtype, seed=1, device=DEVICE)
+
+    def ours(packed, bias=None):
+        return TritonSwiglu.apply(packed, bias)
+
+    assert_matches_truth(ours, eager, dict(packed=packed))
+    assert_matches_truth(ours, eager, dict(packed=packed, bias=bias))
 
 
 @pytest.mark.parametrize("rows", [1, 50, 0])
-def test_triton_sums_the_gradient_for_the_bias(rows):
+def test_triton_sums_a_gradient_in_fp32_for_an_fp32_bias(rows):
     pytest.importorskip("triton", reason="triton is not installed")
     from lightningdit_kernels.swiglu_triton import swiglu_bwd
 
     packed, grad = random_tensor(rows, 22, dtype=torch.bfloat16), random_tensor(rows, 11, dtype=torch.bfloat16, seed=1)
-    true = swiglu_backward_ref(grad.double(), packed.double(), bias=True)[1]
+    bias = random_tensor(22, seed=2)
+    true = swiglu_backward_ref(grad.double(), packed.double(), bias.double())[1]
+    arguments = grad.to(DEVICE), packed.to(DEVICE), bias.to(DEVICE)
     with poisoned_memory():
-        _, bias = swiglu_bwd(grad.to(DEVICE), packed.to(DEVICE), bias=True)
-    assert torch.equal(bias, swiglu_bwd(grad.to(DEVICE), packed.to(DEVICE), bias=True)[1])
-    assert bias.dtype == torch.float32 and bias.shape == (22,)
-    torch.testing.assert_close(bias.cpu().double(), true, rtol=0, atol=1e-5)
+        _, grad_bias = swiglu_bwd(*arguments)
+    assert torch.equal(grad_bias, swiglu_bwd(*arguments)[1])
+    assert grad_bias.dtype == torch.float32 and grad_bias.shape == (22,)
+    torch.testing.assert_close(grad_bias.cpu().double(), true, rtol=0, atol=1e-5)
