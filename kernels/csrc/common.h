@@ -9,7 +9,7 @@
 #include <string.h>
 
 // Element types of the C ABI, the numbers of native.py.
-enum { LIGHTNINGDIT_F32 = 0, LIGHTNINGDIT_BF16 = 1 };
+enum { LIGHTNINGDIT_F32 = 0, LIGHTNINGDIT_BF16 = 1, LIGHTNINGDIT_F16 = 2 };
 
 // Return values of the C ABI.
 enum { LIGHTNINGDIT_OK = 0, LIGHTNINGDIT_UNSUPPORTED_DTYPE = 1 };
@@ -18,6 +18,10 @@ enum { LIGHTNINGDIT_OK = 0, LIGHTNINGDIT_UNSUPPORTED_DTYPE = 1 };
 namespace LIGHTNINGDIT_LEVEL {
 
 struct bf16 {
+  uint16_t bits;
+};
+
+struct fp16 {
   uint16_t bits;
 };
 
@@ -36,6 +40,15 @@ static inline uint32_t as_bits(float x) {
 static inline float load(const float* p) { return *p; }
 static inline float load(const bf16* p) { return as_float(uint32_t(p->bits) << 16); }
 
+// fp16 in integer and fp32 arithmetic without branches, so that loops around it become SIMD at every level; GCC 12 leaves loops
+// over _Float16 scalar, F16C or not. Exponents are moved by exact multiplications; a denormal is the mantissa of a number near 1/2.
+static inline float load(const fp16* p) {
+  const uint32_t word = uint32_t(p->bits) << 16, magnitude = word + word;
+  const float normal = as_float((magnitude >> 4) + 0x70000000u) * 0x1p-112f;  // infinity and NaN come out as themselves
+  const float denormal = as_float((magnitude >> 17) | 0x3f000000u) - 0.5f;
+  return as_float((word & 0x80000000u) | as_bits(magnitude < 0x08000000u ? denormal : normal));
+}
+
 static inline void store(float* p, float x) { *p = x; }
 
 // Round to nearest even. A NaN keeps its upper bits and is made quiet: rounding could turn it into infinity.
@@ -44,6 +57,45 @@ static inline void store(bf16* p, float x) {
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   uint32_t quiet_nan = (bits >> 16) | 0x40u;
   p->bits = uint16_t(x != x ? quiet_nan : rounded);
+}
+
+// Round to nearest even, above 65504 to infinity: adding a power of two that is 2^13 units above leaves fp16's bits, rounded by the addition.
+static inline void store(fp16* p, float x) {
+  const uint32_t word = as_bits(x), magnitude = word + word;
+  const float value = as_float(word & 0x7fffffffu) * 0x1p112f * 0x1p-110f;  // 4 |x|, or infinity for what has no place in fp16
+  uint32_t exponent = magnitude & 0xff000000u;
+  exponent = exponent < 0x71000000u ? 0x71000000u : exponent;  // denormals all have the smallest
+  const uint32_t rounded = as_bits(as_float((exponent >> 1) + 0x07800000u) + value);
+  const uint32_t bits = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
+  p->bits = uint16_t(((word >> 16) & 0x8000u) | (magnitude > 0xff000000u ? 0x7e00u : bits));
+}
+
+// Calls call(A(), B()) with the element types that the numbers a and b name; bf16 and fp16 do not meet in one kernel.
+template <typename Call>
+static int with_type(int dtype, Call call) {
+  switch (dtype) {
+    case LIGHTNINGDIT_F32: return call(float());
+    case LIGHTNINGDIT_BF16: return call(bf16());
+    case LIGHTNINGDIT_F16: return call(fp16());
+  }
+  return LIGHTNINGDIT_UNSUPPORTED_DTYPE;
+}
+
+template <typename A, typename B>
+constexpr bool meet = true;
+template <>
+constexpr bool meet<bf16, fp16> = false;
+template <>
+constexpr bool meet<fp16, bf16> = false;
+
+template <typename Call>
+static int with_types(int a, int b, Call call) {
+  return with_type(a, [&](auto first) {
+    return with_type(b, [&](auto second) {
+      if constexpr (meet<decltype(first), decltype(second)>) return call(first, second);
+      else return int(LIGHTNINGDIT_UNSUPPORTED_DTYPE);
+    });
+  });
 }
 
 // exp(x) to 1 ulp, over the whole range: overflows to infinity, underflows through the denormals to zero, keeps NaN.
