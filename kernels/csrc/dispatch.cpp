@@ -1,4 +1,5 @@
 // The C ABI: every exported function calls its twin at the highest instruction-set level that this processor has.
+#include "alignment.h"
 #include "common.h"
 #include "groupnorm.h"
 #include "norm.h"
@@ -12,6 +13,9 @@
 
 #define DECLARE(level)                             \
   namespace level {                                \
+  LIGHTNINGDIT_COSINE_FORWARD(cosine_forward);     \
+  LIGHTNINGDIT_COSINE_BACKWARD(cosine_backward);   \
+  LIGHTNINGDIT_DISTANCE(distance);                 \
   LIGHTNINGDIT_GROUPNORM_FORWARD(groupnorm_forward);   \
   LIGHTNINGDIT_GROUPNORM_BACKWARD(groupnorm_backward); \
   LIGHTNINGDIT_NORM_FORWARD(norm_forward);         \
@@ -97,4 +101,17 @@ EXPORT LIGHTNINGDIT_SWIGLU_FORWARD(lightningdit_swiglu_forward) {
 
 EXPORT LIGHTNINGDIT_SWIGLU_BACKWARD(lightningdit_swiglu_backward) {
   DISPATCH(swiglu_backward(grad, packed, bias, grad_packed, sums, rows, hidden, grad_dtype, packed_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_COSINE_FORWARD(lightningdit_cosine_forward) {
+  DISPATCH(cosine_forward(z, f, partial, loss, rows, width, target, eps, z_dtype, f_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_COSINE_BACKWARD(lightningdit_cosine_backward) {
+  DISPATCH(cosine_backward(grad, z, f, grad_z, rows, width, target, eps, z_dtype, f_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_DISTANCE(lightningdit_distance) {
+  DISPATCH(distance(z, f, z_inverse, f_inverse, grad_z, loss, partial, scratch, batch, tokens, width, feature_width, margin, eps, z_dtype,
+                    f_dtype, threads))
 }

@@ -33,7 +33,7 @@ def backends() -> dict[str, dict[str, str]]:
     for op in ("gated_residual_rms_norm_modulate", "group_norm_silu", "rms_norm_modulate", "swiglu"):
         rows[op] = serves | dict(why=f"{cpu}. {cuda}" + (f", as are rows wider than {TRITON_MAX_WIDTH}" if "rms_norm" in op else ""))
     for op in ("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss"):
-        rows[op] = dict(cpu="reference", cuda=serves["cuda"], why=f"CPU: no native kernel. {cuda}; without an N x N matrix")
+        rows[op] = serves | dict(why=f"{cpu}. {cuda}; neither has an N x N matrix in memory")
     rows["rope_attention"] = dict(
         cpu="reference",
         cuda="the fastest measured, else sdpa" if MEASURED else "sdpa",

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from lightningdit_kernels import native
 from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, define, differentiable
 
 COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12  # the clamps of torch's cosine_similarity and normalize
@@ -66,6 +67,22 @@ def _like_z(grad, z, *_):
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
+def _native_serves(z, f):
+    return native.serves(z.dtype, f.dtype) and {z.dtype, f.dtype} != {torch.bfloat16, torch.float16}
+
+
+def _cosine_cpu(z, f, margin):
+    if not _native_serves(z, f):
+        return marginal_cosine_loss_ref(z, f, margin)
+    return native.marginal_cosine_loss(z, f, margin, COSINE_EPS)
+
+
+def _cosine_backward_cpu(grad, z, f, margin):
+    if not _native_serves(z, f):
+        return marginal_cosine_loss_backward_ref(grad, z, f, margin)
+    return native.marginal_cosine_loss_backward(grad, z, f, margin, COSINE_EPS)
+
+
 def _cosine_cuda(z, f, margin):
     if torch.float64 in (z.dtype, f.dtype):
         return marginal_cosine_loss_ref(z, f, margin)
@@ -91,9 +108,10 @@ def _cosine_backward(ctx, grad):
     return torch.ops.lightningdit.marginal_cosine_loss_backward(grad, *ctx.saved_tensors, ctx.margin), None, None
 
 
-define("marginal_cosine_loss(Tensor z, Tensor f, float margin) -> Tensor", marginal_cosine_loss_ref, _scalar, cuda=_cosine_cuda)
+define("marginal_cosine_loss(Tensor z, Tensor f, float margin) -> Tensor", marginal_cosine_loss_ref, _scalar, cpu=_cosine_cpu,
+       cuda=_cosine_cuda)
 define("marginal_cosine_loss_backward(Tensor grad, Tensor z, Tensor f, float margin) -> Tensor", marginal_cosine_loss_backward_ref, _like_z,
-       cuda=_cosine_backward_cuda)
+       cpu=_cosine_backward_cpu, cuda=_cosine_backward_cuda)
 differentiable("marginal_cosine_loss", _cosine_setup_context, _cosine_backward)
 
 
@@ -123,6 +141,18 @@ def marginal_distance_matrix_loss_backward_ref(grad, z, f, z_inverse, f_inverse,
 
 def _distance_fake(z, f, margin):
     return _scalar(z), z.new_empty(z.shape[:2], dtype=accumulation_dtype(z)), f.new_empty(f.shape[:2], dtype=accumulation_dtype(f))
+
+
+def _distance_cpu(z, f, margin):
+    if not _native_serves(z, f):
+        return _distance(z, f, margin)
+    return native.marginal_distance_matrix_loss(z, f, margin, NORMALIZE_EPS, gradient=False)[:3]
+
+
+def _distance_backward_cpu(grad, z, f, z_inverse, f_inverse, margin):
+    if not _native_serves(z, f):
+        return marginal_distance_matrix_loss_backward_ref(grad, z, f, z_inverse, f_inverse, margin)
+    return (grad * native.marginal_distance_matrix_loss(z, f, margin, NORMALIZE_EPS, gradient=True)[3]).to(z.dtype)
 
 
 def _distance_cuda(z, f, margin):
@@ -155,10 +185,57 @@ def _distance_backward(ctx, grad, *_):
 
 
 define("marginal_distance_matrix_loss(Tensor z, Tensor f, float margin) -> (Tensor, Tensor, Tensor)", _distance, _distance_fake,
-       cuda=_distance_cuda)
+       cpu=_distance_cpu, cuda=_distance_cuda)
 define("marginal_distance_matrix_loss_backward(Tensor grad, Tensor z, Tensor f, Tensor z_inverse, Tensor f_inverse, float margin) "
-       "-> Tensor", marginal_distance_matrix_loss_backward_ref, _like_z, cuda=_distance_backward_cuda)
+       "-> Tensor", marginal_distance_matrix_loss_backward_ref, _like_z, cpu=_distance_backward_cpu, cuda=_distance_backward_cuda)
 differentiable("marginal_distance_matrix_loss", _distance_setup_context, _distance_backward)
+
+
+# The same on a CPU when a gradient will be wanted. It comes out of the forward, where the similarities are at hand, for a loss of which
+# the derivative is 1: two products of N x N x C in all, three with a backward of its own. It is saved in place of f, and the backward,
+# which the adaptive weight of the tokenizer's loss calls twice, is one multiplication.
+
+
+def _distance_and_gradient(z, f, margin):
+    """The reference of the operator: the loss and its gradient to z, (B, N, C), in the dtype of the loss."""
+    loss, *inverses = _distance(z, f, margin)
+    wide = z.to(loss.dtype)
+    return loss, marginal_distance_matrix_loss_backward_ref(torch.ones_like(loss), wide, f, *inverses, margin)
+
+
+def _distance_and_gradient_fake(z, f, margin):
+    return _scalar(z), z.new_empty(z.shape, dtype=accumulation_dtype(z))
+
+
+def _distance_and_gradient_cpu(z, f, margin):
+    if not _native_serves(z, f):
+        return _distance_and_gradient(z, f, margin)
+    loss, *_, gradient = native.marginal_distance_matrix_loss(z, f, margin, NORMALIZE_EPS, gradient=True)
+    return loss, gradient
+
+
+def _scaled_gradient(grad, gradient, z):
+    """z gives the dtype; and, being differentiable, the error of a second derivative."""
+    return (grad * gradient).to(z.dtype)
+
+
+def _distance_and_gradient_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[0])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _distance_and_gradient_backward(ctx, grad, *_):
+    if grad is None:
+        return None, None, None
+    return torch.ops.lightningdit.marginal_distance_matrix_loss_and_gradient_backward(grad, *ctx.saved_tensors), None, None
+
+
+define("marginal_distance_matrix_loss_and_gradient(Tensor z, Tensor f, float margin) -> (Tensor, Tensor)", _distance_and_gradient,
+       _distance_and_gradient_fake, cpu=_distance_and_gradient_cpu)
+define("marginal_distance_matrix_loss_and_gradient_backward(Tensor grad, Tensor gradient, Tensor z) -> Tensor", _scaled_gradient,
+       lambda grad, gradient, z: torch.empty_like(gradient, dtype=z.dtype))
+differentiable("marginal_distance_matrix_loss_and_gradient", _distance_and_gradient_setup_context, _distance_and_gradient_backward)
 
 
 # Both losses of z = s weight^T without z. With weight = q R (reduced QR, q (C, k) of orthonormal columns, k = min(C, r)) and t = s R^T,
@@ -253,6 +330,11 @@ define("alignment_losses_backward(Tensor grad_cosine, Tensor grad_distance, Tens
 differentiable("alignment_losses", _losses_setup_context, _losses_gradient)
 
 
+def _compiler_is_better(z, f):
+    """Without a kernel the compiler fuses the definition, but it cannot look into an operator."""
+    return torch.compiler.is_compiling() and not z.is_cuda and not _native_serves(z, f)
+
+
 def marginal_cosine_loss(z: Tensor, f: Tensor, margin: float = 0.5) -> Tensor:
     """mean over B and N of relu(1 - margin - cos(z_i, f_i)).
 
@@ -265,15 +347,15 @@ def marginal_cosine_loss(z: Tensor, f: Tensor, margin: float = 0.5) -> Tensor:
     Source: VA-VAE, arXiv:2501.01423, equation of the marginal cosine similarity loss.
     """
     _check("marginal_cosine_loss", z, f)
-    if torch.compiler.is_compiling() and not z.is_cuda:
-        return marginal_cosine_loss_ref(z, f, margin)  # no kernel: the compiler fuses the definition, but cannot look into an operator
+    if _compiler_is_better(z, f):
+        return marginal_cosine_loss_ref(z, f, margin)
     return torch.ops.lightningdit.marginal_cosine_loss(z, f.detach(), margin)
 
 
 def marginal_distance_matrix_loss(z: Tensor, f: Tensor, margin: float = 0.25) -> Tensor:
     """mean over B and the N x N token pairs of one image of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin).
 
-    On CUDA no N x N matrix is ever in memory, forward or backward.
+    No N x N matrix is ever in memory, forward or backward, on CUDA and, with the native library, on a CPU.
 
     Args:
         z: (B, N, C), projected latents, fp32, bf16, fp16 or fp64.
@@ -284,8 +366,10 @@ def marginal_distance_matrix_loss(z: Tensor, f: Tensor, margin: float = 0.25) ->
     Source: VA-VAE, arXiv:2501.01423, equation of the marginal distance matrix similarity loss.
     """
     _check("marginal_distance_matrix_loss", z, f, same_channels=False)
-    if torch.compiler.is_compiling() and not z.is_cuda:
+    if _compiler_is_better(z, f):
         return marginal_distance_matrix_loss_ref(z, f, margin)
+    if not z.is_cuda and _native_serves(z, f) and z.requires_grad and torch.is_grad_enabled():
+        return torch.ops.lightningdit.marginal_distance_matrix_loss_and_gradient(z, f.detach(), margin)[0]
     return torch.ops.lightningdit.marginal_distance_matrix_loss(z, f.detach(), margin)[0]
 
 

@@ -74,7 +74,7 @@ def _marginal_cosine_fwd_kernel(z, f, partial, rows, C, target, EPS: tl.constexp
     inside = row < rows
     zz, ff, zf = _cosine_sums(z, f, row, inside, C, ROWS, BLOCK_C)
     cosine = zf / tl.maximum(tl.sqrt(zz), EPS) / tl.maximum(tl.sqrt(ff), EPS)
-    cost = tl.where(inside, tl.maximum(target - cosine, 0.0), 0.0)
+    cost = tl.where(inside, tl.maximum(target - cosine, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
     tl.store(partial + tl.program_id(0), tl.sum(cost, 0) / rows)
 
 
@@ -124,7 +124,7 @@ def _marginal_distance_matrix_fwd_kernel(z, f, z_inverse, f_inverse, partial, N,
     f_i, f_j = (tl.load(f_inverse + image * N + i, mask=i < N, other=0.0), tl.load(f_inverse + image * N + j, mask=j < N, other=0.0))
     z_cosine = _products(z + image * N * C, i, j, N, C, BLOCK_N, BLOCK_N, BLOCK_K) * (z_i[:, None] * z_j[None, :])
     f_cosine = _products(f + image * N * E, i, j, N, E, BLOCK_N, BLOCK_N, BLOCK_K) * (f_i[:, None] * f_j[None, :])
-    cost = tl.maximum(tl.abs(z_cosine - f_cosine) - margin, 0.0)
+    cost = tl.maximum(tl.abs(z_cosine - f_cosine) - margin, 0.0, propagate_nan=tl.PropagateNan.ALL)
     cost = tl.where((i < N)[:, None] & (j < N)[None, :], cost, 0.0)
     total = tl.sum(cost) * scale
     tl.store(partial + tl.program_id(0), tl.where(block_i == block_j, total, 2.0 * total))

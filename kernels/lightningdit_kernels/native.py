@@ -16,6 +16,9 @@ MISSING = "native_missing.txt"  # written by setup.py in place of a library that
 
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
+    "lightningdit_cosine_forward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
+    "lightningdit_cosine_backward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
+    "lightningdit_distance": [_pointer] * 8 + [_size] * 4 + [_float] * 2 + [_int] * 3,
     "lightningdit_norm_forward": [_pointer] * 10 + [_size] * 3 + [_float] + [_int] * 4,
     "lightningdit_norm_backward": [_pointer] * 11 + [_size] * 3 + [_int] * 4,
     "lightningdit_groupnorm_forward": [_pointer] * 7 + [_size] * 4 + [_float] + [_int] * 4,
@@ -164,6 +167,39 @@ def swiglu_backward(grad, packed, bias):
     tensors = grad, packed, _or_constant(bias, 0, packed.shape[-1:]), grad_packed, sums
     _run("lightningdit_swiglu_backward", *map(_address, tensors), rows, hidden, DTYPES[grad.dtype], DTYPES[packed.dtype])
     return grad_packed, None if bias is None else sums.sum(0).to(bias.dtype)
+
+
+def marginal_cosine_loss(z, f, margin: float, eps: float):
+    """The loss of z and f (B, N, C), a scalar in fp32."""
+    z, f, rows = z.contiguous(), f.contiguous(), z.shape[0] * z.shape[1]
+    loss, partial = z.new_empty((), dtype=torch.float32), z.new_empty(-(-rows // 64), dtype=torch.float64)  # LIGHTNINGDIT_ALIGNMENT_CHUNK
+    pointers = map(_address, (z, f, partial, loss))
+    _run("lightningdit_cosine_forward", *pointers, rows, z.shape[2], 1 - margin, eps, DTYPES[z.dtype], DTYPES[f.dtype])
+    return loss
+
+
+def marginal_cosine_loss_backward(grad, z, f, margin: float, eps: float):
+    """The gradient to z, in z.dtype, of grad, a scalar in fp32."""
+    z, f, grad_z = z.contiguous(), f.contiguous(), torch.empty_like(z, memory_format=torch.contiguous_format)
+    pointers = map(_address, (grad, z, f, grad_z))
+    rows, width = z.shape[0] * z.shape[1], z.shape[2]
+    _run("lightningdit_cosine_backward", *pointers, rows, width, 1 - margin, eps, DTYPES[z.dtype], DTYPES[f.dtype])
+    return grad_z
+
+
+def marginal_distance_matrix_loss(z, f, margin: float, eps: float, gradient: bool):
+    """The loss of z (B, N, C) and f (B, N, E), both inverse norms (B, N), and the gradient to z (B, N, C) or None; all fp32."""
+    z, f, (batch, tokens, width) = z.contiguous(), f.contiguous(), z.shape
+    z_inverse, f_inverse = (x.new_empty((batch, tokens), dtype=torch.float32) for x in (z, f))
+    grad_z = torch.empty_like(z, dtype=torch.float32) if gradient else None
+    padded, z_rows, f_rows = -(-tokens // 32) * 32, -(-width // 8) * 8, -(-f.shape[2] // 8) * 8  # to ..._ALIGNMENT_PANEL and _ROWS
+    images = 1 if batch < torch.get_num_threads() else torch.get_num_threads()
+    scratch = z.new_empty(images * padded * (z_rows + f_rows + (z_rows + 2 * 32 + 1 if gradient else 0)), dtype=torch.float32)
+    loss, partial = z.new_empty((), dtype=torch.float32), z.new_empty(batch * padded // 8, dtype=torch.float64)
+    pointers = map(_address, (z, f, z_inverse, f_inverse, grad_z, loss, partial, scratch))
+    sizes, dtypes = (batch, tokens, width, f.shape[2]), (DTYPES[z.dtype], DTYPES[f.dtype])
+    _run("lightningdit_distance", *pointers, *sizes, margin, eps, *dtypes)
+    return loss, z_inverse, f_inverse, grad_z
 
 
 def _run(name: str, *arguments) -> None:

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from lightningdit_kernels import alignment_losses, marginal_cosine_loss, marginal_distance_matrix_loss
-from lightningdit_kernels.alignment import alignment_losses_ref
-from lightningdit_kernels.testing import assert_matches_truth, random_tensor
+from lightningdit_kernels import alignment_losses, marginal_cosine_loss, marginal_distance_matrix_loss, native
+from lightningdit_kernels.alignment import alignment_losses_ref, marginal_cosine_loss_ref, marginal_distance_matrix_loss_ref
+from lightningdit_kernels.testing import assert_matches_truth, random_tensor, values_and_gradients
 
+REFERENCES = {"mcos": marginal_cosine_loss_ref, "mdms": marginal_distance_matrix_loss_ref}
+needs_native = pytest.mark.skipif(not native.available, reason=native.about)
 LOSSES = {"mcos": (marginal_cosine_loss, "cos_margin"), "mdms": (marginal_distance_matrix_loss, "distmat_margin")}
 
 
@@ -181,3 +183,147 @@ def test_feature_width_may_differ_for_the_distance_matrix():
 def test_bad_input(name, z, f, message):
     with pytest.raises(ValueError, match=message):
         LOSSES[name][0](z, f)
+
+
+# B, N, C: panels and tiles with a rest and without, one token, widths below and above a vector.
+NATIVE_SHAPES = [(2, 33, 40), (1, 64, 32), (3, 70, 7), (2, 1, 5), (1, 1, 1), (1, 100, 67)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", NATIVE_SHAPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_backend_matches_truth(name, shape, dtype, backend):
+    inputs = dict(z=random_tensor(*shape, dtype=dtype, seed=1), f=random_tensor(*shape, dtype=dtype, seed=2), margin=0.3)
+    assert_matches_truth(LOSSES[name][0], REFERENCES[name], inputs, frozen=("f",))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_channel_has_no_gradient(name, backend):
+    """Every cosine is 1 or -1, whatever the lengths: what comes out as a gradient is rounding."""
+    inputs = dict(z=random_tensor(2, 40, 1, seed=1), f=random_tensor(2, 40, 1, seed=2), margin=0.3)
+    ours = values_and_gradients(LOSSES[name][0], inputs, frozen=("f",))
+    torch.testing.assert_close(ours["out.0"], REFERENCES[name](inputs["z"].double(), inputs["f"].double(), 0.3).float())
+    assert (ours["grad.z"] * inputs["z"]).abs().max() <= 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_inputs_of_two_dtypes_and_strides(name, backend):
+    z, f = random_tensor(2, 24, 37, seed=1).mT, random_tensor(2, 37, 48, dtype=torch.bfloat16, seed=2)[..., ::2]
+    for pair in ((z, f), (z.half(), f.float()), (z.half(), f), (z.bfloat16(), f.half())):
+        inputs = dict(zip("zf", pair, strict=True), margin=0.2)
+        assert_matches_truth(LOSSES[name][0], REFERENCES[name], inputs, frozen=("f",))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_operators_own_backward_is_the_gradient(name, backend):
+    """What alignment_losses calls, and the reference where the gradient did not come out of the forward."""
+    operators, z, f = torch.ops.lightningdit, random_tensor(2, 40, 12, seed=1), random_tensor(2, 40, 12, seed=2)
+    grad = torch.tensor(-1.7)
+    expected = values_and_gradients(lambda z: LOSSES[name][0](z, f, 0.2), dict(z=z), cotangents=(grad,))["grad.z"]
+    if name == "mcos":
+        gradient = operators.marginal_cosine_loss_backward(grad, z, f, 0.2)
+    else:
+        norms = operators.marginal_distance_matrix_loss(z, f, 0.2)[1:]
+        gradient = operators.marginal_distance_matrix_loss_backward(grad, z, f, *norms, 0.2)
+        assert torch.allclose(norms[0], 1 / z.norm(dim=-1)) and torch.allclose(norms[1], 1 / f.norm(dim=-1))
+    assert torch.allclose(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_depends_on_the_number_of_threads(name, batch):
+    inputs = dict(z=random_tensor(batch, 150, 300, seed=1), f=random_tensor(batch, 150, 300, seed=2), margin=0.05)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(values_and_gradients(LOSSES[name][0], inputs, frozen=("f",)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(other[key], value) for key, value in results[0].items())
+
+
+def largest_allocation(function):
+    """Bytes of the largest single allocation on the CPU while function runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+
+    def sizes(events):
+        for event in events:
+            if event.tag.name == "Allocation":
+                yield event.extra_fields.alloc_size
+            yield from sizes(event.children)
+
+    return max(sizes(profiler.profiler.kineto_results.experimental_event_tree()))
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["plain", "low rank"])
+def test_no_allocation_is_as_large_as_a_matrix_of_similarities(form):
+    count, channels = 1024, 16
+    z, f = random_tensor(1, count, channels, seed=1).requires_grad_(), random_tensor(1, count, channels, seed=2)
+    weight = random_tensor(channels, channels, seed=3)
+    matrix = 4 * count * count
+
+    def plain(loss):
+        return lambda: torch.autograd.grad(loss(z, f, 0.1), z)
+
+    ours = plain(marginal_distance_matrix_loss) if form == "plain" else lambda: torch.autograd.grad(sum(alignment_losses(z, weight, f)), z)
+    ours()
+    # Channels and features, the gradient, and a row of tiles: 32 tokens' signs against all, twice.
+    assert largest_allocation(ours) <= 4 * count * (3 * channels + 2 * 32 + 1) < matrix / 8
+    assert largest_allocation(plain(marginal_distance_matrix_loss_ref)) >= matrix, "what the test looks for is seen"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_not_a_number_does_not_pass_unnoticed(name, backend):
+    for poison in ("z", "f"):
+        inputs = dict(z=random_tensor(2, 40, 12, seed=1), f=random_tensor(2, 40, 12, seed=2), margin=0.2)
+        inputs[poison][1, 7, 3] = float("nan")
+        assert values_and_gradients(LOSSES[name][0], inputs, frozen=("f",))["out.0"].isnan()
+        assert LOSSES[name][0](**inputs).isnan(), "without a gradient too"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_zero_tokens_follow_the_clamps_of_torch(name, backend):
+    z, f = random_tensor(1, 40, 12, seed=1), random_tensor(1, 40, 12, seed=2)
+    z[0, 3], f[0, 5], z[0, 36], f[0, 36] = 0, 0, 0, 0
+    truth, ours = (values_and_gradients(loss, dict(z=z.double() if loss is REFERENCES[name] else z, f=f.to(kind), margin=0.1), ("f",))
+                   for loss, kind in ((REFERENCES[name], torch.float64), (LOSSES[name][0], torch.float32)))  # fmt: skip
+    for key, true in truth.items():
+        torch.testing.assert_close(ours[key].double(), true, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_a_pair_exactly_at_the_margin_is_free(tokens, backend):
+    """cos z = 1 and cos f = 1 * 1 / (2 * 1) = 0.5 are exact: at margin 0.5 neither cost nor gradient, just below both."""
+    z = torch.zeros(1, tokens, 4)
+    z[..., 0] = 1
+    z[:, 1, 1] = 2**-13  # z_0 . z_1 / (|z_0| |z_1|) is still 1 in fp32, and the gradient of a pair that pays is not 0
+    f = torch.zeros(1, tokens, 4)
+    f[:, :, 0] = 1
+    f[:, 1] = 1
+    inputs = dict(z=z, f=f)
+    at, below = (values_and_gradients(marginal_distance_matrix_loss, inputs | dict(margin=margin), ("f",)) for margin in (0.5, 0.4999))
+    assert at["out.0"] == 0 and not at["grad.z"].any()
+    assert below["out.0"] > 0 and below["grad.z"].any()
+    # Cosine: 1 - 0.5 - 0.5 is exactly 0.
+    at, below = (values_and_gradients(marginal_cosine_loss, inputs | dict(margin=m, z=z[:, 1:2] * 0 + z[:, :1], f=f[:, 1:2]), ("f",))
+                 for m in (0.5, 0.4999))  # fmt: skip
+    assert at["out.0"] == 0 and not at["grad.z"].any()
+    assert below["out.0"] > 0 and below["grad.z"].any()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+def test_identical_tokens_cost_nothing(margin, backend):
+    z = random_tensor(2, 45, 20, seed=1)
+    got = values_and_gradients(marginal_distance_matrix_loss, dict(z=z, f=z.clone(), margin=margin), ("f",))
+    assert got["out.0"] == 0 and not got["grad.z"].any()
+
+
+def test_empty_batches_are_refused():
+    for loss, _ in LOSSES.values():
+        with pytest.raises(ValueError, match=r"z has shape \(0, 4, 3\), .* none of them zero"):
+            loss(torch.ones(0, 4, 3), torch.ones(0, 4, 3))
