@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lightningdit import images
-from lightningdit.images import ImageFolder, center_crop, digits, read_image, to_pixels
+from lightningdit.images import ImageBatches, ImageFolder, center_crop, decode_image, digits, open_images, to_pixels
 
 
 def picture(height, width, channels=3, seed=0):
@@ -30,9 +30,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def one_pass(folder, batch_size=4, **options):
-    batches = list(folder.batches(batch_size, progress=False, **options))
-    return tuple(torch.cat(part) for part in zip(*batches, strict=True))
+def one_pass(source, image_size=8, batch_size=4, epoch=0, start=0, **options):
+    """(images, labels, indices, bad) of a pass of ImageBatches."""
+    batches = ImageBatches(source, batch_size, image_size=image_size, **options)
+    found = list(batches.epoch(epoch, start))
+    return *(torch.cat(part) for part in zip(*found, strict=True)), batches.bad
 
 
 def test_center_crop_is_bit_exact(golden):
@@ -57,13 +59,14 @@ def test_to_pixels():
 
 
 def test_folder_in_order(folder):
-    data = ImageFolder(folder, 16)
+    data = ImageFolder(folder)
     assert data.classes == ["apple", "banana"] and len(data) == 6
-    pictures, labels, indices = one_pass(data, workers=3)
+    pictures, labels, indices, bad = one_pass(data, 16, workers=3)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1] and indices.tolist() == list(range(6))
     for i, path in enumerate(data.files):
         assert np.array_equal(pictures[i].numpy(), np.asarray(center_crop(Image.open(path), 16))), path
-    later = one_pass(data, start=4)
+    assert bad == []
+    later = one_pass(data, 16, start=4)
     assert later[2].tolist() == [4, 5] and torch.equal(later[0], pictures[4:])
 
 
@@ -73,12 +76,12 @@ def test_nested_hidden_and_foreign_files(folder):
     (folder / "apple" / "notes.txt").write_text("no image")
     (folder / "apple" / ".0.png").write_text("half a download")
     (folder / ".cache").mkdir()
-    data = ImageFolder(folder, 16)
-    assert data.classes == ["apple", "banana"] and len(data) == 7 and len(one_pass(data)[0]) == 7
+    data = ImageFolder(folder)
+    assert data.classes == ["apple", "banana"] and len(data) == 7 and len(one_pass(data, 16)[0]) == 7
 
 
 def mean_error(path, expected, channels):
-    got = read_image(path, expected.width, channels).astype(int)
+    got = decode_image(path.read_bytes(), expected.width, channels).astype(int)
     assert got.shape == (expected.height, expected.width, channels)
     return np.abs(got - np.asarray(expected.convert(images.MODES[channels])).reshape(got.shape)).mean()
 
@@ -123,19 +126,19 @@ def test_exif_rotation(tmp_path):
 
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        ImageFolder(tmp_path / "nowhere", 16)
+        open_images(tmp_path / "nowhere")
 
 
 def test_file_instead_of_folder(tmp_path):
     (tmp_path / "file.png").write_bytes(b"")
     with pytest.raises(ValueError, match="is a file"):
-        ImageFolder(tmp_path / "file.png", 16)
+        open_images(tmp_path / "file.png")
 
 
 def test_no_class_folders(tmp_path):
     picture(16, 16).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match="no class folders"):
-        ImageFolder(tmp_path, 16)
+        ImageFolder(tmp_path)
 
 
 def test_empty_classes_are_named(folder):
@@ -143,13 +146,14 @@ def test_empty_classes_are_named(folder):
         (folder / name).mkdir()
     (folder / "cherry" / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match="no images in class cherry, damson"):
-        ImageFolder(folder, 16)
+        ImageFolder(folder)
 
 
-@pytest.mark.parametrize("arguments", [dict(image_size=0), dict(image_size=16, channels=2)])
-def test_impossible_arguments(folder, arguments):
-    with pytest.raises(ValueError, match=list(arguments)[-1]):
-        ImageFolder(folder, **arguments)
+@pytest.mark.parametrize("name, value", [("image_size", 0), ("channels", 2), ("batch_size", 0), ("workers", 0), ("crop", "middle"),
+                                         ("rank", 1), ("decoder", "opencv"), ("world", 0)])  # fmt: skip
+def test_impossible_arguments(folder, name, value):
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}"):
+        ImageBatches(ImageFolder(folder), **dict(batch_size=2, image_size=8) | {name: value})
 
 
 def damage(path, how):
@@ -171,26 +175,27 @@ def large_folder(tmp_path):
 def test_bad_images_are_named_counted_and_skipped(large_folder, how, caplog):
     for name in ("a/007.png", "b/149.png"):
         damage(large_folder / name, how)
-    data = ImageFolder(large_folder, 8)
+    data = ImageFolder(large_folder)
     with caplog.at_level(logging.WARNING):
-        pictures, labels, indices = one_pass(data, batch_size=64)
+        pictures, labels, indices, bad = one_pass(data, batch_size=64)
     assert indices.tolist() == [i for i in range(300) if i not in (7, 299)]
     assert torch.equal(labels, data.labels[indices]) and len(pictures) == 298
     assert "skipped 2 of 300" in caplog.text and "a/007.png" in caplog.text and "b/149.png" in caplog.text
-    assert [path.name for path, _ in data.bad] == ["007.png", "149.png"]
-    assert len(one_pass(data)[0]) == 298 and len(data.bad) == 2  # counted afresh in each pass
+    assert [name for name, _ in bad] == ["a/007.png", "b/149.png"]
 
 
 def test_more_than_one_percent_bad_stops(large_folder):
     for i in range(20):
         damage(large_folder / f"a/{i:03d}.png", "truncated")
-    data = ImageFolder(large_folder, 8)
+    data = ImageFolder(large_folder)
+    batches = ImageBatches(data, 4, image_size=8)
     with pytest.raises(ValueError, match=r"more than 1% of 300 images cannot be read:\n  a/000.png: .*\n  a/001.png"):
-        one_pass(data)
-    assert len(data.bad) == 4  # stops there, without reading on
+        list(batches.epoch())
+    assert len(batches.bad) == 4  # stops there, without reading on
 
 
 def test_a_file_that_vanishes_is_a_bad_image(large_folder):
-    data = ImageFolder(large_folder, 8)
+    data = ImageFolder(large_folder)
     (large_folder / "a" / "000.png").unlink()
-    assert one_pass(data)[2][0] == 1 and "FileNotFoundError" in data.bad[0][1]
+    _, _, indices, bad = one_pass(data)
+    assert indices[0] == 1 and len(indices) == 299 and "FileNotFoundError" in bad[0][1]

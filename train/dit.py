@@ -129,9 +129,10 @@ def load_latents(config, tokenizer, device):
         require(data.image_size == 8, "data.image_size", data.image_size, "8 for the bundled digits; data.path names images of your own")
         batches, classes, fingerprint = [images.digits()], [str(digit) for digit in range(10)], "scikit-learn digits"
     else:
-        folder = images.ImageFolder(data.path, data.image_size, channels=tokenizer.image_channels)
-        batches = folder.batches(config.sample.batch_size, workers=data.workers)
-        classes, fingerprint = folder.classes, latents.fingerprint(folder.path, folder.files)
+        source = images.open_images(data.path)
+        batches = images.ImageBatches(source, config.sample.batch_size, image_size=data.image_size, channels=tokenizer.image_channels,
+                                      workers=data.workers, progress=True).epoch()
+        classes, fingerprint = source.classes, source.fingerprint
         if tokenizer.image_channels == 1:
             print(f"note: images are read as grayscale, which is what the tokenizer {config.tokenizer.path} was made for")
     if data.num_classes is None:
@@ -311,9 +312,9 @@ def interruption():
 def print_plan(config, device):
     """--dry-run: what this configuration would cost, from shapes alone."""
     data = config.data
-    folder = images.ImageFolder(data.path, data.image_size) if data.path else None
-    num_images = data.num_images or (len(folder) if folder else len(images.digits()[1]))
-    data.num_classes = data.num_classes or (len(folder.classes) if folder else 10)
+    source = images.open_images(data.path) if data.path else None
+    num_images = data.num_images or (len(source) if source else len(images.digits()[1]))
+    data.num_classes = data.num_classes or (len(source.classes) if source else 10)
     with torch.device("meta"):
         model = LightningDiT(**config.model_arguments())
     bf16, micro, flops = config.use_bf16(device), config.micro_batch or config.batch_size, forward_flops(model)

@@ -24,7 +24,7 @@ from lightningdit import config as configuration
 from lightningdit import metrics
 from lightningdit.config import VAVAEConfig
 from lightningdit.distributed import generator_for, pick_device, seed_for
-from lightningdit.images import ImageFolder, digits, to_pixels
+from lightningdit.images import ImageBatches, digits, open_images, to_pixels
 from lightningdit.latents import batch_indices
 from lightningdit.log import RunLog, image_grid, save_png, write_environment
 from lightningdit.optim import lr_at
@@ -75,9 +75,10 @@ def load_images(data):
     """The whole data set in memory: uint8 images (n, H, W, C), labels (n,), class names."""
     if data.path is None:
         return *digits(), [str(digit) for digit in range(10)]
-    folder = ImageFolder(data.path, data.image_size, data.channels)
-    images, labels, _ = zip(*folder.batches(256, data.workers), strict=True)
-    return torch.cat(images), torch.cat(labels), folder.classes
+    source = open_images(data.path)
+    batches = ImageBatches(source, 256, image_size=data.image_size, channels=data.channels, workers=data.workers, progress=True)
+    images, labels, _ = zip(*batches.epoch(), strict=True)
+    return torch.cat(images), torch.cat(labels), source.classes
 
 
 def split(n, fraction, seed):
