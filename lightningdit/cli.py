@@ -2,6 +2,7 @@
 
     lightningdit sample --checkpoint runs/digits --classes 3,7 --seed 0 --num 16 --out grid.png
     lightningdit export --checkpoint runs/digits --out digits.pt
+    lightningdit latents map STORE --out map.png; also: latents verify, export, import
 """
 import json
 import sys
@@ -11,6 +12,7 @@ import torch
 import tyro
 
 from . import config as configuration
+from . import latent_tools
 from .checkpoint import NAME, CheckpointError, latest_checkpoint, load_weights, save_weights
 from .config import DiTConfig
 from .distributed import pick_device
@@ -132,7 +134,11 @@ def parse_classes(text, num_classes, names):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["latents"]:
+            return tyro.extras.subcommand_cli_from_dict(latent_tools.COMMANDS, args=argv[1:], prog="lightningdit latents",
+                                                        description=latent_tools.__doc__)
         commands = {"sample": sample, "export": export}
         return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="lightningdit", description=__doc__)
     except (ValueError, OSError, ImportError) as problem:

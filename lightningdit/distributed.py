@@ -3,22 +3,38 @@
 Every random number of a run is a function of (seed, purpose, step): nothing depends on when the run was interrupted. The numbers of
 a step are drawn for the whole global batch and each process takes its slice, so they do not depend on the number of processes either.
 """
+import contextlib
 import hashlib
 import os
 import shutil
 
 import torch
+import torch.distributed as dist
 
 
 def world():
-    """(rank, world_size) of this process, from torchrun's environment.
+    """(rank, world_size) of this process, from torchrun's environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    Raises: ValueError for more than one process, which train/dit.py does not run on yet.
+
+@contextlib.contextmanager
+def process_group(device):
+    """Joins the processes that torchrun started: gloo on CPUs, NCCL on GPUs, one process a device. Nothing to do for a single one.
+
+    Yields: the device of this process, e.g. cuda:3.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size != 1:
-        raise ValueError(f"WORLD_SIZE: got {size}, expected 1: training runs as one process for now")
-    return rank, size
+    _, size = world()
+    if size == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def pick_device(name):

@@ -108,16 +108,17 @@ class Writer:
 
     def write(self, number, moments, labels, indices, bad=()):
         """Writes a shard: moments (k, M, P * C, h, w), labels and indices (k,); bad: [(name, reason)] of the images that are missing."""
+        if not moments.isfinite().all():
+            raise ValueError(f"{_shard_name(number)}: latents that are not finite; a higher precision of the encoder may help")
         file, about = self.path / _shard_name(number), header("latents", store=plan_id(self.plan), shard=number)
         save_weights(file, dict(moments=moments, labels=labels, indices=indices), metadata=about)
         _write_json(self.path / _record_name(number), dict(
             images=len(labels), bad=[list(map(str, pair)) for pair in bad], size=file.stat().st_size, sha256=sha256(file),
-            sums=_channel_sums(moments, self.plan["parts"])))
+            sums=channel_sums(moments[:, 0], self.plan["parts"])))
 
     def statistics(self):
         """Of all the unflipped latents, once every process has written its shards: {"mean", "std": C numbers, "images"}.
 
-        Exactly what samples of the posteriors have on average: the unbiased variance of the means plus the mean of the variances.
         Raises: ValueError where more than 1 % of the images could not be read; it lists the first ones.
         """
         records = self._records()
@@ -126,13 +127,7 @@ class Writer:
             listed = [f"  {name}: {reason}" for name, reason in bad[:SHOWN]]
             raise ValueError(f"more than {MAX_BAD_FRACTION:.0%} of {self.plan['num_images']} images cannot be read:\n" + "\n".join(listed))
         images, (_, height, width) = sum(record["images"] for record in records), self.plan["shape"]
-        count = images * height * width
-        if count < 2:
-            raise ValueError(f"{self.path}: got {images} images, expected some")
-        means, squares, variances = np.sum([record["sums"] for record in records], axis=0)
-        mean = means / count
-        variance = (squares - count * mean**2) / (count - 1) + variances / count
-        return dict(mean=mean.tolist(), std=np.sqrt(np.maximum(variance, 0)).tolist(), images=images)
+        return combine([record["sums"] for record in records], images * height * width) | dict(images=images)
 
     def finish(self, normalisation):
         """Writes index.json, by which the store becomes one, and removes the records.
@@ -147,7 +142,7 @@ class Writer:
             index = dict(format=FORMAT, version=VERSION, images=sum(shard["images"] for shard in shards), plan=self.plan,
                          statistics=self.statistics(), normalisation=normalisation,
                          bad=[pair for record in records for pair in record["bad"]], shards=shards)
-            _write_json(self.path / "index.json", index | dict(sha256=_digest(index)))
+            _write_json(self.path / "index.json", index | dict(sha256=digest(index)))
         for leftover in [self.path / "plan.json", *self.path.glob("shard_*.json"), *self.path.glob(".partial_*")]:
             leftover.unlink(missing_ok=True)
 
@@ -155,14 +150,15 @@ class Writer:
         return [_parse(self.path / _record_name(number)) for number in range(len(self.plan["shards"]))]
 
 
-def make_plan(source, *, shape, views, dtype, shards, parts=2, **provenance):
+def make_plan(source, num_images, *, shape, views, dtype, shards, parts=2, **provenance):
     """Everything that the bytes of a store depend on, as JSON: two stores of one plan are the same.
 
     Args:
-        source: has `classes`, `fingerprint` and a length. shape: (C, h, w). dtype: "fp32" or "bf16". shards: [(start, stop)] of the source.
+        source: has `classes` and `fingerprint`. num_images: what it holds. shape: (C, h, w). dtype: "fp32" or "bf16".
+        shards: [(start, stop)] of the source.
         provenance: what made it: tokenizer (SHA-256), transform, and the like.
     """
-    plan = dict(num_images=len(source), classes=source.classes, shape=shape, views=views, parts=parts, dtype=dtype, shards=shards,
+    plan = dict(num_images=num_images, classes=source.classes, shape=shape, views=views, parts=parts, dtype=dtype, shards=shards,
                 data=source.fingerprint, **provenance)
     return json.loads(json.dumps(plan))  # as it is read back
 
@@ -188,8 +184,9 @@ def encode(tokenizer, images, path, *, flip=True, dtype="fp32", shard_size=SHARD
     """
     source, side = images.source, images.image_size // tokenizer.downsample
     plan = make_plan(
-        source, shape=(tokenizer.latent_channels, side, side), views=1 + flip, dtype=dtype, shards=spans(len(source), shard_size),
-        tokenizer=tokenizer.sha256, statistics=statistics, precision="bf16" if bf16 else "fp32", batch_size=images.batch_size,
+        source, len(source), shape=(tokenizer.latent_channels, side, side), views=1 + flip, dtype=dtype,
+        shards=spans(len(source), shard_size), tokenizer=tokenizer.sha256, statistics=statistics,
+        precision="bf16" if bf16 else "fp32", batch_size=images.batch_size,
         image_size=images.image_size, channels=images.channels, crop=images.crop, decoder=images.decoder)
     writer = Writer(path, plan, rank, world)
     done = writer.images - sum(stop - start for start, stop in (plan["shards"][number] for number in writer.missing))
@@ -239,6 +236,12 @@ def _encode_shard(tokenizer, batches, plan, most, bf16, bar):
     return moments[:count], torch.cat(labels), torch.cat(indices)
 
 
+def cache_path(folder, tokenizer, images, flip):
+    """The folder for the store of exactly these images by exactly this tokenizer."""
+    key = [tokenizer.sha256, images.source.fingerprint, images.image_size, images.decoder, flip]
+    return Path(folder) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
 class _Stream:
     """One pass over ImageBatches from place `start` on, cut at the ends of shards."""
 
@@ -275,15 +278,28 @@ def renormalise(tokenizer, statistics, folder):
     return other
 
 
-def _channel_sums(moments, parts):
-    """Three sums in fp64 over images and positions of the unflipped view, (3, C): of means, of their squares, of variances."""
-    sums = 0
-    for chunk in moments[:, 0].split(256):
+def channel_sums(moments, parts):
+    """Three sums over images and positions of moments (k, P * C, h, w), fp64 (3, C) as lists: of means, of their squares, of variances."""
+    sums = np.zeros((3, moments.shape[1] // parts))
+    for chunk in moments.split(256):
         values = chunk.double().flatten(2).numpy()  # NumPy's sums do not depend on the number of threads
-        mean = values[:, : values.shape[1] // parts]
-        variance = np.exp(values[:, mean.shape[1] :]) if parts == 2 else np.zeros_like(mean)
-        sums = sums + np.stack([term.sum((0, 2)) for term in (mean, mean**2, variance)])
-    return sums.tolist() if len(moments) else np.zeros((3, moments.shape[2] // parts)).tolist()
+        mean = values[:, : sums.shape[1]]
+        variance = np.exp(values[:, sums.shape[1] :]) if parts == 2 else np.zeros_like(mean)
+        sums += np.stack([term.sum((0, 2)) for term in (mean, mean**2, variance)])
+    return sums.tolist()
+
+
+def combine(sums, count):
+    """{"mean", "std"}, C numbers each, from the `channel_sums` of all parts of `count` values a channel.
+
+    Exactly what samples of the posteriors have on average: the variance is the unbiased one of the means plus the mean of the variances.
+    """
+    if count < 2:
+        raise ValueError(f"statistics: got {count} values a channel, expected at least 2")
+    means, squares, variances = np.sum(sums, axis=0)
+    mean = means / count
+    variance = (squares - count * mean**2) / (count - 1) + variances / count
+    return dict(mean=mean.tolist(), std=np.sqrt(np.maximum(variance, 0)).tolist())
 
 
 # Reading
@@ -350,6 +366,22 @@ class LatentStore:
     def nbytes(self):
         """Bytes of all moments."""
         return sum(block.nbytes for block in self.blocks)
+
+    def describe(self):
+        """What is in the store, and what it goes with, in a few lines."""
+        channels, height, width = self.shape
+        statistics, bad, tokenizer = self.index["statistics"], self.index["bad"], self.index["normalisation"]["tokenizer"]
+        held = self.path / "tokenizer.safetensors"
+        lines = [
+            f"store             {self.path}: {len(self)} images in {len(self.classes)} classes, {len(self.index['shards'])} shards",
+            f"latents           {channels} x {height} x {width}, {'moments' if self.parts == 2 else 'samples'} of "
+            f"{'image and mirror image' if self.views == 2 else 'the image'}, {self.plan['dtype']}, {self.nbytes / 2**20:.1f} MiB",
+            f"channel mean      {min(statistics['mean']):.4f} to {max(statistics['mean']):.4f}",
+            f"channel deviation {min(statistics['std']):.4f} to {max(statistics['std']):.4f}",
+            f"tokenizer         SHA-256 {tokenizer}{f', {held}' if held.is_file() else ''}",
+            f"skipped           {len(bad)} images that could not be read" + "".join(f"\n  {name}: {why}" for name, why in bad[:SHOWN]),
+        ]
+        return "\n".join(lines)
 
     def verify(self, progress=False):
         """Reads every shard and compares it with its SHA-256. Raises: ValueError that names the first damaged one."""
@@ -453,7 +485,7 @@ def read_index(path):
         raise ValueError(f"{file}: not the index of a latent store")
     if index.get("version") != VERSION:
         raise ValueError(f"{file}: got version {index.get('version')!r}, expected {VERSION}; this store was written by another release")
-    if index.pop("sha256", None) != _digest(index):
+    if index.pop("sha256", None) != digest(index):
         raise ValueError(f"{file}: damaged, it differs from its own checksum")
     if not all(SHARD.fullmatch(about["file"]) for about in index["shards"]):
         raise ValueError(f"{file}: shards outside the store")
@@ -462,10 +494,11 @@ def read_index(path):
 
 def plan_id(plan):
     """A name for the one store that this plan makes; every shard's header holds it."""
-    return _digest(plan)[:16]
+    return digest(plan)[:16]
 
 
-def _digest(content):
+def digest(content):
+    """SHA-256 of JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
