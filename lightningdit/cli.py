@@ -5,6 +5,7 @@
     lightningdit export-tokenizer --tokenizer vavae.pt --statistics latents_stats.pt --out vavae
     lightningdit evaluate tokenizer --tokenizer digits
     lightningdit evaluate samples --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    lightningdit latents map STORE --out map.png; also: latents verify, export, import
 """
 import json
 import sys
@@ -15,6 +16,7 @@ import torch
 import tyro
 
 from . import config as configuration
+from . import latent_tools
 from .checkpoint import NAME, CheckpointError, latest_checkpoint, load_weights, save_weights
 from .config import DiTConfig
 from .distributed import pick_device
@@ -169,7 +171,8 @@ def union(commands):
 def main(argv=None):
     measures = dict(tokenizer=evaluate_tokenizer, samples=evaluate_samples)
     commands = {"sample": sample, "export": export, "export-tokenizer": export_tokenizer,
-                "evaluate": ("Measures a tokenizer or generated images.", measures)}
+                "evaluate": ("Measures a tokenizer or generated images.", measures),
+                "latents": (latent_tools.__doc__, latent_tools.COMMANDS)}
     try:
         return tyro.cli(union(commands), args=argv, prog="lightningdit", description=__doc__)
     except (ValueError, OSError, ImportError) as problem:

@@ -29,15 +29,32 @@ def require(condition, name, got, expected):
 
 
 @dataclass
-class DataConfig:
-    path: str | None = None  # folder with one folder of images a class; None: the digits that scikit-learn ships
+class EncodeDataConfig:
+    """Images, and what becomes of them before the tokenizer sees them."""
+
+    path: str | None = None  # folder with one folder of images a class, .tar or .zip; None: the digits that scikit-learn ships
     image_size: int = 256  # pixels a side, after the center crop
+    flip: bool = True  # encode mirror images too
+    decoder: Literal["auto", "dali", "pillow"] = "auto"  # auto: pillow, on whose exact center crop published FIDs depend
+    workers: int = 4  # decoding threads
+
+    def validate(self):
+        require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
+        require(self.workers > 0, "data.workers", self.workers, "a positive number")
+        require(self.path is not None or self.image_size == 8, "data.image_size", self.image_size,
+                "8 for the bundled digits; data.path names images of your own")
+
+
+@dataclass
+class DataConfig(EncodeDataConfig):
+    """`path` may also be a store that train/encode.py made; images are encoded to one first."""
+
+    flip: bool = True  # mirror each image with probability 1/2
     num_classes: int | None = None  # None: counted from the data
     num_images: int | None = None  # for --dry-run without the data at hand; None: counted from the data
-    flip: bool = True  # mirror each image with probability 1/2
     val_fraction: float = 0.0  # part of the images held out for the validation loss
-    cache: str | None = None  # folder for encoded latents; None: RUN/latents
-    workers: int = 4  # decoding threads
+    cache: str | None = None  # folder for the store that images are encoded to; None: RUN/latents
+    resident: Literal["auto", "none", "ram", "device"] = "auto"  # where the latents lie; none: memory-mapped, read as they are needed
 
     def validate(self):
         require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
@@ -234,6 +251,33 @@ class DiTConfig:
                 f"at most tokenizer.latent_channels = {latent_channels}")
         require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup,
                 f"fewer than steps = {self.steps}")
+
+
+@dataclass
+class EncodeTokenizerConfig:
+    path: str | None = None  # "digits" (bundled), or a tokenizer file
+    statistics: Literal["tokenizer", "data"] = "tokenizer"  # which normalise the latents; data: their own, saved with the tokenizer
+
+
+@dataclass
+class EncodeConfig:
+    """One run of train/encode.py: images to a store of latents."""
+
+    out: str = "latents"  # folder of the store; the same command run again goes on with it
+    batch_size: int = 64  # images a pass through the encoder, of one process
+    shard_size: int = 4096  # images a file; what a kill may cost of work
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the stored moments; bf16 halves the store
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None  # of the CPU; None: PyTorch's choice. The last bits of the latents depend on their number
+    data: EncodeDataConfig = field(default_factory=EncodeDataConfig)
+    tokenizer: EncodeTokenizerConfig = field(default_factory=EncodeTokenizerConfig)
+
+    def validate(self):
+        for name in ("batch_size", "shard_size"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(self.threads is None or self.threads > 0, "threads", self.threads, "a positive number, or null")
+        require(self.tokenizer.path is not None, "tokenizer.path", None, "'digits' (bundled) or a tokenizer file; train/vavae.py makes one")
 
 
 @dataclass

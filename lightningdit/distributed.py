@@ -18,14 +18,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def world():
-    """(rank, world_size) of this process, from torchrun's environment.
+    """(rank, world_size) of this process, from torchrun's environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    Raises: ValueError for more than one process, which train/dit.py does not run on yet.
+
+@contextlib.contextmanager
+def process_group(device):
+    """Joins the processes that torchrun started: gloo on CPUs, NCCL on GPUs, one process a device. Nothing to do for a single one.
+
+    Yields: the device of this process, e.g. cuda:3.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size != 1:
-        raise ValueError(f"WORLD_SIZE: got {size}, expected 1: training runs as one process for now")
-    return rank, size
+    _, size = world()
+    if size == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def pick_device(name):

@@ -34,7 +34,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from . import images_dali
-from .distributed import generator_for, seed_for
+from .distributed import generator_for, seed_for, world
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,33 @@ def digits():
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
     return torch.from_numpy(images)[..., None], torch.from_numpy(data.target.astype(np.int64))
+
+
+class TensorBatches:
+    """Images that are in memory already, as one batch, to whoever takes ImageBatches.
+
+    Args:
+        images: uint8 (n, H, H, C). labels: int64 (n,). classes: names. name: what they are; it stands in for their fingerprint too.
+    """
+
+    def __init__(self, images, labels, classes, name):
+        self.batch_size, self.image_size, _, self.channels = images.shape
+        self.images, self.crop, self.decoder, self.bad = images, "none", "none", []
+        self.source = ImageSource(name, [str(i) for i in range(len(images))], labels, classes, [name])
+
+    def epoch(self, epoch=0, start=0):
+        """One pass, in index order."""
+        yield self.images[start:], self.source.labels[start:], torch.arange(start, len(self.images))
+
+
+def open_batches(data, batch_size, channels, device="cpu"):
+    """Batches in index order of what an EncodeDataConfig names, center-cropped: of its path, or without one of the digits."""
+    if data.path is None:
+        return TensorBatches(*digits(), [str(digit) for digit in range(10)], "scikit-learn digits")
+    if channels == 1 and world()[0] == 0:
+        print(f"note: {data.path} is read as grayscale, which is what the tokenizer was made for")
+    return ImageBatches(open_images(data.path), batch_size, image_size=data.image_size, channels=channels, decoder=data.decoder,
+                        device=device, workers=data.workers)
 
 
 def to_pixels(images):

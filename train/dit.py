@@ -2,6 +2,7 @@
 
     python train/dit.py --compile                                   # the embedded default: handwritten digits, minutes on a CPU
     python train/dit.py --data.path photos --config my_recipe.yaml  # own images: one folder a class
+    python train/dit.py --data.path STORE --config my_recipe.yaml   # latents that train/encode.py made
     python train/dit.py --config train/configs/lightningdit_xl_64ep.yaml --dry-run
 
 The same command run again resumes. B global batch, C latent channels, S latent positions a side.
@@ -32,21 +33,22 @@ RECIPE = Path(__file__).parent / "configs" / "digits.yaml"
 # What may change between a run and its resumption; anything else would make it another run.
 MAY_CHANGE = (
     "run", "steps", "micro_batch", "compile", "device", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num",
-    "validate_every", "final_samples", "sample", "data.path", "data.cache", "data.workers", "data.num_images", "tokenizer.path",
+    "validate_every", "final_samples", "sample", "data.path", "data.cache", "data.workers", "data.decoder", "data.num_images",
+    "data.resident", "tokenizer.path",
 )
 
 
 def main(argv):
     dry_run = "--dry-run" in argv
     config = parse(DiTConfig, [a for a in argv if a != "--dry-run"], recipe=RECIPE, description=__doc__)
-    world()
+    require(world()[1] == 1, "WORLD_SIZE", world()[1], "1: training runs as one process for now")
     device = pick_device(config.device)
     if config.compile and not dry_run:
         check_compiler(device)
     if dry_run:
         return print_plan(config, device)
 
-    # Data: images -> posterior moments of latents, once.
+    # Data: images -> store of posterior moments of latents, once.
     tokenizer = load_tokenizer(config, device)
     run = open_run(config, tokenizer, device)
     train_set, val_set = load_latents(config, tokenizer, device)
@@ -60,7 +62,7 @@ def main(argv):
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup)
     optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay)
     facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes,
-                 **train_set.provenance)
+                 tokenizer=tokenizer.sha256, data=train_set.plan["data"], image_size=config.data.image_size)
     start = saved = resume(run, model, average.model, optimizer, facts)
     if config.compile:
         for block in model.blocks:  # one block's graph serves all of them: compile time does not grow with depth
@@ -72,9 +74,10 @@ def main(argv):
             f"{len(train_set.classes)} classes, {device}, {'bf16' if config.use_bf16(device) else 'fp32'}"
             f"{', compiled' if config.compile else ''}, {f'resuming at step {start}' if start else 'from the beginning'}")
     model.train()
-    with interruption() as interrupted, contextlib.closing(log):
+    loader = latents.Loader(train_set, config.batch_size, seed=config.seed, start=start, flip=config.data.flip, device=device)
+    with interruption() as interrupted, contextlib.closing(log), contextlib.closing(loader):
         for done in range(start + 1, config.steps + 1):  # updates done at the end of the iteration
-            x1, x0, t, y, drop = draw_batch(config, tokenizer, train_set, done - 1, device)
+            x1, x0, t, y, drop = draw_batch(config, tokenizer, *next(loader), done - 1, device)
             lr = set_lr(optimizer, done - 1, config)
             values = {}
             for part in micro_batches(config):
@@ -123,29 +126,20 @@ def load_tokenizer(config, device):
 
 
 def load_latents(config, tokenizer, device):
-    """(training set, held-out set or None): from the cache where the same data was encoded by the same tokenizer before."""
-    data = config.data
-    if data.path is None:
-        require(data.image_size == 8, "data.image_size", data.image_size, "8 for the bundled digits; data.path names images of your own")
-        batches, classes, fingerprint = [images.digits()], [str(digit) for digit in range(10)], "scikit-learn digits"
-    else:
-        source = images.open_images(data.path)
-        batches = images.ImageBatches(source, config.sample.batch_size, image_size=data.image_size, channels=tokenizer.image_channels,
-                                      workers=data.workers, progress=True).epoch()
-        classes, fingerprint = source.classes, source.fingerprint
-        if tokenizer.image_channels == 1:
-            print(f"note: images are read as grayscale, which is what the tokenizer {config.tokenizer.path} was made for")
-    if data.num_classes is None:
-        data.num_classes = len(classes)
-    require(len(classes) <= data.num_classes, "data.num_classes", data.num_classes, f"at least {len(classes)}, the classes of the data")
-    provenance = dict(tokenizer=tokenizer.sha256, data=fingerprint, image_size=data.image_size)
-    cached = latents.cache_path(data.cache or Path(config.run) / "latents", provenance, data.flip)
-    if cached.is_file():
-        latent_set = latents.load(cached)
-    else:
-        latent_set = latents.encode(tokenizer, batches, flip=data.flip, device=device, classes=classes, provenance=provenance)
-        latents.save(latent_set, cached)
-    return latent_set.split(data.val_fraction, generator_for(config.seed, "validation split"))
+    """(training set, held-out set or None): a store, or images encoded to one in the cache, once for each data set and tokenizer."""
+    data, path = config.data, config.data.path
+    if not latents.is_store(path):
+        batches = images.open_batches(data, config.sample.batch_size, tokenizer.image_channels, device)
+        path = latents.cache_path(data.cache or Path(config.run) / "latents", tokenizer, batches, data.flip)
+        latents.encode(tokenizer, batches, path, flip=data.flip)
+    store = latents.LatentStore(path)
+    store.check_tokenizer(tokenizer)
+    require(store.shape[1] == config.latent_size, "data.image_size", data.image_size,
+            f"{store.shape[1] * tokenizer.downsample}, of which {path} has latents")
+    data.num_classes = data.num_classes or len(store.classes)
+    require(len(store.classes) <= data.num_classes, "data.num_classes", data.num_classes,
+            f"at least {len(store.classes)}, the classes of the data")
+    return store.resident(data.resident, device).split(data.val_fraction, generator_for(config.seed, "validation split"))
 
 
 def open_run(config, tokenizer, device):
@@ -196,17 +190,15 @@ def save_state(log, run, step, saved, keep, model, average, optimizer, facts, la
         return saved
 
 
-def draw_batch(config, tokenizer, train_set, step, device):
+def draw_batch(config, tokenizer, moments, y, step, device):
     """The inputs of update `step` (0-based): normalised latents x1, noise x0 (B, C, S, S), times t, labels y, label dropout (B,).
 
     Drawn for the whole global batch from (seed, step) alone.
     """
     B, settings = config.batch_size, config.flow
-    indices = latents.batch_indices(step, B, len(train_set), config.seed)
-    mirror = torch.rand(B, generator=generator_for(config.seed, "mirror", step))
     generator = generator_for(config.seed, "noise", step, device=device)
     shape = (B, config.tokenizer.latent_channels, config.latent_size, config.latent_size)
-    raw, y = train_set.draw(indices, torch.randn(shape, generator=generator, device=device), mirror)
+    raw = latents.draw(moments, torch.randn(shape, generator=generator, device=device))
     x0 = torch.randn(shape, generator=generator, device=device)
     low, high = flow.integration_interval(settings.path, settings.prediction, mode="train", train_eps=settings.train_eps)
     t = flow.sample_timesteps(B, distribution=flow.timestep_distribution_at(step, settings.time, settings.time_switch_step),
@@ -248,7 +240,7 @@ def validate(config, model, tokenizer, val_set, autocast, device, most=2048):
         indices = torch.arange(start, min(start + config.sample.batch_size, count))
         generator = generator_for("validation", start)
         shape = (len(indices), config.tokenizer.latent_channels, config.latent_size, config.latent_size)
-        raw, y = val_set.draw(indices, torch.zeros(shape, device=device), torch.zeros(len(indices)))
+        raw, y = latents.draw(val_set.gather(indices).to(device), torch.zeros(shape, device=device)), val_set.labels[indices].to(device)
         x0 = torch.randn(shape, generator=generator).to(device)
         t = torch.rand(len(indices), generator=generator).clamp(1e-3, 1 - 1e-3).to(device)
         keep_labels = torch.zeros_like(y, dtype=torch.bool)
@@ -312,9 +304,13 @@ def interruption():
 def print_plan(config, device):
     """--dry-run: what this configuration would cost, from shapes alone."""
     data = config.data
-    source = images.open_images(data.path) if data.path else None
-    num_images = data.num_images or (len(source) if source else len(images.digits()[1]))
-    data.num_classes = data.num_classes or (len(source.classes) if source else 10)
+    if latents.is_store(data.path):
+        index = latents.read_index(data.path)
+        counted, classes = index["images"], index["plan"]["classes"]
+    else:
+        source = images.open_batches(data, 1, 3).source
+        counted, classes = len(source), source.classes
+    num_images, data.num_classes = data.num_images or counted, data.num_classes or len(classes)
     with torch.device("meta"):
         model = LightningDiT(**config.model_arguments())
     bf16, micro, flops = config.use_bf16(device), config.micro_batch or config.batch_size, forward_flops(model)

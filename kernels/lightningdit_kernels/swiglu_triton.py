@@ -137,7 +137,7 @@ def swiglu_bwd(grad: Tensor, packed: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 def audit_cases() -> list[dict]:
-    """Every static configuration at the model's hidden sizes (XL 3072, B 2048, S 1024): bf16 activations, without a bias and with one in fp32."""
+    """Every static configuration at the model's hidden sizes (XL 3072, B 2048, S 1024): bf16, without a bias and with one in fp32."""
     cases = []
     for hidden in (3072, 2048, 1024):
         config = CONFIGS[80, str(_columns(hidden))][0]
