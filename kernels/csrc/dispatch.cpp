@@ -1,5 +1,6 @@
 // The C ABI: every exported function calls its twin at the highest instruction-set level that this processor has.
 #include "alignment.h"
+#include "attention.h"
 #include "common.h"
 #include "groupnorm.h"
 #include "norm.h"
@@ -13,6 +14,9 @@
 
 #define DECLARE(level)                             \
   namespace level {                                \
+  LIGHTNINGDIT_ATTENTION_SCRATCH(attention_scratch);   \
+  LIGHTNINGDIT_ATTENTION_FORWARD(attention_forward);   \
+  LIGHTNINGDIT_ATTENTION_BACKWARD(attention_backward); \
   LIGHTNINGDIT_COSINE_FORWARD(cosine_forward);     \
   LIGHTNINGDIT_COSINE_BACKWARD(cosine_backward);   \
   LIGHTNINGDIT_DISTANCE(distance);                 \
@@ -68,7 +72,7 @@ static int level = detected_level;
   return baseline::call;
 
 // Raised with every change of a signature, so that a library left over from an older build is refused.
-EXPORT int lightningdit_abi_version() { return 3; }
+EXPORT int lightningdit_abi_version() { return 4; }
 
 EXPORT int lightningdit_level() { return level; }
 
@@ -114,4 +118,16 @@ EXPORT LIGHTNINGDIT_COSINE_BACKWARD(lightningdit_cosine_backward) {
 EXPORT LIGHTNINGDIT_DISTANCE(lightningdit_distance) {
   DISPATCH(distance(z, f, z_inverse, f_inverse, grad_z, loss, partial, scratch, batch, tokens, width, feature_width, margin, eps, z_dtype,
                     f_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_ATTENTION_SCRATCH(lightningdit_attention_scratch) { DISPATCH(attention_scratch(tokens, head_dim, backward)) }
+
+EXPORT LIGHTNINGDIT_ATTENTION_FORWARD(lightningdit_attention_forward) {
+  DISPATCH(attention_forward(qkv, table, bias, q_weight, k_weight, q_bias, k_bias, out, lse, scratch, batch, tokens, heads, head_dim, eps,
+                             center, qkv_dtype, out_dtype, threads))
+}
+
+EXPORT LIGHTNINGDIT_ATTENTION_BACKWARD(lightningdit_attention_backward) {
+  DISPATCH(attention_backward(grad, qkv, out, lse, table, bias, q_weight, k_weight, q_bias, k_bias, grad_qkv, sums, scratch, batch, tokens,
+                              heads, head_dim, eps, center, qkv_dtype, out_dtype, threads))
 }

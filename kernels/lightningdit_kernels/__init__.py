@@ -35,9 +35,9 @@ def backends() -> dict[str, dict[str, str]]:
     for op in ("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss"):
         rows[op] = serves | dict(why=f"{cpu}. {cuda}; neither has an N x N matrix in memory")
     rows["rope_attention"] = dict(
-        cpu="reference",
+        cpu=serves["cpu"],
         cuda="the fastest measured, else sdpa" if MEASURED else "sdpa",
-        why=f"backend='auto' follows its measurements of (GPU, N, Dh), of which there are {len(MEASURED)}, and else takes sdpa; "
-        "backend='triton' (CUDA, fp32, bf16, fp16), 'flash_attn' and 'xformers' serve when named",
+        why=f"{cpu}. CUDA: backend='auto' follows its measurements of (GPU, N, Dh), of which there are {len(MEASURED)}, and else takes "
+        "sdpa; backend='triton' (fp32, bf16, fp16), 'flash_attn' and 'xformers' serve when named",
     )
     return rows

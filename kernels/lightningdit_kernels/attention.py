@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from lightningdit_kernels.library import LIBRARY, accumulation_dtype, check_floating, check_shape, define, differentiable, result_dtype
+from lightningdit_kernels import native
+from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, define, differentiable, result_dtype
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn", "xformers")
 
@@ -52,26 +53,27 @@ def rope_ref(x, positions, freqs):
     return rotate_ref(x, rope_table(positions, freqs, x.dtype))
 
 
-def queries_and_keys_ref(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center):
-    """q' and k' (B, N, H, Dh): in fp32 where there is something to do, else q and k as they are."""
-    q, k = qkv[:, :, 0], qkv[:, :, 1]
+def operands_ref(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, dtype):
+    """q', k' and v (B, N, H, Dh) in dtype: in fp32 where there is something to do, then rounded."""
     acc = accumulation_dtype(qkv)
+    if bias is not None:
+        qkv = qkv.to(acc) + bias.to(acc)
+    q, k, v = qkv.unbind(2)
     if q_weight is not None:
         q = head_norm_ref(q.to(acc), q_weight, q_bias, eps, center)
         k = head_norm_ref(k.to(acc), k_weight, k_bias, eps, center)
-    if table is not None:
+    if positions is not None:
+        table = rope_table(positions, freqs, acc)
         q, k = rotate_ref(q.to(acc), table), rotate_ref(k.to(acc), table)
-    return q, k
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def rope_attention_ref(
-    qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, eps=1e-6, center=False, attend=None
+    qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, bias=None, eps=1e-6, center=False, attend=None
 ):
     """The definition of rope_attention in plain PyTorch. attend(q, k, v), (B, N, H, Dh) each: the attention, by default PyTorch's."""
-    dtype = result_dtype(qkv)
-    table = None if positions is None else rope_table(positions, freqs, accumulation_dtype(qkv))
-    q, k = queries_and_keys_ref(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center)
-    return (attend or _sdpa)(q.to(dtype), k.to(dtype), qkv[:, :, 2].to(dtype)).flatten(2)
+    parameters = (q_weight, k_weight, q_bias, k_bias, bias)
+    return (attend or _sdpa)(*operands_ref(qkv, positions, freqs, *parameters, eps, center, result_dtype(qkv))).flatten(2)
 
 
 def _sdpa(q, k, v):
@@ -79,64 +81,106 @@ def _sdpa(q, k, v):
     return nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def attention_forward_ref(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out_dtype):
+def attention_forward_ref(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype):
     """out (B, N, H*Dh) and lse (B, H, N), the logarithm of each softmax's denominator, which the backward starts from."""
-    q, k, v = _operands(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out_dtype)
+    q, k, v = _operands(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     lse = scores.logsumexp(-1)
     out = (scores - lse.unsqueeze(-1)).exp() @ v
     return out.transpose(1, 2).flatten(2).to(out_dtype), lse
 
 
-def _operands(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out_dtype):
-    """q', k', v (B, H, N, Dh), rounded to out_dtype as the products see them, in the accumulation dtype."""
-    q, k = queries_and_keys_ref(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center)
-    return (a.to(out_dtype).to(accumulation_dtype(qkv)).transpose(1, 2) for a in (q, k, qkv[:, :, 2]))
+def _operands(qkv, *arguments):
+    """q', k', v (B, H, N, Dh), rounded to the result's dtype as the products see them, in the accumulation dtype."""
+    return (a.to(accumulation_dtype(qkv)).transpose(1, 2) for a in operands_ref(qkv, *arguments))
 
 
-def attention_backward_ref(grad, qkv, out, lse, table, q_weight, k_weight, q_bias, k_bias, eps, center):
-    """Gradients of qkv, q_weight, k_weight, q_bias, k_bias; empty for what is None.
+def attention_backward_ref(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center):
+    """Gradients of qkv, q_weight, k_weight, q_bias, k_bias and bias; empty for what is None.
 
     With P = exp(S - lse), S = q' k'^T / sqrt(Dh), and delta = rowsum(dO * O):
     dV = P^T dO, dS = P * (dO V^T - delta), dq' = dS k' / sqrt(Dh), dk' = dS^T q' / sqrt(Dh); then back through rotation and norm.
     """
-    q, k, v = _operands(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out.dtype)
+    q, k, v = _operands(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out.dtype)
     scale = 1 / math.sqrt(q.shape[-1])
     heads = qkv.shape[3:]
     grad, out = (a.to(q.dtype).unflatten(-1, heads).transpose(1, 2) for a in (grad, out))
     p = (q @ k.mT * scale - lse.unsqueeze(-1)).exp()
     ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
     dq, dk, dv = (a.transpose(1, 2) for a in (ds @ k, ds.mT @ q, p.mT @ grad))
-    dq, dq_weight, dq_bias = _raw_gradient_ref(dq, qkv[:, :, 0], table, q_weight, q_bias, eps, center)
-    dk, dk_weight, dk_bias = _raw_gradient_ref(dk, qkv[:, :, 1], table, k_weight, k_bias, eps, center)
-    return torch.stack((dq, dk, dv), dim=2).to(qkv.dtype), dq_weight, dk_weight, dq_bias, dk_bias
+    table = None if positions is None else rope_table(positions, freqs, q.dtype)
+    biased = qkv.to(q.dtype) if bias is None else qkv.to(q.dtype) + bias.to(q.dtype)
+    dq, dq_weight, dq_bias = _raw_gradient_ref(dq, biased[:, :, 0], table, q_weight, q_bias, eps, center)
+    dk, dk_weight, dk_bias = _raw_gradient_ref(dk, biased[:, :, 1], table, k_weight, k_bias, eps, center)
+    grad_qkv = torch.stack((dq, dk, dv), dim=2)
+    grad_bias = None if bias is None else grad_qkv.sum((0, 1)).to(bias.dtype)
+    gradients = (dq_weight, dk_weight, dq_bias, dk_bias, grad_bias)
+    return grad_qkv.to(qkv.dtype), *(qkv.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _raw_gradient_ref(grad, x, table, weight, bias, eps, center):
-    """From the gradient of q' (or k') to those of raw q (or k), weight and bias."""
+    """From the gradient of q' (or k') to those of what the norm saw, x, and of the norm's weight and bias."""
     if table is not None:
         grad = rotate_ref(grad, table, sign=-1)
     if weight is None:
-        return grad, x.new_empty(0), x.new_empty(0)
-    x, rstd = _standardise(x.to(grad.dtype), eps, center)
+        return grad, None, None
+    x, rstd = _standardise(x, eps, center)
     weight_grad, bias_grad = (grad * x).sum((0, 1, 2)).to(weight.dtype), grad.sum((0, 1, 2))
     grad = grad * weight.to(grad.dtype)
     grad = grad - x * (grad * x).mean(-1, keepdim=True) - (grad.mean(-1, keepdim=True) if center else 0)
-    return grad * rstd, weight_grad, x.new_empty(0) if bias is None else bias_grad.to(bias.dtype)
+    return grad * rstd, weight_grad, None if bias is None else bias_grad.to(bias.dtype)
 
 
-def _attention_cuda(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out_dtype):
+def _attention_cpu(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype):
+    if not native.serves(qkv.dtype, out_dtype):
+        return attention_forward_ref(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype)
+    qkv = qkv.contiguous()
+    out, lse = _attention_fake(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype)
+    if out.numel():
+        small = _in_fp32(positions, freqs, bias, q_weight, k_weight, q_bias, k_bias)
+        native.attention_forward(qkv, *small, eps, center, out, lse)
+    return out, lse
+
+
+def _attention_backward_cpu(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center):
+    if not native.serves(grad.dtype, qkv.dtype, out.dtype):
+        return attention_backward_ref(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center)
+    batch, _, _, heads, head_dim = qkv.shape
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    sums = qkv.new_zeros((batch, heads, 7, head_dim), dtype=torch.float32)
+    if out.numel():
+        small = _in_fp32(positions, freqs, bias, q_weight, k_weight, q_bias, k_bias)
+        native.attention_backward(grad.contiguous(), qkv.contiguous(), out, lse, *small, eps, center, grad_qkv, sums)
+    by_head = sums.sum(0)
+    of_norm = by_head.sum(0)
+    gradients = (of_norm[0], of_norm[2], of_norm[1], of_norm[3], by_head[:, 4:].transpose(0, 1))
+    pairs = zip((q_weight, k_weight, q_bias, k_bias, bias), gradients, strict=True)
+    return grad_qkv, *(qkv.new_empty(0) if a is None else own(gradient, a.dtype) for a, gradient in pairs)
+
+
+def _in_fp32(positions, freqs, *parameters):
+    """cos and sin of every angle, and the parameters: a thousandth of qkv, so that the kernel needs no variants."""
+    table = None if positions is None else rope_table(positions, freqs, torch.float32).contiguous()
+    return table, *(None if a is None else a.float().contiguous() for a in parameters)
+
+
+def own(x, dtype):
+    """A contiguous copy: results of an operator must not share memory."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _attention_cuda(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype):
     if refusal := _triton_refuses(qkv.dtype, out_dtype, qkv.shape[4]):
         raise ValueError(f"rope_attention: {refusal}")
     from lightningdit_kernels.attention_triton import rope_attention_fwd
 
-    return rope_attention_fwd(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out_dtype)
+    return rope_attention_fwd(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype)
 
 
-def _attention_backward_cuda(grad, qkv, out, lse, table, q_weight, k_weight, q_bias, k_bias, eps, center):
+def _attention_backward_cuda(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center):
     from lightningdit_kernels.attention_triton import rope_attention_bwd
 
-    return rope_attention_bwd(grad, qkv, out, lse, table, q_weight, k_weight, q_bias, k_bias, eps, center)
+    return rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center)
 
 
 def _triton_refuses(dtype, out_dtype, head_dim) -> str:
@@ -148,13 +192,13 @@ def _triton_refuses(dtype, out_dtype, head_dim) -> str:
     return ""
 
 
-def _attention_fake(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out_dtype):
+def _attention_fake(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype):
     batch, n, _, heads, head_dim = qkv.shape
     return qkv.new_empty((batch, n, heads * head_dim), dtype=out_dtype), qkv.new_empty((batch, heads, n), dtype=accumulation_dtype(qkv))
 
 
-def _attention_backward_fake(grad, qkv, out, lse, table, q_weight, k_weight, q_bias, k_bias, eps, center):
-    parameters = (q_weight, k_weight, q_bias, k_bias)
+def _attention_backward_fake(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center):
+    parameters = (q_weight, k_weight, q_bias, k_bias, bias)
     return qkv.new_empty(qkv.shape), *(qkv.new_empty(0) if a is None else a.new_empty(a.shape) for a in parameters)
 
 
@@ -167,45 +211,51 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 9
+        return (None,) * 11
     saved = ctx.saved_tensors  # read once: under checkpointing each reading recomputes
     grad_qkv, *gradients = torch.ops.lightningdit.rope_attention_backward(grad, *saved, ctx.eps, ctx.center)
-    gradients = (None if parameter is None else gradient for gradient, parameter in zip(gradients, saved[4:], strict=True))
-    return grad_qkv, None, *gradients, None, None, None
+    gradients = (None if parameter is None else gradient for gradient, parameter in zip(gradients, saved[5:], strict=True))
+    return grad_qkv, None, None, *gradients, None, None, None
 
 
-_ARGUMENTS = "Tensor? table, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, float eps, bool center"
-define(
-    f"rope_attention(Tensor qkv, {_ARGUMENTS}, ScalarType out_dtype) -> (Tensor out, Tensor lse)", attention_forward_ref, _attention_fake
+_ARGUMENTS = (
+    "Tensor? positions, Tensor? freqs, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? bias, "
+    "float eps, bool center"
 )
 define(
-    f"rope_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"rope_attention(Tensor qkv, {_ARGUMENTS}, ScalarType out_dtype) -> (Tensor out, Tensor lse)",
+    attention_forward_ref,
+    _attention_fake,
+    _attention_cpu,
+    _attention_cuda,
+)
+define(
+    f"rope_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 6)})",
     attention_backward_ref,
     _attention_backward_fake,
+    _attention_backward_cpu,
+    _attention_backward_cuda,
 )
-LIBRARY.impl("rope_attention", _attention_cuda, "CUDA")
-LIBRARY.impl("rope_attention_backward", _attention_backward_cuda, "CUDA")
 differentiable("rope_attention", _setup_context, _backward)
 
 
-def _triton(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, eps, center):
-    out_dtype = result_dtype(qkv)
+def _triton(qkv, *arguments):
     if qkv.device.type != "cuda":
         raise ValueError(f"rope_attention: backend 'triton' got qkv on {qkv.device}, expected a CUDA device")
-    if refusal := _triton_refuses(qkv.dtype, out_dtype, qkv.shape[4]):
+    if refusal := _triton_refuses(qkv.dtype, result_dtype(qkv), qkv.shape[4]):
         raise ValueError(f"rope_attention: {refusal}")
-    return fused(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, eps, center)
+    return fused(qkv, *arguments)
 
 
-def fused(qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, eps=1e-6, center=False):
-    """rope_attention through the operator, whatever the device: on CUDA the Triton kernels, elsewhere the operator's definition."""
-    if freqs is not None and freqs.requires_grad:
-        raise ValueError("rope_attention: freqs requires a gradient, expected a constant, or backend 'sdpa', which has that gradient")
-    out_dtype = result_dtype(qkv)
-    # An eighth of bf16's rounding error, and half the bytes of fp32.
-    table_dtype = torch.float16 if out_dtype == torch.bfloat16 else accumulation_dtype(qkv)
-    table = None if positions is None else rope_table(positions, freqs, table_dtype)
-    return torch.ops.lightningdit.rope_attention(qkv, table, q_weight, k_weight, q_bias, k_bias, eps, center, out_dtype)[0]
+def fused(
+    qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, bias=None, eps=1e-6, center=False
+):
+    """rope_attention through the operator: on CUDA the Triton kernels, on CPU the native ones, where they serve, else its definition."""
+    for name, tensor in (("positions", positions), ("freqs", freqs)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"rope_attention: {name} requires a gradient, expected a constant, or backend 'sdpa', which has that gradient")
+    parameters = (q_weight, k_weight, q_bias, k_bias, bias)
+    return torch.ops.lightningdit.rope_attention(qkv, positions, freqs, *parameters, eps, center, result_dtype(qkv))[0]
 
 
 def _peer(backend: str, package: str, function: str, head_dims: str, limit: int):
@@ -234,9 +284,13 @@ def _attend(backend: str):
     return _sdpa
 
 
-def _auto(qkv) -> str:
-    """The backend that "auto" stands for."""
-    if not MEASURED or qkv.device.type != "cuda" or result_dtype(qkv) not in (torch.bfloat16, torch.float16):
+def _auto(qkv, positions, freqs) -> str:
+    """The backend that "auto" stands for; "native" is the operator on CPU, where its C++ kernel serves and needs no gradient of angles."""
+    dtypes = (qkv.dtype, result_dtype(qkv))
+    if qkv.device.type == "cpu":
+        constant = not any(a is not None and a.requires_grad for a in (positions, freqs))
+        return "native" if constant and native.serves(*dtypes) else "sdpa"
+    if not MEASURED or qkv.device.type != "cuda" or dtypes[1] not in (torch.bfloat16, torch.float16):
         return "sdpa"
     return MEASURED.get((torch.cuda.get_device_capability(qkv.device), qkv.shape[1], qkv.shape[4]), "sdpa")
 
@@ -249,6 +303,7 @@ def rope_attention(
     k_weight: Tensor | None = None,
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     center: bool = False,
     backend: str = "auto",
@@ -260,19 +315,21 @@ def rope_attention(
     Args:
         qkv: (B, N, 3, H, Dh), fp32, bf16, fp16 or fp64: the output of one linear layer, unflattened.
         positions: (N, 2), row and column of every token. None, together with freqs: no RoPE.
-        freqs: (Dh/4,), radians per unit of position.
+        freqs: (Dh/4,), radians per unit of position. Any positions will do, fractions and several grids in one sequence too.
         q_weight, k_weight: (Dh,), QK-norm over Dh: RMSNorm, or LayerNorm with center=True. None, both: no QK-norm.
-        q_bias, k_bias: (Dh,), or None, both.
+        q_bias, k_bias: (Dh,), the QK-norm's, or None, both.
+        bias: (3, H, Dh), of the linear layer that made qkv, if that layer left it out: it is added here, in fp32, before everything
+            else. Its gradient then comes out of the attention's backward, where that layer would read the gradient of qkv once more.
         eps, center: of the QK-norm; without meaning when there is none.
         backend: "triton" (CUDA; Dh a multiple of 8 up to 256; no gradient of freqs), "sdpa" (PyTorch's attention after norm and
             rotation in plain PyTorch; any device), "flash_attn", "xformers" (the same with these packages, CUDA, bf16 and fp16), or
-            "auto": the fastest that was measured for this GPU, N and Dh, else "sdpa".
+            "auto": on CPU the native kernel (fp32, bf16, fp16), on CUDA the fastest that was measured for this GPU, N and Dh; else "sdpa".
     Returns: (B, N, H*Dh) in qkv.dtype, or in the autocast dtype inside torch.autocast.
     Raises: ValueError for a shape, dtype, combination or backend other than these; ImportError for a backend that is not installed.
     Source: RoPE, arXiv:2104.09864; QK-norm, arXiv:2302.05442; axial 2-D form, EVA-02, arXiv:2303.11331.
     """
     op = "rope_attention"
-    check_floating(op, qkv=qkv, freqs=freqs, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+    check_floating(op, qkv=qkv, freqs=freqs, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias, bias=bias)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}, expected (B, N, 3, H, Dh)")
     head_dim = qkv.shape[4]
@@ -291,9 +348,12 @@ def rope_attention(
         raise ValueError(f"{op}: {'q_bias' if q_bias is None else 'k_bias'} is None, expected both q_bias and k_bias, or neither")
     if q_bias is not None and q_weight is None:
         raise ValueError(f"{op}: q_bias is given without q_weight, expected a bias only together with a weight")
+    check_shape(op, tuple(qkv.shape[2:]), "(3, H, Dh) of qkv", bias=bias)
     check_shape(op, (head_dim,), "(Dh,) of qkv", q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    backend = _auto(qkv) if backend == "auto" else backend
-    arguments = (qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, eps, center)
-    return _triton(*arguments) if backend == "triton" else rope_attention_ref(*arguments, attend=_attend(backend))
+    backend = _auto(qkv, positions, freqs) if backend == "auto" else backend
+    arguments = (qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center)
+    if backend == "triton":
+        return _triton(*arguments)
+    return fused(*arguments) if backend == "native" else rope_attention_ref(*arguments, attend=_attend(backend))

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lightningdit_kernels.attention import own
 from lightningdit_kernels.tuning import Config, architecture, pick
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -92,12 +93,70 @@ def _store_pair(
 
 
 @triton.jit
-def _rotate(x, table, rows, N: tl.constexpr, SIGN: tl.constexpr, START: tl.constexpr, D: tl.constexpr, EVEN_N: tl.constexpr):
+def _load_rows(pointer, rows, N: tl.constexpr, OTHER: tl.constexpr, EVEN_N: tl.constexpr):
+    if EVEN_N:
+        values = tl.load(pointer + rows)
+    else:
+        values = tl.load(pointer + rows, mask=rows < N, other=OTHER)
+    return values
+
+
+@triton.jit
+def _load_axis(places, rows, AXIS: tl.constexpr, N: tl.constexpr, EVEN_N: tl.constexpr):
+    """Row (AXIS 0) or column (1) of the given tokens, from (N, 2)."""
+    if EVEN_N:
+        values = tl.load(places + 2 * rows + AXIS)
+    else:
+        values = tl.load(places + 2 * rows + AXIS, mask=rows < N, other=0)
+    return values
+
+
+@triton.jit
+def _sine_cosine(x):
+    """sin and cos in fp32 to 2 ulp for |x| up to 10^5, in plain arithmetic: no slow path with a stack, no approximate unit.
+
+    Cody and Waite's reduction by multiples of pi/2, whose first two parts times such a multiple are exact; then Cephes' polynomials.
+    """
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)
+    x = ((x - turns * 1.5703125) - turns * 4.837512969970703e-4) - turns * 7.549789954891884e-8
+    square = x * x
+    sine = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * x + x
+    cosine = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square - 0.5 * square + 1.0
+    quadrant = turns.to(tl.int32)
+    swap = (quadrant & 1) != 0
+    out_sine, out_cosine = tl.where(swap, cosine, sine), tl.where(swap, sine, cosine)
+    return tl.where((quadrant & 2) != 0, -out_sine, out_sine), tl.where(((quadrant + 1) & 2) != 0, -out_cosine, out_cosine)
+
+
+@triton.jit
+def _angles(
+    positions, freqs, rows, N: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, EVEN_N: tl.constexpr
+):
+    """Angles of the pairs of channels START to START + WIDTH: the first half of D turns with the row, the second with the column."""
+    pairs = START // 2 + tl.arange(0, WIDTH // 2)
+    by_row = pairs < D // 4
+    freq = tl.load(freqs + tl.where(by_row, pairs, pairs - D // 4), mask=pairs < D // 2, other=0.0).to(tl.float32)
+    row = _load_axis(positions, rows, 0, N, EVEN_N).to(tl.float32)
+    column = _load_axis(positions, rows, 1, N, EVEN_N).to(tl.float32)
+    return tl.where(by_row[None, :], row[:, None], column[:, None]) * freq[None, :]
+
+
+@triton.jit
+def _rotate(
+    x, lines, table, rows,
+    N: tl.constexpr, SIGN: tl.constexpr, START: tl.constexpr, D: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
     """Turns the pairs (2i, 2i+1) of x, whose first channel is START, by SIGN times their angles. A pair lies in one thread: no shuffle."""
     ROWS: tl.constexpr = x.shape[0]
     WIDTH: tl.constexpr = x.shape[1]
-    angles = _load(table, rows, N, D, START, WIDTH, D, EVEN_N).to(tl.float32)
-    cos, sin = tl.split(tl.reshape(angles, [ROWS, WIDTH // 2, 2]))
+    columns = START + tl.arange(0, WIDTH)
+    line, column_line = _load_axis(lines, rows, 0, N, EVEN_N)[:, None], _load_axis(lines, rows, 1, N, EVEN_N)[:, None]
+    pointers = table + tl.where((columns < D // 2)[None, :], line, column_line) * D + columns[None, :]
+    if START + WIDTH <= D:
+        angles = tl.load(pointers)
+    else:
+        angles = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    cos, sin = tl.split(tl.reshape(angles.to(tl.float32), [ROWS, WIDTH // 2, 2]))
     even, odd = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
     sin = SIGN * sin
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [ROWS, WIDTH])
@@ -107,6 +166,14 @@ def _rotate(x, table, rows, N: tl.constexpr, SIGN: tl.constexpr, START: tl.const
 def _vector(pointer, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     columns = START + tl.arange(0, WIDTH)
     return tl.load(pointer + columns, mask=columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_vector(x0, x1, pointer, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    x0 = x0 + _vector(pointer, 0, D0, D)[None, :]
+    if D1 > 0:
+        x1 = x1 + _vector(pointer, D0, D1, D)[None, :]
+    return x0, x1
 
 
 @triton.jit
@@ -138,36 +205,38 @@ def _standardise(x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EP
 
 @triton.jit
 def _rotated(
-    base, table, weight, bias, rows,
+    base, bias, lines, table, weight, norm_bias, rows,
     N: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr,
+    CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """q' or k' of raw q or k: QK-norm, then RoPE, in fp32."""
+    """q' or k' of raw q or k: the linear layer's bias, QK-norm, then RoPE, in fp32."""
     x0, x1 = _load_pair(base, rows, N, STRIDE, D, D0, D1, EVEN_N)
-    if NORM or ROPE:
+    if BIASED or NORM or ROPE:
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
+    if BIASED:
+        x0, x1 = _add_vector(x0, x1, bias, D, D0, D1)
     if NORM:
         x0, x1, _ = _standardise(x0, x1, D, D0, D1, EPS, CENTER)
         x0 = x0 * _vector(weight, 0, D0, D)[None, :]
         if D1 > 0:
             x1 = x1 * _vector(weight, D0, D1, D)[None, :]
-        if BIAS:
-            x0 = x0 + _vector(bias, 0, D0, D)[None, :]
-            if D1 > 0:
-                x1 = x1 + _vector(bias, D0, D1, D)[None, :]
+        if NORM_BIAS:
+            x0, x1 = _add_vector(x0, x1, norm_bias, D, D0, D1)
     if ROPE:
-        x0 = _rotate(x0, table, rows, N, 1, 0, D, EVEN_N)
+        x0 = _rotate(x0, lines, table, rows, N, 1, 0, D, EVEN_N)
         if D1 > 0:
-            x1 = _rotate(x1, table, rows, N, 1, D0, D, EVEN_N)
+            x1 = _rotate(x1, lines, table, rows, N, 1, D0, D, EVEN_N)
     return x0, x1
 
 
 @triton.jit
 def _query_or_key(
-    qkv, prepared, table, weight, bias, rows,
+    qkv, prepared, bias, lines, table, weight, norm_bias, rows,
     N: tl.constexpr, WHICH: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    DTYPE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
+    DTYPE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr,
+    CENTER: tl.constexpr, ROPE: tl.constexpr,
     PREPARED: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """q' (WHICH = 0) or k' (1) of one head as an operand of a matrix product, loaded from the prologue's result or made here."""
@@ -175,8 +244,9 @@ def _query_or_key(
         x0, x1 = _load_pair(prepared + WHICH * H * D, rows, N, 2 * H * D, D, D0, D1, EVEN_N)
     else:
         x0, x1 = _rotated(
-            qkv + WHICH * H * D, table, weight, bias, rows, N, 3 * H * D, D, D0, D1, EPS, NORM, BIAS, CENTER, ROPE, EVEN_N
-        )
+            qkv + WHICH * H * D, bias + WHICH * H * D, lines, table, weight, norm_bias, rows,
+            N, 3 * H * D, D, D0, D1, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, EVEN_N,
+        )  # fmt: skip
     return x0.to(DTYPE), x1.to(DTYPE)
 
 
@@ -208,19 +278,50 @@ def _rowsum_product(a0, a1, b0, b1, D1: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(pointer, rows, N: tl.constexpr, OTHER: tl.constexpr, EVEN_N: tl.constexpr):
-    if EVEN_N:
-        values = tl.load(pointer + rows)
-    else:
-        values = tl.load(pointer + rows, mask=rows < N, other=OTHER)
-    return values
+def _delta(out, bias, rows, g0, g1, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+           BIASED: tl.constexpr, EVEN_N: tl.constexpr):  # fmt: skip
+    """rowsum(dO * (O - b)), b the bias of v: dO . b is in every dO . v too, and what the softmax passes back is their difference."""
+    o0, o1 = _load_pair(out, rows, N, H * D, D, D0, D1, EVEN_N)
+    if BIASED:
+        o0, o1 = o0.to(tl.float32) - _vector(bias, 0, D0, D)[None, :], o1.to(tl.float32)
+        if D1 > 0:
+            o1 = o1 - _vector(bias, D0, D1, D)[None, :]
+    return _rowsum_product(o0, o1, g0, g1, D1)
+
+
+@triton.jit
+def _block_of_head(N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    """Sample, head and rows of this program: the blocks of a head are neighbours, because they share its keys and values."""
+    pid, blocks = tl.program_id(0), tl.cdiv(N, BLOCK)
+    return (pid // blocks // H).to(tl.int64), (pid // blocks) % H, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _rope_table_kernel(
+    POSITIONS, FREQS, TABLE, LINES,
+    N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """TABLE (N, D): cos and sin, side by side, of every angle. LINES (N, 2): the first token of the same row, and of the same column."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sin, cos = _sine_cosine(_angles(POSITIONS, FREQS, rows, N, 0, D0, D, EVEN_N))
+    _store(TABLE, rows, N, tl.reshape(tl.join(cos, sin), [BLOCK, D0]), D, 0, D, EVEN_N)
+    if D1 > 0:
+        sin, cos = _sine_cosine(_angles(POSITIONS, FREQS, rows, N, D0, D1, D, EVEN_N))
+        _store(TABLE, rows, N, tl.reshape(tl.join(cos, sin), [BLOCK, D1]), D, D0, D, EVEN_N)
+    for axis in tl.static_range(2):
+        own, first = _load_axis(POSITIONS, rows, axis, N, EVEN_N), rows  # NaN equals nothing: it keeps its own line
+        for start in range(0, N, CHUNK):
+            others = start + tl.arange(0, CHUNK)
+            same = own[:, None] == _load_axis(POSITIONS, others, axis, N, N % CHUNK == 0)[None, :]
+            first = tl.minimum(first, tl.min(tl.where(same & (others < N)[None, :], others[None, :], N), 1))
+        tl.store(LINES + 2 * rows + axis, first, mask=rows < N)
 
 
 @triton.jit
 def _rope_attention_prologue_kernel(
-    QKV, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, PREPARED, DELTA,
+    QKV, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, PREPARED, DELTA,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
     WITH_DELTA: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """PREPARED (B, N, 2, H, D) = q', k'; in the backward also DELTA (B, H, N) = rowsum(GRAD * OUT). A program: BLOCK tokens of a head."""
@@ -230,35 +331,41 @@ def _rope_attention_prologue_kernel(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     qkv = QKV + sample * N * (3 * H * D) + head * D
     prepared = PREPARED + sample * N * (2 * H * D) + head * D
-    q0, q1 = _rotated(qkv, TABLE, Q_WEIGHT, Q_BIAS, rows, N, 3 * H * D, D, D0, D1, EPS, NORM, BIAS, CENTER, ROPE, EVEN_N)
+    bias = BIAS + head * D
+    q0, q1 = _rotated(
+        qkv, bias, LINES, TABLE, Q_WEIGHT, Q_BIAS, rows,
+        N, 3 * H * D, D, D0, D1, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, EVEN_N,
+    )  # fmt: skip
     _store_pair(prepared, rows, N, q0, q1, 2 * H * D, D, D0, D1, EVEN_N)
-    k0, k1 = _rotated(qkv + H * D, TABLE, K_WEIGHT, K_BIAS, rows, N, 3 * H * D, D, D0, D1, EPS, NORM, BIAS, CENTER, ROPE, EVEN_N)
+    k0, k1 = _rotated(
+        qkv + H * D, bias + H * D, LINES, TABLE, K_WEIGHT, K_BIAS, rows,
+        N, 3 * H * D, D, D0, D1, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, EVEN_N,
+    )  # fmt: skip
     _store_pair(prepared + H * D, rows, N, k0, k1, 2 * H * D, D, D0, D1, EVEN_N)
     if WITH_DELTA:
         offset = sample * N * (H * D) + head * D
-        o0, o1 = _load_pair(OUT + offset, rows, N, H * D, D, D0, D1, EVEN_N)
         g0, g1 = _load_pair(GRAD + offset, rows, N, H * D, D, D0, D1, EVEN_N)
-        tl.store(DELTA + (sample * H + head) * N + rows, _rowsum_product(o0, o1, g0, g1, D1), mask=rows < N)
+        delta = _delta(OUT + offset, bias + 2 * H * D, rows, g0, g1, N, H, D, D0, D1, BIASED, EVEN_N)
+        tl.store(DELTA + (sample * H + head) * N + rows, delta, mask=rows < N)
 
 
 @triton.jit
 def _rope_attention_fwd_kernel(
-    QKV, PREPARED_QK, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, LSE,
+    QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, LSE,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr,
-    EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
     PREPARED: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all its keys. OUT (B, N, H*D), LSE (B, H, N) in natural logarithms."""
-    pid, blocks = tl.program_id(0), tl.cdiv(N, BLOCK_M)
-    head, sample = (pid // blocks) % H, (pid // blocks // H).to(tl.int64)
-    rows = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sample, head, rows = _block_of_head(N, H, BLOCK_M)
     dtype: tl.constexpr = OUT.dtype.element_ty
-    qkv = QKV + sample * N * (3 * H * D) + head * D
+    qkv, bias = QKV + sample * N * (3 * H * D) + head * D, BIAS + head * D
     prepared = PREPARED_QK + sample * N * (2 * H * D) + head * D
     q0, q1 = _query_or_key(
-        qkv, prepared, TABLE, Q_WEIGHT, Q_BIAS, rows, N, 0, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
-    )
+        qkv, prepared, bias, LINES, TABLE, Q_WEIGHT, Q_BIAS, rows,
+        N, 0, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
+    )  # fmt: skip
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     o0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -267,8 +374,9 @@ def _rope_attention_fwd_kernel(
     for start in range(0, N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k0, k1 = _query_or_key(
-            qkv, prepared, TABLE, K_WEIGHT, K_BIAS, keys, N, 1, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
-        )
+            qkv, prepared, bias, LINES, TABLE, K_WEIGHT, K_BIAS, keys,
+            N, 1, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
+        )  # fmt: skip
         s = _scores(q0, q1, k0, k1, D1, PRECISION)
         if not EVEN_N:
             s = tl.where((keys < N)[None, :], s, -float("inf"))
@@ -282,11 +390,12 @@ def _rope_attention_fwd_kernel(
         o0 = _dot(p, v0.to(dtype), o0 * shrink[:, None], PRECISION)
         if D1 > 0:
             o1 = _dot(p, v1.to(dtype), o1 * shrink[:, None], PRECISION)
-    inverse = 1.0 / total
-    out = OUT + sample * N * (H * D) + head * D
-    _store(out, rows, N, o0 * inverse[:, None], H * D, 0, D, EVEN_N)
-    if D1 > 0:
-        _store(out, rows, N, o1 * inverse[:, None], H * D, D0, D, EVEN_N)
+    inverse = (1.0 / total)[:, None]
+    o0 = o0 * inverse
+    o1 = o0 if D1 == 0 else o1 * inverse
+    if BIASED:  # the weights of a row sum to one: the bias of v is the bias of the result
+        o0, o1 = _add_vector(o0, o1, bias + 2 * H * D, D, D0, D1)
+    _store_pair(OUT + sample * N * (H * D) + head * D, rows, N, o0, o1, H * D, D, D0, D1, EVEN_N)
     tl.store(LSE + (sample * H + head) * N + rows, (highest + tl.log2(total)) * LN2, mask=rows < N)
 
 
@@ -298,29 +407,33 @@ def _column_sum(pointer, x, START: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _store_raw_gradient(
-    g0, g1, raw, grad, table, weight, partial, rows,
+    g0, g1, raw, grad, bias, lines, table, weight, norm_partial, partial, rows,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    EPS: tl.constexpr, NORM: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, BIASED: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of q' (or k') to that of raw q (or k): turned back, then through the norm; partial (2, D): weight, bias."""
-    if ROPE:
-        g0 = _rotate(g0, table, rows, N, -1, 0, D, EVEN_N)
+    """From the gradient of q', k' or v to that of raw q, k or v: turned back, then through the norm. Sums over the rows: norm_partial
+    (2, D) for the norm's weight and bias, partial (D,) for the linear layer's bias."""
+    if (NORM or BIASED) and not EVEN_N:  # rows of padding must not reach the sums, not even as 0 * inf
+        g0 = tl.where((rows < N)[:, None], g0, 0.0)
         if D1 > 0:
-            g1 = _rotate(g1, table, rows, N, -1, D0, D, EVEN_N)
+            g1 = tl.where((rows < N)[:, None], g1, 0.0)
+    if ROPE:
+        g0 = _rotate(g0, lines, table, rows, N, -1, 0, D, EVEN_N)
+        if D1 > 0:
+            g1 = _rotate(g1, lines, table, rows, N, -1, D0, D, EVEN_N)
     if NORM:
         x0, x1 = _load_pair(raw, rows, N, 3 * H * D, D, D0, D1, EVEN_N)
-        x0, x1, rstd = _standardise(x0.to(tl.float32), x1.to(tl.float32), D, D0, D1, EPS, CENTER)
-        if not EVEN_N:  # rows of padding must not reach the sums, not even as 0 * inf
-            g0 = tl.where((rows < N)[:, None], g0, 0.0)
-            if D1 > 0:
-                g1 = tl.where((rows < N)[:, None], g1, 0.0)
-        _column_sum(partial, g0 * x0, 0, D)
-        _column_sum(partial + D, g0, 0, D)
+        x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
+        if BIASED:
+            x0, x1 = _add_vector(x0, x1, bias, D, D0, D1)
+        x0, x1, rstd = _standardise(x0, x1, D, D0, D1, EPS, CENTER)
+        _column_sum(norm_partial, g0 * x0, 0, D)
+        _column_sum(norm_partial + D, g0, 0, D)
         g0 = g0 * _vector(weight, 0, D0, D)[None, :]
         slope, mean = tl.sum(g0 * x0, 1), tl.sum(g0, 1)
         if D1 > 0:
-            _column_sum(partial, g1 * x1, D0, D)
-            _column_sum(partial + D, g1, D0, D)
+            _column_sum(norm_partial, g1 * x1, D0, D)
+            _column_sum(norm_partial + D, g1, D0, D)
             g1 = g1 * _vector(weight, D0, D1, D)[None, :]
             slope += tl.sum(g1 * x1, 1)
             mean += tl.sum(g1, 1)
@@ -334,41 +447,35 @@ def _store_raw_gradient(
         g0 = g0 * rstd[:, None]
         if D1 > 0:
             g1 = g1 * rstd[:, None]
+    if BIASED:
+        _column_sum(partial, g0, 0, D)
+        if D1 > 0:
+            _column_sum(partial, g1, D0, D)
     _store_pair(grad, rows, N, g0, g1, 3 * H * D, D, D0, D1, EVEN_N)
 
 
 @triton.jit
-def _delta(OUT, DELTA, offset, line, rows, g0, g1, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-           PREPARED: tl.constexpr, EVEN_N: tl.constexpr):  # fmt: skip
-    if PREPARED:
-        delta = _load_rows(DELTA + line, rows, N, 0.0, EVEN_N)
-    else:
-        o0, o1 = _load_pair(OUT + offset, rows, N, H * D, D, D0, D1, EVEN_N)
-        delta = _rowsum_product(o0, o1, g0, g1, D1)
-    return delta
-
-
-@triton.jit
 def _rope_attention_bwd_kernel(
-    QKV, PREPARED_QK, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, LSE, DELTA, GRAD_QKV, PARTIAL,
+    QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, LSE, DELTA, GRAD_QKV, PARTIAL,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
-    SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr,
+    SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr,
+    CENTER: tl.constexpr,
     ROPE: tl.constexpr, PREPARED: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK tokens of one head, first as keys (dK, dV), then as queries (dQ), each against all others in steps of INNER."""
-    pid, blocks = tl.program_id(0), tl.cdiv(N, BLOCK)
-    head, sample = (pid // blocks) % H, (pid // blocks // H).to(tl.int64)
-    rows = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    sample, head, rows = _block_of_head(N, H, BLOCK)
     dtype: tl.constexpr = OUT.dtype.element_ty
-    qkv = QKV + sample * N * (3 * H * D) + head * D
+    qkv, bias = QKV + sample * N * (3 * H * D) + head * D, BIAS + head * D
     prepared = PREPARED_QK + sample * N * (2 * H * D) + head * D
     grad_qkv = GRAD_QKV + sample * N * (3 * H * D) + head * D
     offset, line = sample * N * (H * D) + head * D, (sample * H + head) * N
-    partial = PARTIAL + pid.to(tl.int64) * (4 * D)
+    norm_partial = PARTIAL + tl.program_id(0).to(tl.int64) * ((4 * NORM + 3 * BIASED) * D)
+    partial = norm_partial + 4 * NORM * D
 
     k0, k1 = _query_or_key(
-        qkv, prepared, TABLE, K_WEIGHT, K_BIAS, rows, N, 1, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
-    )
+        qkv, prepared, bias, LINES, TABLE, K_WEIGHT, K_BIAS, rows,
+        N, 1, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
+    )  # fmt: skip
     v0, v1 = _load_pair(qkv + 2 * H * D, rows, N, 3 * H * D, D, D0, D1, EVEN_N)
     v0, v1 = v0.to(dtype), v1.to(dtype)
     dk0, dv0 = tl.zeros([BLOCK, D0], tl.float32), tl.zeros([BLOCK, D0], tl.float32)
@@ -378,10 +485,14 @@ def _rope_attention_bwd_kernel(
     for start in range(0, N, INNER):
         queries = start + tl.arange(0, INNER)
         q0, q1 = _query_or_key(
-            qkv, prepared, TABLE, Q_WEIGHT, Q_BIAS, queries, N, 0, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
-        )
+            qkv, prepared, bias, LINES, TABLE, Q_WEIGHT, Q_BIAS, queries,
+            N, 0, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
+        )  # fmt: skip
         g0, g1 = _load_pair(GRAD + offset, queries, N, H * D, D, D0, D1, EVEN_N)
-        delta = _delta(OUT, DELTA, offset, line, queries, g0, g1, N, H, D, D0, D1, PREPARED, EVEN_N)
+        if PREPARED:
+            delta = _load_rows(DELTA + line, queries, N, 0.0, EVEN_N)
+        else:
+            delta = _delta(OUT + offset, bias + 2 * H * D, queries, g0, g1, N, H, D, D0, D1, BIASED, EVEN_N)
         lse = _load_rows(LSE + line, queries, N, float("inf"), EVEN_N) * LOG2E  # inf: queries of padding weigh exp2(-inf) = 0
         s = _scores(k0, k1, q0, q1, D1, PRECISION)  # transposed: keys x queries
         p = tl.exp2(s * LOG2_SCALE - lse[None, :])
@@ -394,18 +505,25 @@ def _rope_attention_bwd_kernel(
         dk0 = _dot(ds, q0, dk0, PRECISION)
         if D1 > 0:
             dk1 = _dot(ds, q1, dk1, PRECISION)
-    _store_pair(grad_qkv + 2 * H * D, rows, N, dv0, dv1, 3 * H * D, D, D0, D1, EVEN_N)
     _store_raw_gradient(
-        dk0 * SCALE, dk1 * SCALE, qkv + H * D, grad_qkv + H * D, TABLE, K_WEIGHT, partial + 2 * D, rows, N,
-        H, D, D0, D1, EPS, NORM, CENTER, ROPE, EVEN_N,
+        dv0, dv1, qkv, grad_qkv + 2 * H * D, bias, LINES, TABLE, K_WEIGHT, norm_partial, partial + 2 * D, rows, N,
+        H, D, D0, D1, EPS, False, BIASED, CENTER, False, EVEN_N,
+    )  # fmt: skip
+    _store_raw_gradient(
+        dk0 * SCALE, dk1 * SCALE, qkv + H * D, grad_qkv + H * D, bias + H * D, LINES, TABLE, K_WEIGHT, norm_partial + 2 * D, partial + D,
+        rows, N, H, D, D0, D1, EPS, NORM, BIASED, CENTER, ROPE, EVEN_N,
     )  # fmt: skip
 
     # Names of their own: a name keeps its shape through a loop.
     own_q0, own_q1 = _query_or_key(
-        qkv, prepared, TABLE, Q_WEIGHT, Q_BIAS, rows, N, 0, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
-    )
+        qkv, prepared, bias, LINES, TABLE, Q_WEIGHT, Q_BIAS, rows,
+        N, 0, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
+    )  # fmt: skip
     own_g0, own_g1 = _load_pair(GRAD + offset, rows, N, H * D, D, D0, D1, EVEN_N)
-    own_delta = _delta(OUT, DELTA, offset, line, rows, own_g0, own_g1, N, H, D, D0, D1, PREPARED, EVEN_N)
+    if PREPARED:
+        own_delta = _load_rows(DELTA + line, rows, N, 0.0, EVEN_N)
+    else:
+        own_delta = _delta(OUT + offset, bias + 2 * H * D, rows, own_g0, own_g1, N, H, D, D0, D1, BIASED, EVEN_N)
     own_lse = _load_rows(LSE + line, rows, N, float("inf"), EVEN_N) * LOG2E
     dq0 = tl.zeros([BLOCK, D0], tl.float32)
     dq1 = dq0
@@ -414,8 +532,9 @@ def _rope_attention_bwd_kernel(
     for start in range(0, N, INNER):
         keys = start + tl.arange(0, INNER)
         kj0, kj1 = _query_or_key(
-            qkv, prepared, TABLE, K_WEIGHT, K_BIAS, keys, N, 1, H, D, D0, D1, dtype, EPS, NORM, BIAS, CENTER, ROPE, PREPARED, EVEN_N
-        )
+            qkv, prepared, bias, LINES, TABLE, K_WEIGHT, K_BIAS, keys,
+            N, 1, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
+        )  # fmt: skip
         vj0, vj1 = _load_pair(qkv + 2 * H * D, keys, N, 3 * H * D, D, D0, D1, EVEN_N)
         s = _scores(own_q0, own_q1, kj0, kj1, D1, PRECISION)
         if not EVEN_N:  # a key of padding scores 0, and exp2(0 - lse) may overflow
@@ -427,8 +546,9 @@ def _rope_attention_bwd_kernel(
         if D1 > 0:
             dq1 = _dot(ds, kj1, dq1, PRECISION)
     _store_raw_gradient(
-        dq0 * SCALE, dq1 * SCALE, qkv, grad_qkv, TABLE, Q_WEIGHT, partial, rows, N, H, D, D0, D1, EPS, NORM, CENTER, ROPE, EVEN_N
-    )
+        dq0 * SCALE, dq1 * SCALE, qkv, grad_qkv, bias, LINES, TABLE, Q_WEIGHT, norm_partial, partial,
+        rows, N, H, D, D0, D1, EPS, NORM, BIASED, CENTER, ROPE, EVEN_N,
+    )  # fmt: skip
 
 
 def head_split(head_dim: int) -> tuple[int, int]:
@@ -438,14 +558,14 @@ def head_split(head_dim: int) -> tuple[int, int]:
 
 
 def _shape_class(step: str, arch: int, n: int, head_dim: int, dtype: torch.dtype, norm: bool) -> str:
-    """Row of the tables: which way ("resident" rotates inside the kernel), "norm" where that costs the backward registers, channels."""
+    """Row of the tables: which way ("resident" rotates inside the kernel), "norm" where that costs registers, channels."""
     width = sum(head_split(head_dim))
     bound = next(bound for bound in (80, 128, 256) if width <= bound)
     if dtype == torch.float32:
         return f"fp32 {bound}"
     # Beside the accumulators of the backward the rotation spills on sm_80 and beyond 80 channels.
     resident = n <= RESIDENT_TOKENS and (step == "forward" or (arch >= 90 and bound == 80))
-    return f"{'resident' if resident else 'flash'} {'norm ' if norm and step == 'backward' and bound == 80 else ''}{bound}"
+    return f"{'resident' if resident else 'flash'} {'norm ' if norm and (resident or step == 'backward') and bound == 80 else ''}{bound}"
 
 
 def _prepares(shape_class: str, n: int) -> bool:
@@ -465,6 +585,7 @@ def _backward(block: int, inner: int, warps: int, stages: int = 1) -> Config:
 
 FORWARD = {
     (80, "resident 80"): [_forward(128, 32, 8), _forward(64, 32, 4)],
+    (80, "resident norm 80"): [_forward(128, 32, 8), _forward(64, 32, 4)],
     (80, "resident 128"): [_forward(64, 32, 8)],
     (80, "resident 256"): [_forward(64, 32, 8)],
     (80, "flash 80"): [_forward(128, 64, 8, 3), _forward(128, 64, 4, 2), _forward(128, 128, 8, 2)],
@@ -474,6 +595,7 @@ FORWARD = {
     (80, "fp32 128"): [_forward(64, 32, 8)],
     (80, "fp32 256"): [_forward(32, 32, 8)],
     (90, "resident 80"): [_forward(128, 64, 4), _forward(128, 64, 8), _forward(128, 128, 8), _forward(256, 64, 8)],
+    (90, "resident norm 80"): [_forward(128, 64, 8), _forward(128, 128, 8)],
     (90, "resident 128"): [_forward(128, 64, 8), _forward(128, 128, 8)],
     (90, "flash 80"): [_forward(128, 64, 8, 3), _forward(128, 128, 8, 2), _forward(128, 64, 4, 2)],
     (90, "flash 128"): [_forward(128, 64, 8, 2)],
@@ -488,7 +610,7 @@ BACKWARD = {
     (80, "fp32 128"): [_backward(32, 16, 4)],
     (80, "fp32 256"): [_backward(32, 16, 8)],
     (90, "resident 80"): [_backward(128, 64, 8), _backward(128, 32, 8), _backward(64, 64, 4)],
-    (90, "resident norm 80"): [_backward(128, 64, 8), _backward(128, 32, 8)],
+    (90, "resident norm 80"): [_backward(128, 32, 8), _backward(64, 64, 4)],
     (90, "flash 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash norm 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash 128"): [_backward(64, 64, 8)],
@@ -496,14 +618,15 @@ BACKWARD = {
     (100, "flash norm 80"): [_backward(128, 32, 8, 2), _backward(128, 64, 8)],
 }
 PROLOGUE = Config(dict(BLOCK=64), 4, 1)  # the tail, 64 x 16, is then 16 bytes a thread too
+ROPE_TABLE = Config(dict(BLOCK=16, CHUNK=256), 4, 1)
 
 
-def _constexprs(n, heads, head_dim, table, q_weight, q_bias, eps, center, blocks):
+def _constexprs(n, heads, head_dim, table, bias, q_weight, q_bias, eps, center, blocks):
     """What every kernel is specialised on; nothing of it depends on the batch."""
     main, tail = head_split(head_dim)
     even = all(n % block == 0 for block in blocks)
-    flags = dict(NORM=q_weight is not None, BIAS=q_bias is not None, CENTER=center, ROPE=table is not None, EVEN_N=even)
-    return dict(N=n, H=heads, D=head_dim, D0=main, D1=tail, EPS=eps) | flags
+    flags = dict(NORM=q_weight is not None, NORM_BIAS=q_bias is not None, BIASED=bias is not None, CENTER=center, ROPE=table is not None)
+    return dict(N=n, H=heads, D=head_dim, D0=main, D1=tail, EPS=eps, EVEN_N=even) | flags
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -511,34 +634,61 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def _prologue(qkv, table, parameters, eps, center, dtype, out=None, grad=None):
+def _rope_table(positions, freqs, head_dim, dtype):
+    """Lines (N, 2) and table (N, D) of _rope_table_kernel. For bf16 the table is fp16, with an eighth of bf16's rounding error."""
+    n, (main, tail) = len(positions), head_split(head_dim)
+    table = torch.empty((n, head_dim), dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32, device=positions.device)
+    lines = torch.empty((n, 2), dtype=torch.int32, device=positions.device)
+    block = ROPE_TABLE.blocks["BLOCK"]
+    _rope_table_kernel[(triton.cdiv(n, block),)](
+        positions.contiguous(), freqs.contiguous(), table, lines,
+        N=n, D=head_dim, D0=main, D1=tail, EVEN_N=n % block == 0, **ROPE_TABLE.launch(),
+    )  # fmt: skip
+    return lines, table
+
+
+def _prologue(qkv, pointers, constexprs, dtype, out=None, grad=None):
     """q', k' as (B, N, 2, H, D) in dtype, and, given out and grad, delta (B, H, N)."""
     batch, n, _, heads, head_dim = qkv.shape
     prepared = torch.empty((batch, n, 2, heads, head_dim), dtype=dtype, device=qkv.device)
     delta = None if out is None else torch.empty((batch, heads, n), dtype=torch.float32, device=qkv.device)
-    pointers = [qkv if a is None else a for a in (table, *parameters, out, grad)]
     grid = (batch * heads * triton.cdiv(n, PROLOGUE.blocks["BLOCK"]),)
     _rope_attention_prologue_kernel[grid](
-        qkv, *pointers, prepared, prepared if delta is None else delta, WITH_DELTA=delta is not None,
-        **_constexprs(n, heads, head_dim, table, parameters[0], parameters[2], eps, center, PROLOGUE.blocks.values()), **PROLOGUE.launch(),
+        qkv, *pointers, *(qkv if a is None else a for a in (out, grad)), prepared, prepared if delta is None else delta,
+        WITH_DELTA=delta is not None, **constexprs(PROLOGUE), **PROLOGUE.launch(),
     )  # fmt: skip
     return prepared, delta
 
 
+def _operands(qkv, positions, freqs, parameters, eps, center, dtype):
+    """What the launchers share: BIAS to K_BIAS of the kernels, qkv standing for what is None, and the constexprs given a Config."""
+    _, n, _, heads, head_dim = qkv.shape
+    q_weight, _, q_bias, _, bias = parameters
+    lines, table = (None, None) if positions is None else _rope_table(positions, freqs, head_dim, dtype)
+    pointers = [qkv if a is None else a.contiguous() for a in (bias, lines, table, *parameters[:4])]
+
+    def constexprs(config):
+        return _constexprs(n, heads, head_dim, table, bias, q_weight, q_bias, eps, center, config.blocks.values())
+
+    return pointers, constexprs
+
+
 def rope_attention_fwd(
     qkv: torch.Tensor,
-    table: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    freqs: torch.Tensor | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     q_bias: torch.Tensor | None,
     k_bias: torch.Tensor | None,
+    bias: torch.Tensor | None,
     eps: float,
     center: bool,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, N, H*D) in out_dtype and lse (B, H, N) in fp32 of the operator lightningdit::rope_attention. D: a multiple of 8 up to 256."""
     batch, n, _, heads, head_dim = qkv.shape
-    qkv, parameters = qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias)
+    qkv, parameters = qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias, bias)
     out = torch.empty((batch, n, heads * head_dim), dtype=out_dtype, device=qkv.device)
     lse = torch.empty((batch, heads, n), dtype=torch.float32, device=qkv.device)
     if out.numel() == 0:
@@ -546,15 +696,15 @@ def rope_attention_fwd(
     shape_class = _shape_class("forward", architecture(qkv.device), n, head_dim, out_dtype, q_weight is not None)
     prepare = _prepares(shape_class, n)
     with torch.cuda.device_of(qkv):
-        prepared = _prologue(qkv, table, parameters, eps, center, out_dtype)[0] if prepare else qkv
-        pointers = [qkv if a is None else a for a in (table, *parameters)]
+        pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out_dtype)
+        prepared = _prologue(qkv, pointers, constexprs, out_dtype)[0] if prepare else qkv
 
         def launch(config):
             grid = (batch * heads * triton.cdiv(n, config.blocks["BLOCK_M"]),)
             _rope_attention_fwd_kernel[grid](
                 qkv, prepared, *pointers, out, lse,
                 SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out_dtype),
-                **_constexprs(n, heads, head_dim, table, q_weight, q_bias, eps, center, config.blocks.values()), **config.launch(),
+                **constexprs(config), **config.launch(),
             )  # fmt: skip
 
         launch(pick("rope_attention_fwd", FORWARD, qkv.device, shape_class, (n, heads, head_dim, str(out_dtype)), launch))
@@ -566,47 +716,53 @@ def rope_attention_bwd(
     qkv: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    table: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    freqs: torch.Tensor | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     q_bias: torch.Tensor | None,
     k_bias: torch.Tensor | None,
+    bias: torch.Tensor | None,
     eps: float,
     center: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of qkv, q_weight, k_weight, q_bias, k_bias, each in its dtype; empty for what is None."""
+    """Gradients of qkv, q_weight, k_weight, q_bias, k_bias and bias, each in its dtype; empty for what is None."""
     batch, n, _, heads, head_dim = qkv.shape
-    grad, qkv, parameters = grad.contiguous(), qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias)
+    grad, qkv, parameters = grad.contiguous(), qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias, bias)
     grad_qkv = torch.empty_like(qkv)
     shape_class = _shape_class("backward", architecture(qkv.device), n, head_dim, out.dtype, q_weight is not None)
     prepare = _prepares(shape_class, n)
-    partial = qkv.new_zeros((0, 4, head_dim), dtype=torch.float32)
+    sums = 4 * (q_weight is not None) + 3 * (bias is not None)  # rows of every program: q_weight, q_bias, k_weight, k_bias; q, k, v of bias
+    partial = qkv.new_zeros((batch, heads, 0, sums, head_dim), dtype=torch.float32)
     if out.numel():
         with torch.cuda.device_of(qkv):
-            prepared, delta = _prologue(qkv, table, parameters, eps, center, out.dtype, out, grad) if prepare else (qkv, lse)
-            pointers = [qkv if a is None else a for a in (table, *parameters)]
+            pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out.dtype)
+            prepared, delta = _prologue(qkv, pointers, constexprs, out.dtype, out, grad) if prepare else (qkv, lse)
 
             def launch(config):
-                programs = batch * heads * triton.cdiv(n, config.blocks["BLOCK"])
-                partial = torch.empty((programs if q_weight is not None else 0, 4, head_dim), dtype=torch.float32, device=qkv.device)
-                _rope_attention_bwd_kernel[(programs,)](
+                blocks = triton.cdiv(n, config.blocks["BLOCK"])
+                partial = torch.empty((batch, heads, blocks, sums, head_dim), dtype=torch.float32, device=qkv.device)
+                _rope_attention_bwd_kernel[(batch * heads * blocks,)](
                     qkv, prepared, *pointers, out, grad, lse, delta, grad_qkv, partial, SCALE=1 / math.sqrt(head_dim),
                     LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out.dtype),
-                    **_constexprs(n, heads, head_dim, table, q_weight, q_bias, eps, center, config.blocks.values()), **config.launch(),
+                    **constexprs(config), **config.launch(),
                 )  # fmt: skip
                 return partial
 
             partial = launch(pick("rope_attention_bwd", BACKWARD, qkv.device, shape_class, (n, heads, head_dim, str(out.dtype)), launch))
-    sums = partial.sum(0)  # q_weight, q_bias, k_weight, k_bias; PyTorch's sum over one dimension has a fixed order
-    gradients = [qkv.new_empty(0) if a is None else sums[i].to(a.dtype) for i, a in zip((0, 2, 1, 3), parameters, strict=True)]
-    return grad_qkv, *gradients
+    by_head = partial.sum((0, 2))  # (H, sums, D), in PyTorch's fixed order
+    of_norm = by_head.sum(0)
+    of_bias = None if bias is None else by_head[:, -3:].transpose(0, 1)
+    gradients = [None if a is None else of_norm[i] for i, a in zip((0, 2, 1, 3), parameters[:4], strict=True)]
+    pairs = zip(parameters, (*gradients, of_bias), strict=True)
+    return grad_qkv, *(qkv.new_empty(0) if a is None else own(gradient, a.dtype) for a, gradient in pairs)
 
 
 def audit_cases() -> list[dict]:
     """What the offline audit compiles: every kernel at the model's shapes (16 heads), in bf16, with the static choice of each architecture.
 
-    The fp32 classes are left out: tf32x3 takes three products of split operands, which pass through registers, and their backward spills;
-    fp32 attention is there to be checked against, not to be fast.
+    The qkv layer's bias is given everywhere, as in the model. The fp32 classes are left out: tf32x3 takes three products of split
+    operands, which pass through registers, and their backward spills; fp32 attention is there to be checked against, not to be fast.
     """
     cases = []
     for n, head_dim, norm in [(n, head_dim, norm) for n in (256, 1024) for head_dim in (72, 64) for norm in (False, True)]:
@@ -619,19 +775,22 @@ def audit_cases() -> list[dict]:
             ):
                 shape_class = _shape_class(step, arch, n, head_dim, torch.bfloat16, norm)
                 config = table[max(known for known, name in table if name == shape_class and known <= arch), shape_class][0]
-                flags = dict(PREPARED=_prepares(shape_class, n), PRECISION=_precision(torch.bfloat16)) | scales
+                prepare = _prepares(shape_class, n)
+                flags = dict(PREPARED=prepare, PRECISION=_precision(torch.bfloat16)) | scales
                 cases.append(_case(f"rope_attention_{step} {label}", kernel, config, n, head_dim, norm, flags, "attention", (arch,)))
         for step, delta in (("forward", False), ("backward", True)) if n > RESIDENT_TOKENS else ():
             name, flags = f"rope_attention_prologue_{step} {label}", dict(WITH_DELTA=delta)
             cases.append(_case(name, _rope_attention_prologue_kernel, PROLOGUE, n, head_dim, norm, flags, "memory", (80, 90, 100)))
+        if not norm:
+            cases.append(_case(f"rope_table {label}", _rope_table_kernel, ROPE_TABLE, n, head_dim, norm, {}, "small", (80, 90, 100)))
     return cases
 
 
 def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
     present = "present"  # stands for a tensor: only whether it is None matters
-    shared = _constexprs(n, 16, head_dim, present, present if norm else None, None, 1e-6, False, config.blocks.values())
-    constexprs = shared | flags | config.blocks
-    types = dict(TABLE="*fp16", LSE="*fp32", DELTA="*fp32", PARTIAL="*fp32")
+    shared = _constexprs(n, 16, head_dim, present, present, present if norm else None, None, 1e-6, False, config.blocks.values())
+    constexprs = {name: value for name, value in (shared | flags | config.blocks).items() if name in kernel.arg_names}
+    types = dict(POSITIONS="*fp32", FREQS="*fp32", TABLE="*fp16", LINES="*i32", LSE="*fp32", DELTA="*fp32", PARTIAL="*fp32")
     signature = {a: "constexpr" if a in constexprs else types.get(a, "*bf16") for a in kernel.arg_names}
     return dict(
         name=f"{name} sm_{archs[0]}" if len(archs) == 1 else name, kernel=kernel, signature=signature, constexprs=constexprs,

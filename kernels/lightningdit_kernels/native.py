@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of common.h
 LEVELS = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
 MISSING = "native_missing.txt"  # written by setup.py in place of a library that could not be built: why
 
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
+    "lightningdit_attention_scratch": [_size, _size, _int],
+    "lightningdit_attention_forward": [_pointer] * 10 + [_size] * 4 + [_float] + [_int] * 4,
+    "lightningdit_attention_backward": [_pointer] * 13 + [_size] * 4 + [_float] + [_int] * 4,
     "lightningdit_cosine_forward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
     "lightningdit_cosine_backward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
     "lightningdit_distance": [_pointer] * 8 + [_size] * 4 + [_float] * 2 + [_int] * 3,
@@ -43,6 +46,7 @@ def _load(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{found[0].name} has ABI {version}, this package needs {ABI_VERSION}: install again"
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
+    library.lightningdit_attention_scratch.restype = _size
     return library, f"{found[0].name}, {LEVELS[library.lightningdit_level()]}"
 
 
@@ -119,6 +123,27 @@ def _factor(scale, weight):
 
 def _address(tensor):
     return None if tensor is None else tensor.data_ptr()
+
+
+def attention_forward(qkv, table, bias, q_weight, k_weight, q_bias, k_bias, eps, center, out, lse) -> None:
+    """out (B, N, H*Dh) and lse (B, H, N) of packed qkv (B, N, 3, H, Dh); table (N, Dh/2, 2) and the parameters in fp32."""
+    tensors = qkv, table, bias, q_weight, k_weight, q_bias, k_bias, out, lse, _attention_scratch(qkv, False)
+    _run("lightningdit_attention_forward", *map(_address, tensors), *_head_sizes(qkv), eps, center, DTYPES[qkv.dtype], DTYPES[out.dtype])
+
+
+def attention_backward(grad, qkv, out, lse, table, bias, q_weight, k_weight, q_bias, k_bias, eps, center, grad_qkv, sums) -> None:
+    """grad_qkv, and sums (B, H, 7, Dh): over tokens, the gradients of q_weight, q_bias, k_weight, k_bias, and of bias for q, k, v."""
+    tensors = grad, qkv, out, lse, table, bias, q_weight, k_weight, q_bias, k_bias, grad_qkv, sums, _attention_scratch(qkv, True)
+    _run("lightningdit_attention_backward", *map(_address, tensors), *_head_sizes(qkv), eps, center, DTYPES[qkv.dtype], DTYPES[out.dtype])
+
+
+def _head_sizes(qkv):
+    return qkv.shape[0], qkv.shape[1], qkv.shape[3], qkv.shape[4]
+
+
+def _attention_scratch(qkv, backward):
+    floats = library.lightningdit_attention_scratch(qkv.shape[1], qkv.shape[4], backward)
+    return qkv.new_empty((torch.get_num_threads(), floats), dtype=torch.float32)
 
 
 def group_norm_silu_forward(x, weight, bias, out, mean, rstd, num_groups: int, eps: float, channels_last: bool) -> None:

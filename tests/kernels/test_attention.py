@@ -8,14 +8,15 @@ import torch.nn.functional as nnf
 import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightningdit_kernels import attention, backends, rope_attention
-from lightningdit_kernels.attention import fused, rope_ref, rope_table
-from lightningdit_kernels.testing import assert_matches_truth, random_tensor
+from lightningdit_kernels import attention, backends, native, rope_attention
+from lightningdit_kernels.attention import fused, rope_ref
+from lightningdit_kernels.testing import FROZEN, assert_matches_truth, example_inputs, random_tensor, values_and_gradients
 from lightningdit_kernels.testing import rope_frequencies as frequencies
 from lightningdit_kernels.testing import token_grid as grid
 
 
-def eager(qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, eps=1e-6, center=False):
+def eager(qkv, positions=None, freqs=None, q_weight=None, k_weight=None, q_bias=None, k_bias=None, bias=None, eps=1e-6, center=False):
+    qkv = qkv if bias is None else qkv + bias
     q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, Dh) each
     width = q.shape[-1:]
     if q_weight is not None:
@@ -57,6 +58,66 @@ def test_qk_norm(norm, rope, dtype):
     assert_matches_truth(rope_attention, eager, inputs, frozen=("freqs",) if rope else ("freqs", "k_bias"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+def test_bias_of_the_qkv_layer(norm, dtype):
+    inputs = dict(qkv=random_tensor(2, 12, 3, 2, 16, dtype=dtype), bias=random_tensor(3, 2, 16, dtype=dtype, seed=1))
+    if norm:
+        inputs |= {f"{name}_weight": 1 + random_tensor(16, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 2)}
+    assert_matches_truth(rope_attention, eager, inputs | dict(positions=grid(3, 4), freqs=frequencies(16)), frozen=("freqs",))
+
+
+# Rows, columns, heads, Dh: N below and above one vector and one block of queries, odd; Dh of every remainder to a vector.
+CPU_SHAPES = [(2, 2, 2, 8), (3, 5, 3, 20), (9, 9, 2, 72), (4, 5, 1, 136), (5, 7, 1, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
+def test_cpu_backends(shape, dtype, backend):
+    rows, columns, heads, head_dim = shape
+    inputs = dict(qkv=random_tensor(2, rows * columns, 3, heads, head_dim, dtype=dtype))
+    inputs |= {f"{name}_weight": 1 + random_tensor(head_dim, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 1)}
+    inputs |= {f"{name}_bias": random_tensor(head_dim, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 3)}
+    inputs |= dict(bias=random_tensor(3, heads, head_dim, dtype=dtype, seed=5) / 2, eps=1e-5, center=True)
+    inputs |= dict(positions=1.7 * grid(rows, columns).double(), freqs=frequencies(head_dim))
+    assert_matches_truth(rope_attention, eager, inputs, frozen=("positions", "freqs"))
+
+
+def test_cpu_backends_do_least(backend):
+    """Neither norm nor rotation nor bias, and more queries than a block holds."""
+    assert_matches_truth(rope_attention, eager, dict(qkv=random_tensor(1, 150, 3, 1, 12)))
+
+
+@pytest.mark.skipif(not native.available, reason=native.about)
+def test_native_results_do_not_depend_on_threads():
+    inputs = example_inputs("rope_attention", 3, 7, 9, 48, 2)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(values_and_gradients(rope_attention, inputs, FROZEN))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], value) for name, value in other.items())
+
+
+@pytest.mark.skipif(not native.available, reason=native.about)
+def test_native_passes_infinity_and_nan_on():
+    for poison in (float("nan"), float("inf")):
+        qkv = random_tensor(2, 6, 3, 1, 8)
+        qkv[0, 2, 0, 0, 3] = poison
+        out = rope_attention(qkv)
+        assert out[0, 2].isnan().all() and out[0, [0, 1, 3, 4, 5]].isfinite().all() and out[1].isfinite().all()
+
+
+def test_a_gradient_of_the_angles_is_sdpas():
+    freqs = frequencies(8).requires_grad_()
+    (gradient,) = torch.autograd.grad(rope_attention(random_tensor(1, 6, 3, 1, 8), grid(2, 3), freqs).square().sum(), freqs)
+    assert gradient.abs().min() > 0
+
+
 def test_non_contiguous_and_empty_batch():
     inputs = dict(positions=grid(2, 3), freqs=frequencies(8))
     strided = random_tensor(3, 6, 2, 2, 16)[..., ::2].permute(2, 1, 0, 3, 4)
@@ -75,16 +136,21 @@ def test_rope_turns_by_the_official_tables(golden, name):
     assert torch.allclose(turned[:, 0::2], cos[:, 0::2], atol=1e-6) and torch.allclose(turned[:, 1::2], sin[:, 0::2], atol=1e-6)
 
 
-def test_autocast_casts_after_the_rotation():
+@pytest.mark.parametrize("name", ["sdpa", "auto"])
+def test_autocast_casts_after_the_rotation(name):
     inputs = dict(positions=grid(8, 8), freqs=frequencies(16))
     qkv = 4 * random_tensor(1, 64, 3, 1, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = rope_attention(qkv, **inputs)
+        inside = rope_attention(qkv, **inputs, backend=name)
     assert inside.dtype == torch.bfloat16
     q, k, v = qkv.unbind(2)
     q, k = (rope_ref(a, inputs["positions"], inputs["freqs"]) for a in (q, k))
     rotated_then_cast = torch.stack((q, k, v), 2).bfloat16()
-    assert torch.equal(inside, rope_attention(rotated_then_cast))
+    if name == "sdpa":
+        assert torch.equal(inside, rope_attention(rotated_then_cast, backend=name))
+    else:  # the native products take q' and k' as they are, in fp32
+        true = rope_attention(qkv.double(), **inputs)
+        assert (inside - true).abs().max() <= (rope_attention(rotated_then_cast).double() - true).abs().max()
 
 
 def test_gradcheck():
@@ -108,6 +174,7 @@ def test_gradcheck():
         (dict(positions=grid(2, 2)), r"positions has shape \(4, 2\), expected \(6, 2\)"),
         (dict(positions=grid(2, 3).to("meta")), "positions is on meta, expected cpu"),
         (dict(freqs=torch.ones(4)), r"freqs has shape \(4,\), expected \(2,\)"),
+        (dict(bias=torch.ones(24)), r"bias has shape \(24,\), expected \(3, 1, 8\)"),
         (dict(q_weight=torch.ones(8)), "k_weight is None, expected both"),
         (dict(q_weight=torch.ones(8), k_weight=torch.ones(4)), r"k_weight has shape \(4,\), expected \(8,\)"),
         (dict(q_bias=torch.ones(8), k_bias=torch.ones(8)), "q_bias is given without q_weight"),
@@ -123,17 +190,17 @@ def test_bad_input(change, message):
 
 
 def operator_arguments(dtype, norm="layer", rope=True):
-    inputs = dict(positions=grid(2, 3), freqs=frequencies(8))
+    where = (grid(2, 3), frequencies(8)) if rope else (None, None)
     parameters = [1 + random_tensor(8, dtype=dtype, seed=seed) / 4 if norm == "layer" else None for seed in (1, 2, 3, 4)]
-    table = rope_table(*inputs.values(), torch.float64 if dtype == torch.float64 else torch.float32) if rope else None
-    return random_tensor(2, 6, 3, 2, 8, dtype=dtype), table, *parameters, 1e-5, norm == "layer"
+    bias = random_tensor(3, 2, 8, dtype=dtype, seed=5) if norm == "layer" else None
+    return random_tensor(2, 6, 3, 2, 8, dtype=dtype), *where, *parameters, bias, 1e-5, norm == "layer"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("norm, rope", [("layer", True), ("none", True), ("none", False)])
 def test_opcheck(dtype, norm, rope):
     arguments = operator_arguments(dtype, norm, rope)
-    for tensor in (arguments[0], *arguments[2:6]):
+    for tensor in (arguments[0], *arguments[3:8]):
         if tensor is not None:
             tensor.requires_grad_()
     torch.library.opcheck(torch.ops.lightningdit.rope_attention, (*arguments, dtype))
@@ -145,10 +212,10 @@ def test_opcheck(dtype, norm, rope):
 
 def test_the_operators_backward_is_the_gradient_of_its_forward():
     arguments = operator_arguments(torch.float64)
-    leaves = (arguments[0], *arguments[2:6])
+    leaves = (arguments[0], *arguments[3:8])
 
     def call(qkv, *parameters):
-        return torch.ops.lightningdit.rope_attention(qkv, arguments[1], *parameters, *arguments[6:], torch.float64)[0]
+        return torch.ops.lightningdit.rope_attention(qkv, *arguments[1:3], *parameters, *arguments[8:], torch.float64)[0]
 
     assert torch.autograd.gradcheck(call, [a.requires_grad_() for a in leaves])
 
@@ -157,6 +224,7 @@ def test_the_operators_backward_is_the_gradient_of_its_forward():
 def test_the_operators_definition_matches_truth(dtype):
     inputs = dict(qkv=random_tensor(2, 12, 3, 2, 16, dtype=dtype), positions=grid(3, 4), freqs=frequencies(16))
     weights = {f"{name}_weight": 1 + random_tensor(16, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 1)}
+    weights |= dict(bias=random_tensor(3, 2, 16, dtype=dtype, seed=3))
     assert_matches_truth(fused, eager, inputs | weights, frozen=("freqs",))
 
 
@@ -195,8 +263,9 @@ def test_auto_follows_the_measurements(monkeypatch):
     monkeypatch.setattr(attention, "MEASURED", {((9, 0), 6, 8): "triton"})
     with FakeTensorMode():
         measured, other = (torch.empty(1, n, 3, 1, 8, device="cuda", dtype=torch.bfloat16) for n in (6, 7))
-        assert attention._auto(measured) == "triton"
-        assert attention._auto(other) == attention._auto(measured.float()) == attention._auto(measured.cpu()) == "sdpa"
+        assert attention._auto(measured, None, None) == "triton"
+        assert attention._auto(other, None, None) == attention._auto(measured.float(), None, None) == "sdpa"
+        assert attention._auto(measured.cpu(), None, None) == ("native" if native.serves(torch.bfloat16) else "sdpa")
     assert "sdpa" in backends()["rope_attention"]["cuda"]
 
 

@@ -20,8 +20,8 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA 
 def triton_serves_cpu():
     """The operators call the Triton launchers for CPU tensors too, which the interpreter can run."""
     with torch.library._scoped_library("lightningdit", "IMPL") as library:
-        library.impl("rope_attention", attention._attention_cuda, "CPU")
-        library.impl("rope_attention_backward", attention._attention_backward_cuda, "CPU")
+        library.impl("rope_attention", attention._attention_cuda, "CPU", allow_override=True)
+        library.impl("rope_attention_backward", attention._attention_backward_cuda, "CPU", allow_override=True)
         yield
 
 
@@ -31,13 +31,15 @@ def way(request, monkeypatch):
     monkeypatch.setattr(attention_triton, "RESIDENT_TOKENS", 256 if request.param == "resident" else 0)
 
 
-def inputs_of(rows, columns, heads, head_dim, dtype, norm="none", rope=True, batch=1):
+def inputs_of(rows, columns, heads, head_dim, dtype, norm="none", rope=True, bias=True, batch=1):
     inputs = dict(qkv=random_tensor(batch, rows * columns, 3, heads, head_dim, dtype=dtype))
     if norm != "none":
         inputs |= {f"{name}_weight": 1 + random_tensor(head_dim, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 1)}
     if norm == "layer":
         inputs |= {f"{name}_bias": random_tensor(head_dim, dtype=dtype, seed=seed) / 4 for seed, name in enumerate("qk", 3)}
         inputs |= dict(center=True, eps=1e-5)
+    if bias:
+        inputs |= dict(bias=random_tensor(3, heads, head_dim, dtype=dtype, seed=5) / 2)
     return inputs | (dict(positions=grid(rows, columns), freqs=frequencies(head_dim)) if rope else {})
 
 
@@ -62,6 +64,27 @@ def test_rotation_and_norm(rope, norm, dtype, way):
     # Without RoPE, softmax is blind to the key's bias: that gradient is zero, and what is computed is rounding noise.
     inputs = inputs_of(3, 7, 2, 24, dtype, norm, rope)
     assert_matches_truth(fused, eager, inputs, frozen=("freqs",) if rope else ("freqs", "k_bias"))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32], ids=str)
+def test_any_positions(dtype, way):
+    """Fractions, repetitions, negative and distant coordinates in no order: what the rotation may not take for a grid."""
+    positions = torch.tensor([[0, 3], [7, 0], [0, 0], [250, -7], [7, 3], [-31, 250], [1000, 999], [0, 3], [5, 5]])
+    positions = positions.to(dtype) if dtype == torch.int32 else positions.to(dtype) / 7 + 0.3
+    inputs = inputs_of(3, 3, 2, 24, torch.float32, "rms")
+    assert_matches_truth(fused, eager, inputs | dict(positions=positions), frozen=("positions", "freqs"))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_rope_table(dtype):
+    """Lines name the first token with the same coordinate, so that few lines of the table are read; their values are the definition's."""
+    positions, freqs = grid(5, 7).float() / 3, frequencies(24)
+    lines, table = attention_triton._rope_table(positions, freqs, 24, dtype)
+    assert torch.equal(lines.long(), torch.stack((torch.arange(35) // 7 * 7, torch.arange(35) % 7), 1))
+    expected = attention.rope_table(positions.double(), freqs.double(), torch.float64).flatten(1)
+    assert (table - expected).abs().max() < (2**-11 if dtype == torch.bfloat16 else 2**-22)
 
 
 @interpreted
@@ -118,9 +141,9 @@ def test_checkpointing_recomputes_the_same():
 @interpreted
 def test_opcheck():
     inputs = inputs_of(2, 2, 1, 8, torch.float32, "layer")
-    table = attention.rope_table(inputs["positions"], inputs["freqs"], torch.float32)
-    parameters = [inputs[f"{name}_{what}"].requires_grad_() for what in ("weight", "bias") for name in "qk"]
-    arguments = (inputs["qkv"].requires_grad_(), table, *parameters, 1e-5, True, torch.float32)
+    where = inputs["positions"], inputs["freqs"]
+    parameters = [inputs[name].requires_grad_() for name in ("q_weight", "k_weight", "q_bias", "k_bias", "bias")]
+    arguments = (inputs["qkv"].requires_grad_(), *where, *parameters, 1e-5, True, torch.float32)
     torch.library.opcheck(torch.ops.lightningdit.rope_attention, arguments)
 
 
