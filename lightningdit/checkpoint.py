@@ -245,15 +245,18 @@ def trainer_tensors(model, optimizer):
     return tensors
 
 
-def load_trainer(path, model, optimizer):
+def load_trainer(path, model, optimizer, others=None):
     """Undoes trainer_tensors from the group "trainer" of a checkpoint: fills the optimizer of `model` and sets PyTorch's generators.
 
+    Args: others: {name: tensor} stored beside them, filled in place.
     Raises: CheckpointError when the state is of another model.
     """
-    parameters, tensors = dict(model.named_parameters()), {}
+    parameters, others, tensors = dict(model.named_parameters()), others or {}, {}
     for key, about in _sizes(path, "trainer").items():
         kind, _, name = key.partition(".")
-        if kind == "rng":
+        if key in others:
+            tensors[key] = others[key]
+        elif kind == "rng":
             tensors[key] = torch.empty(about.size, dtype=about.properties.dtype)
         elif name not in parameters or (kind != "step" and parameters[name].shape != about.size):
             raise CheckpointError(f"checkpoint {path}: optimizer state {key} {tuple(about.size)} does not belong to this model")
@@ -261,13 +264,13 @@ def load_trainer(path, model, optimizer):
             tensors[key] = torch.zeros(about.size, dtype=about.properties.dtype, device=parameters[name].device)
         else:  # sharded as its parameter is
             tensors[key] = torch.zeros_like(parameters[name], dtype=about.properties.dtype).detach()
-    load_into(path, "trainer", tensors)
+    load_into(path, "trainer", others | tensors)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    for key, value in tensors.items():
-        kind, _, name = key.partition(".")
+    for key in tensors.keys() - others.keys():
+        value, (kind, _, name) = tensors[key], key.partition(".")
         optimizer.state[parameters[name]][kind] = value
 
 

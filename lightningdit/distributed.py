@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,76 @@ def process_group(device):
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_all():
+    """Returns when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def average_over_ranks(tensors, bucket=2**25):
+    """Replaces each tensor of the list by its mean over the processes, in place; the same bits on each. The host does not wait.
+
+    They travel in buckets of about `bucket` elements: few large messages. All must be of one dtype and device.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensors
+    start = 0
+    while start < len(tensors):
+        end, elements = start + 1, tensors[start].numel()
+        while end < len(tensors) and elements + tensors[end].numel() <= bucket:
+            elements += tensors[end].numel()
+            end += 1
+        part = tensors[start:end]
+        flat = torch.cat([tensor.reshape(-1) for tensor in part])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        pieces = flat.split([tensor.numel() for tensor in part])
+        torch._foreach_copy_(part, [piece.view_as(tensor) for piece, tensor in zip(pieces, part, strict=True)])
+        start = end
+    return tensors
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: what was interrupted from outside wants to be started again
+ASK_EVERY = 10  # steps between two exchanges of the processes about it
+
+
+def exit_code(number):
+    """For a run that a signal stopped and whose state is saved: 130 for Ctrl-C, REQUEUE for SIGTERM and SIGUSR1 (preemption)."""
+    return 130 if number == signal.SIGINT else REQUEUE
+
+
+@contextlib.contextmanager
+def interruption():
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag; a second one stops at once.
+
+    Yields: interrupted(step), to be asked after each step: the signal's number, or 0. With several processes the answer is the same on
+        all: they tell each other after every 10th step, on the host (a small gloo message), so that no device is waited for.
+    """
+    asked, group = [], dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else before[number])
+
+    def interrupted(step):
+        if group is None:
+            return asked[0] if asked else 0
+        if step % ASK_EVERY:
+            return 0
+        flag = torch.tensor(asked[0] if asked else 0)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+        return int(flag)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pick_device(name):

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .distributed import local
+
 
 def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
     """AdamW, fused on CPU and CUDA. Weight decay acts on matrices, not on biases, norms and embeddings.
@@ -29,20 +31,26 @@ def lr_at(step, *, lr, steps, warmup=0, schedule="constant", final_lr_fraction=0
     return lr * (final_lr_fraction + (1 - final_lr_fraction) * shape)
 
 
+def frozen_copy(model):
+    """A copy in evaluation mode, without gradients. Make it before the model is sharded or compiled."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 class EMA:
     """Exponential moving average of a model's trainable weights: average = decay * average + (1 - decay) * weights.
 
     Args:
         decay: official 0.9999, from the first step on.
         warmup: use min(decay, (1 + step) / (10 + step)), for runs too short to forget the initial weights.
-    Attributes: model, a copy in evaluation mode without gradients, for sampling.
+        average: the copy to keep the average in, sharded as the model is; None: one is made.
+    Attributes: model, the copy, in evaluation mode without gradients, for sampling.
     """
 
-    def __init__(self, model, decay=0.9999, warmup=False):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model, decay=0.9999, warmup=False, average=None):
+        self.model = frozen_copy(model) if average is None else average
         self.decay, self.warmup = decay, warmup
-        self._average = [p for p, q in zip(self.model.parameters(), model.parameters(), strict=True) if q.requires_grad]
-        self._weights = [q for q in model.parameters() if q.requires_grad]
+        pairs = [(p, q) for p, q in zip(self.model.parameters(), model.parameters(), strict=True) if q.requires_grad]
+        self._average, self._weights = ([local(tensor) for tensor in tensors] for tensors in zip(*pairs, strict=True))
 
     @torch.no_grad()
     def update(self, step):

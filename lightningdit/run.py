@@ -1,0 +1,134 @@
+"""A run directory: opening it, going on from what it holds, and what it keeps about updates that went wrong.
+
+    run/config.yaml, environment.json, tokenizer.safetensors      what the run is
+    run/checkpoints/                                              see checkpoint.py
+    run/incidents.json, run/incidents/step_XXXXXXX.safetensors    updates that the guard left out, and their batches
+"""
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+
+from . import checkpoint
+from .config import ConfigError, DiTConfig, differences, load, require, save
+from .distributed import wait_for_all
+from .guard import reason
+from .log import write_environment
+from .tokenizer.vavae import Tokenizer
+
+# What may change between a run and its resumption; anything else would make it another run.
+MAY_CHANGE = (
+    "run", "steps", "micro_batch", "compile", "device", "parallel", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
+    "sample_num", "validate_every", "final_samples", "sample", "guard", "deterministic", "data.path", "data.cache", "data.workers",
+    "data.decoder", "data.num_images", "data.resident", "tokenizer.path",
+)
+
+
+def open_run(config, tokenizer, device):
+    """Makes the run directory, or checks that the one there belongs to this configuration and tokenizer. The first process writes.
+
+    Returns: its path.
+    Raises: ConfigError that lists every difference.
+    """
+    run, writes = Path(config.run), not dist.is_initialized() or dist.get_rank() == 0
+    if (run / "config.yaml").is_file():
+        before = load(DiTConfig, run / "config.yaml")
+        config.data.num_classes = config.data.num_classes or before.data.num_classes
+        if changes := differences(before, config, ignore=MAY_CHANGE):
+            raise ConfigError(f"run: {run} holds a run of another configuration; choose another --run, or undo\n  " + "\n  ".join(changes))
+        trained_on = Tokenizer.load(run / "tokenizer.safetensors").sha256
+        require(tokenizer.sha256 == trained_on, "tokenizer.path", f"{config.tokenizer.path}, SHA-256 {tokenizer.sha256[:16]}...",
+                f"the tokenizer that {run} was begun with, SHA-256 {trained_on[:16]}...")
+    wait_for_all()  # nobody looks after somebody has written
+    if writes:
+        run.mkdir(parents=True, exist_ok=True)
+        if not (run / "tokenizer.safetensors").is_file():
+            tokenizer.save(run / "tokenizer.safetensors")  # the run alone is enough to sample from
+        write_environment(run, device)
+    wait_for_all()
+    return run
+
+
+def note_configuration(run, config):
+    """Writes config.yaml, once the configuration is whole: by it a directory becomes a run."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save(config, run / "config.yaml")
+
+
+def trainer_state(model, average, optimizer, guard):
+    """{"model", "ema", "trainer"}: every tensor of a training state, for checkpoint.Saver."""
+    return dict(model=model.state_dict(), ema=average.state_dict(),
+                trainer=checkpoint.trainer_tensors(model, optimizer) | guard.tensors())
+
+
+def resume(run, model, average, optimizer, guard, facts):
+    """Loads the newest undamaged checkpoint; returns the number of updates done, 0 without one."""
+    found = checkpoint.latest_checkpoint(run)
+    if found is None:
+        return 0
+    path, state = found
+    checkpoint.load_into(path, "model", model.state_dict())
+    checkpoint.load_into(path, "ema", average.state_dict())
+    checkpoint.load_trainer(path, model, optimizer, guard.tensors())
+    if state["data"] != facts["data"]:
+        print(f"warning: the images have changed since {path} was saved, and with them the order of the data")
+    return state["step"]
+
+
+class Rollback(Exception):
+    """Training is to begin anew from the last checkpoint."""
+
+
+class Incidents:
+    """The updates that the guard left out, and what the run does about them. In a file, so that it outlives the process.
+
+    Args:
+        policy: "stop", "skip" or "rollback". most: so many incidents stop the run whatever the policy. lr_factor: times the learning rate
+            after each rollback.
+    Attributes: left_out, the steps whose batches are not trained on after a rollback; lr_factor, of all rollbacks so far.
+    """
+
+    def __init__(self, run, policy, most, lr_factor):
+        self.path, self.policy, self.most, self.factor_each = Path(run) / "incidents.json", policy, most, lr_factor
+        held = json.loads(self.path.read_text()) if self.path.is_file() else dict(left_out=[], lr_factor=1.0)
+        self.left_out, self.lr_factor, self.count = set(held["left_out"]), held["lr_factor"], 0
+
+    def handle(self, bad, log, draw, run):
+        """Tells what was left out, keeps the batches, and does what the policy says.
+
+        Args:
+            bad: [(step, verdict)]. draw: step (from 1 on) -> {name: tensor}, its batch.
+        Raises: SystemExit (stop, or too many); Rollback.
+        """
+        for step, verdict in bad:
+            self.count += 1
+            path = run / "incidents" / f"step_{step:07d}.safetensors"
+            kept = ""
+            if self.count <= self.most:
+                batch = draw(step)  # on every process: it may gather
+                if log.writes:
+                    try:
+                        checkpoint.save_weights(path, batch)
+                        kept = f"; its batch is in {path}, `lightningdit replay {path}` looks at it"
+                    except OSError as error:
+                        kept = f"; its batch could not be saved ({error})"
+            log.event(step, incident=reason(verdict), policy=self.policy)
+            log.say(f"warning: step {step}: {reason(verdict)}; the update was left out{kept}")
+        steps = [step for step, _ in bad]
+        advice = "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it"
+        if self.policy == "stop" or self.count > self.most:
+            why = "" if self.policy == "stop" else f" These are {self.count} incidents, guard.most is {self.most}."
+            raise SystemExit(f"error: {reason(bad[0][1])} at step {steps[0]}.{why} The weights are those before it; the last checkpoint is of "
+                             f"step {log.saved}. {advice}; guard.policy says what else to do")
+        if self.policy == "rollback":
+            self.left_out.update(steps)
+            self.lr_factor *= self.factor_each
+            wait_for_all()
+            if log.writes:
+                partial = self.path.with_suffix(".partial")
+                partial.write_text(json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor)))
+                partial.replace(self.path)
+            wait_for_all()
+            log.say(f"going back to step {log.saved}; steps {', '.join(map(str, sorted(self.left_out)))} will be left out, the learning "
+                    f"rate is {self.lr_factor:g} of the planned one")
+            raise Rollback
