@@ -190,7 +190,7 @@ def test_published_weights_come_from_the_hub(file, pixels, monkeypatch):
     timm_model(VIT, file)
     asked = []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments: asked.append(arguments) or str(file))
-    encoder = load_encoder("test_vit.r160_in1k", grid=4)
+    encoder = load_encoder("hf-hub:timm/test_vit.r160_in1k", grid=4)
     assert torch.equal(encoder.features(pixels), load_encoder(VIT, weights=file, grid=4).features(pixels))
     assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")]
 
@@ -236,7 +236,9 @@ def test_without_timm():
 
 
 @pytest.mark.parametrize("name, arguments, message", [
-    ("dinov2-x", {}, "name_or_path: got 'dinov2-x'.*dinov2-"), (VIT, dict(normalisation="imagenet"), "normalisation: got 'imagenet'"),
+    ("dinov2-x", {}, "name_or_path: got 'dinov2-x'.*dinov2-"), ("hf-hub:someone/model", {}, "timm has no such model"),
+    ("vit_large_patch14_dinov2.lvd", {}, "name_or_path: got 'vit_large_patch14_dinov2.lvd'"),
+    (VIT, dict(normalisation="imagenet"), "normalisation: got 'imagenet'"),
     (VIT, dict(layer=6), "layer: got 6.*6"), (VIT, dict(layer=1.0), "layer: got 1.0"), (VIT, dict(grid=0), "grid: got 0"),
     (VIT, dict(input_size=100), "input_size: got .100, 100., expected multiples of 16"),
     (VIT, dict(input_size=96, grid=4), "grid: got .4, 4., but .96, 96. pixels.*interpolate=True"),

@@ -184,8 +184,8 @@ def load_tokenizer(name_or_path, *, preset=None, statistics=None, device="cpu"):
         stored = (about["latent_mean"], about["latent_std"]) if {"latent_mean", "latent_std"} <= about.keys() else None
     if given is None and stored is None:
         raise ValueError(f"{path}: no latent statistics, without which latents cannot be normalised. Pass statistics: a latents_stats.pt, "
-                         "(mean, std), or the number that multiplies latents (1.0: left raw). latent_statistics(raw latents of your data) "
-                         "takes them, as train/vavae.py does")
+                         "(mean, std), or the number that multiplies latents (1.0: left raw); `lightningdit export-tokenizer` writes them "
+                         "into a file. latent_statistics(raw latents of your data) takes them, as train/vavae.py does")
     try:
         autoencoder = AutoencoderKL(**arguments)
     except (TypeError, ValueError) as error:
