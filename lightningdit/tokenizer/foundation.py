@@ -88,8 +88,10 @@ def load_encoder(name_or_path, *, weights=None, image_size=None, grid=None, inpu
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise ValueError(f"layer: got {layer!r}, expected an integer")
     timm = _timm()
-    timm_name = FOUNDATION_MODELS.get(name, (name,))[0]
+    timm_name = FOUNDATION_MODELS.get(name, (name,))[0].removeprefix("hf-hub:timm/")
     try:
+        if not timm.is_model(timm_name):  # timm would ask the hub for some names
+            raise RuntimeError("timm has no such model")
         model = timm.create_model(timm_name, num_classes=0)
     except RuntimeError as error:
         near = difflib.get_close_matches(name, [*FOUNDATION_MODELS, *timm.list_models()], n=5, cutoff=0.5)
