@@ -160,7 +160,7 @@ def evaluate_samples(
         networks, rows = load_extractors(names, weights, device, "fid")
         references = []
         for network in networks:
-            real = load_reference(reference, network, image_size=samples.size, cache=cache, workers=workers, batch_size=batch_size,
+            real = load_reference(reference, network, image_size=samples.size[0], cache=cache, workers=workers, batch_size=batch_size,
                                   rank=rank, world=world)
             collected = collect(samples.batches(batch_size, rank, world, progress=rank == 0), network)
             rows += compare(collected, real, network, device)
