@@ -30,7 +30,7 @@ from .features import Unavailable, load_extractor
 from .images import EXTENSIONS, ImageBatches, ImageSource, digits, open_images, to_pixels
 from .log import environment, image_grid, save_png
 from .metrics import FeatureStatistics
-from .tokenizer.vavae import Tokenizer
+from .tokenizer.vavae import load_tokenizer
 
 KEPT = 10_000  # features of a reference kept for KID, precision and recall: ADM's reference files hold as many images
 UNBIASED = 10_000  # with fewer images a Frechet distance is noticeably too large
@@ -60,6 +60,8 @@ def evaluate_tokenizer(
     extractors: str = "auto",
     weights: str = "",
     lpips_weights: str | None = None,
+    preset: str | None = None,
+    statistics: float | str | None = None,
     posterior: str = "sample",
     uniformity_points: int = 1000,
     uniformity_runs: int = 1,
@@ -73,12 +75,14 @@ def evaluate_tokenizer(
     Prints a table; writes OUT/evaluation.json and OUT/reconstructions.png: originals, reconstructions, and four times their difference.
 
     Args:
-        tokenizer: "digits" or a tokenizer file.
+        tokenizer: "digits", a tokenizer file, an official VA-VAE, LDM or MAR checkpoint, or a folder of diffusers.
         data: the images to reconstruct.
         extractors: feature extractors of the reconstruction Frechet distance, separated by commas: inception, dinov2, timm:MODEL, digits, a
             file of a small encoder. auto: digits for the digits, else inception.
         weights: files of their weights, "inception=FILE,dinov2=FILE"; without one the download, or its cache.
         lpips_weights: torchvision's VGG-16 weights; without them the download, or its cache.
+        preset: architecture of an official checkpoint; not given: what the weights' shapes say.
+        statistics: a latents_stats.pt, or the number that latents are multiplied by; official checkpoints need it.
         posterior: sample (as the paper) or mode.
         uniformity_points: images that give one latent vector each to the t-SNE; the paper takes 10000. 0: none.
         uniformity_runs: drawings of these vectors to average over; the paper takes 10.
@@ -93,7 +97,7 @@ def evaluate_tokenizer(
     require(uniformity_points == 0 or uniformity_points > 90, "uniformity_points", uniformity_points, "more than 90, or 0 for none")
     require(uniformity_runs > 0, "uniformity_runs", uniformity_runs, "a positive number")
     with processes(device) as (rank, world, device):
-        decoder = Tokenizer.load(tokenizer, device)
+        decoder = load_tokenizer(tokenizer, preset=preset, statistics=statistics, device=device)
         pictures = open_pictures(data.path, image_size=data.image_size, channels=decoder.image_channels, num_images=data.num_images,
                                  workers=data.workers)
         names = ("digits" if data.path is None else "inception") if extractors == "auto" else extractors

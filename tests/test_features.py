@@ -65,6 +65,14 @@ def test_a_missing_download_says_what_to_do(monkeypatch, tmp_path):
         load_extractor("inception")
 
 
+def test_timm_weights_that_are_not_there(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(Unavailable, match="extractor timm:vit_tiny_patch16_224: .* is not in the local cache .*weights=FILE"):
+        load_extractor("timm:vit_tiny_patch16_224")
+
+
 def test_hostile_and_foreign_weights_are_refused(tmp_path):
     class Hostile:
         def __reduce__(self):
