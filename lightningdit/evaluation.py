@@ -25,7 +25,7 @@ from tqdm import tqdm
 from . import metrics
 from .checkpoint import save_weights
 from .config import require
-from .distributed import generator_for, pick_device
+from .distributed import generator_for, pick_device, process_group, world
 from .features import Unavailable, load_extractor
 from .images import EXTENSIONS, ImageBatches, ImageSource, digits, open_images, to_pixels
 from .log import environment, image_grid, save_png
@@ -96,16 +96,17 @@ def evaluate_tokenizer(
     require(batch_size > 0, "batch_size", batch_size, "a positive number")
     require(uniformity_points == 0 or uniformity_points > 90, "uniformity_points", uniformity_points, "more than 90, or 0 for none")
     require(uniformity_runs > 0, "uniformity_runs", uniformity_runs, "a positive number")
-    with processes(device) as (rank, world, device):
+    rank, ranks = world()
+    with process_group(pick_device(device)) as device:
         decoder = load_tokenizer(tokenizer, preset=preset, statistics=statistics, device=device)
         pictures = open_pictures(data.path, image_size=data.image_size, channels=decoder.image_channels, num_images=data.num_images,
                                  workers=data.workers)
         names = ("digits" if data.path is None else "inception") if extractors == "auto" else extractors
         networks, rows = load_extractors(names, weights, device, "rfid")
         perceptual, no_lpips = _load_perceptual(lpips_weights, device)
-        quality = Reconstructions(networks, perceptual, no_lpips, show=_evenly(range(len(pictures))[rank::world], 12))
+        quality = Reconstructions(networks, perceptual, no_lpips, show=_evenly(range(len(pictures))[rank::ranks], 12))
         latents = Latents(decoder, points=_evenly(range(len(pictures)), uniformity_points), runs=uniformity_runs, seed=seed)
-        for images, indices in pictures.batches(batch_size, rank, world, progress=rank == 0):
+        for images, indices in pictures.batches(batch_size, rank, ranks, progress=rank == 0):
             images = images.to(device)
             with torch.no_grad():
                 q = decoder.encode(to_pixels(images))
@@ -157,7 +158,8 @@ def evaluate_samples(
         out: folder to write.
     """
     require(batch_size > 0, "batch_size", batch_size, "a positive number")
-    with processes(device) as (rank, world, device):
+    rank, ranks = world()
+    with process_group(pick_device(device)) as device:
         channels = 1 if reference == "digits" else 3
         samples = open_pictures(images, image_size=image_size, channels=channels, num_images=num_images, workers=workers)
         names = ("digits" if reference == "digits" else "inception") if extractors == "auto" else extractors
@@ -165,8 +167,8 @@ def evaluate_samples(
         references = []
         for network in networks:
             real = load_reference(reference, network, image_size=samples.size[0], cache=cache, workers=workers, batch_size=batch_size,
-                                  rank=rank, world=world)
-            collected = collect(samples.batches(batch_size, rank, world, progress=rank == 0), network)
+                                  rank=rank, world=ranks)
+            collected = collect(samples.batches(batch_size, rank, ranks, progress=rank == 0), network)
             rows += compare(collected, real, network, device)
             references.append(real.provenance)
         report = dict(what="samples", metrics=rows, images=samples.provenance, references=references, extractors=_described(networks))
@@ -634,7 +636,7 @@ def reconstruction_picture(originals, reconstructions):
     return image_grid(torch.cat([originals, reconstructions, difference]), columns=len(originals))
 
 
-# Reports and processes.
+# Reports.
 
 
 def table(rows):
@@ -659,20 +661,3 @@ def finish(report, out, device):
 
 def _described(networks):
     return [dict(name=network.name, sha256=network.sha256) for network in networks]
-
-
-@contextlib.contextmanager
-def processes(device):
-    """(rank, world, device) of this process; joins torchrun's group while it lasts."""
-    device, world = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        yield 0, 1, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), world, device
-    finally:
-        dist.destroy_process_group()
