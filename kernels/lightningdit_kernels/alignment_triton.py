@@ -20,30 +20,23 @@ from lightningdit_kernels.tuning import Config, pick
 COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12
 
 # Per architecture and shape class: "fp32" and "half" are dtypes, "narrow" is an fp32 z of at most NARROW channels (the low-rank form).
-# Chosen by what the audit shows: no spill, then few registers, except where a smaller tile would read more than it saves. Not yet measured
-# on a GPU. The backward of "fp32" adds to grad_z in memory once per block of j: half as wide a block takes 168 registers for 255, and twice
-# those reads and writes. Such second choices are there for LIGHTNINGDIT_AUTOTUNE=1.
+# Chosen by what compiles without a spill; not yet measured on a GPU.
 NARROW = 64
 ROWS = {(80, "any"): [Config(dict(ROWS=4, BLOCK_C=512), num_warps=4), Config(dict(ROWS=8, BLOCK_C=256), num_warps=4)]}
 PROJECT = {(80, "any"): [Config(dict(BLOCK_M=64, BLOCK_K=32, BLOCK_N=32), num_warps=4, num_stages=3)]}
 FORWARD = {
     (80, "fp32"): [Config(dict(BLOCK_N=64, BLOCK_K=16), num_warps=4, num_stages=2)],
-    (80, "half"): [Config(dict(BLOCK_N=64, BLOCK_K=64), num_warps=4, num_stages=3)],
-    (90, "fp32"): [Config(dict(BLOCK_N=64, BLOCK_K=32), num_warps=8, num_stages=2)],
-    (90, "half"): [Config(dict(BLOCK_N=128, BLOCK_K=64), num_warps=8, num_stages=3),
-                   Config(dict(BLOCK_N=64, BLOCK_K=64), num_warps=4, num_stages=3)],
+    (80, "half"): [Config(dict(BLOCK_N=128, BLOCK_K=64), num_warps=8, num_stages=3)],
+    (90, "fp32"): [Config(dict(BLOCK_N=64, BLOCK_K=32), num_warps=4, num_stages=2)],
     (100, "half"): [Config(dict(BLOCK_N=64, BLOCK_K=64), num_warps=4, num_stages=3)],
 }
 BACKWARD = {
-    (80, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2),
-                   Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2)],
+    (80, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2)],
     (80, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=2)],
-    (80, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=64), num_warps=4, num_stages=2)],
-    (90, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2),
-                   Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=32), num_warps=4, num_stages=2)],
-    (90, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=3)],
-    (90, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
-    (100, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
+    (80, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2)],
+    (90, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2)],
+    (90, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=3)],
+    (90, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
 }
 
 
