@@ -6,7 +6,7 @@ Every percentage in the report is of these figures, measured in the same run. M 
 import pytest
 import torch
 
-from bench.harness import BATCH, PRESETS, Timer, gpu_state, interleave, rounds_for, summary
+from bench.harness import PRESETS, Monitor, Timer, gpu_state, interleave, rounds_for, short, summary
 from lightningdit_kernels.testing import random_tensor
 
 LAYERS = ("qkv", "proj", "w12", "w3")
@@ -25,13 +25,17 @@ def gemm_shapes(shapes: str, tokens: int) -> dict[str, tuple[int, int, int]]:
 
 
 def record_timers(benchmark, settings, kind, timers, counted, **more):
-    samples = interleave(timers, rounds_for(timers, settings), benchmark, settings.warmup_s)
+    rounds, states = rounds_for(timers, settings), []
+    monitor = Monitor() if settings.device == "cuda" else None
+    samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe=monitor and (lambda: states.append(monitor.sample())))
     rows = [dict(name=name, **counted[name], **summary(times, counted[name], times)) for name, times in samples.items()]
     for row in rows:
         del row["speedup"], row["speedup_low"], row["speedup_high"]
-    record = dict(kind=kind, device=settings.device, rows=rows, **more)
+    rounded = {name: list(map(short, times)) for name, times in samples.items()}
+    record = dict(kind=kind, device=settings.device, rows=rows, samples_ms=rounded, **more)
     if settings.device == "cuda":
-        record |= dict(after=gpu_state())
+        record |= dict(after=gpu_state(), monitor=monitor.source)
+        record |= dict(rounds={key: [one.get(key) for one in states[-rounds:]] for key in states[-1]})
     benchmark.extra_info.update(record)
     settings.record(record)
 
@@ -55,9 +59,8 @@ def bench_square_gemm(benchmark, settings, dtype):
     record_timers(benchmark, settings, "gemm", timers, counted, dtype=str(dtype).removeprefix("torch."))
 
 
-def bench_model_gemms(benchmark, settings, shapes):
+def bench_model_gemms(benchmark, settings, shapes, batch):
     """The 12 products of one block, bf16 on CUDA (the training dtype), fp32 on CPU."""
-    batch = BATCH[settings.device][shapes] if settings.device == "cuda" else 2
     tokens, dtype = 256 * batch, torch.bfloat16 if settings.device == "cuda" else torch.float32
     timers, counted = {}, {}
     for name, (m, n, k) in gemm_shapes(shapes, tokens).items():

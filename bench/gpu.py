@@ -2,7 +2,8 @@
 
     python bench/gpu.py --out FOLDER [--stage NAME] [--budget-s SECONDS]
 
-Each stage is a pytest run of its own that writes FOLDER/stages/<name>.json and may take 9 minutes; a stage whose file is there is done.
+Each stage is a process of its own, pytest, that writes FOLDER/stages/<name>.json and may take 9 minutes; a stage whose file is there is
+done. The stages <op>_1 to <op>_3 are the same in fresh processes, and one row each in the end; then come the sweeps over B, N and Dh.
 With a budget no stage is begun that might not end in time; exit status 3 then says: run again, to continue. When all are done they
 are merged into FOLDER/kernels_<device>.json. Copied to bench/results, that file is in the next `make report`.
 """
@@ -24,12 +25,26 @@ from bench.harness import merge, write  # noqa: E402
 STAGE_S = 9 * 60
 UNFINISHED = 3
 
-# In order of worth, should time run out.
-STAGES = {
-    "ceilings": ["bench/bench_ceilings.py", "-k", "copy or square"],
-    "gemms": ["bench/bench_ceilings.py", "-k", "model_gemms"],
-    **{op: [f"bench/bench_{op}.py"] for op in ("norm", "attention", "swiglu", "alignment", "groupnorm")},
-}
+REPEATS = 3  # processes: layout in memory, allocator and compilation differ between them
+
+
+def stages() -> dict[str, list[str]]:
+    """What pytest is called with, by name, in order of worth, should time run out."""
+    ops = ("norm", "attention", "swiglu", "alignment", "groupnorm")
+    table = {"ceilings": ["bench/bench_ceilings.py", "-k", "copy or square"], "gemms": ["bench/bench_ceilings.py", "-k", "model_gemms"]}
+    for process in range(1, REPEATS + 1):  # a stage that is repeated is pooled by harness.merge
+        table |= {f"{op}_{process}": [f"bench/bench_{op}.py", "--case-s", "10"] for op in ops}
+    sweep = ["--batch", "8,32,128,256", "--dtypes", "bfloat16", "--case-s", "4"]
+    for tokens in (256, 1024):
+        for op in ("norm", "swiglu", "alignment"):
+            table[f"{op}_sweep_{tokens}"] = [f"bench/bench_{op}.py", "--tokens", str(tokens), *sweep]
+        for head_dim in (64, 72):
+            dims = ["--tokens", str(tokens), "--head-dim", str(head_dim)]
+            table[f"attention_sweep_{tokens}_{head_dim}"] = ["bench/bench_attention.py", *dims, *sweep]
+    return table
+
+
+STAGES = stages()
 
 
 def run_stage(name: str, path: Path, extra: list[str]) -> bool:

@@ -4,14 +4,20 @@ Correctness first: a contestant that is further from fp64 than twice eager PyTor
 case take turns, round after round, so that clocks, temperature and neighbours hit all of them alike; a speed-up is the median over the
 rounds of the ratio within a round. Inputs rotate through copies that together exceed the last cache. On CUDA the copies are run inside
 one CUDA graph and timed by events, on CPU by perf_counter. Bytes and FLOPs are counted from the shapes: those that one perfect pass needs.
+A contestant also has to prove who it is: one profiled run must show its operators or kernels, and not another's (`identify`).
 """
 
+import copy
 import dataclasses
 import datetime
+import functools
+import importlib.util
 import json
+import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -34,6 +40,8 @@ PRESETS = {"xl": (1152, 16, 3072), "b": (768, 12, 2048), "s": (384, 6, 1024), "t
 BATCH = {"cuda": dict(xl=128, b=256, s=256, tiny=2), "cpu": dict(xl=8, b=16, s=32, tiny=2)}
 # What rotates exceeds this many bytes: three times the L2 of a GPU, the usual last cache of a CPU.
 CPU_ROTATION = 64 * 2**20
+# Elements of the inputs up to which the gate compares with fp64 at full size; beyond, the batch of the gate is halved until it fits.
+GATE_ELEMENTS = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +49,33 @@ class Case:
     """One op at one shape in one dtype on one device."""
 
     op: str
-    shapes: str  # a key of PRESETS
+    shapes: str  # a key of PRESETS; then, if anything differs from it, batch, tokens and head dimension: "xl/B8/N1024/Dh64"
     dtype: torch.dtype
     device: str
 
     def sizes(self) -> dict[str, int]:
         """Sizes for example_inputs: images of 16 x 16 tokens; for the losses and group_norm_silu the tensors of the VA-VAE."""
-        width, heads, hidden = PRESETS[self.shapes]
-        sizes = dict(batch=BATCH[self.device][self.shapes], rows=16, columns=16, width=width, heads=heads)
-        if self.shapes == "tiny":
+        preset, *points = self.shapes.split("/")
+        point = {name: int(value) for name, value in (re.fullmatch(r"(B|N|Dh)(\d+)", point).groups() for point in points)}
+        width, heads, hidden = PRESETS[preset]
+        sizes = dict(batch=BATCH[self.device][preset], rows=16, columns=16, width=width, heads=heads)
+        if preset == "tiny":
             sizes |= dict(rows=4, columns=4)
         if self.op == "swiglu":
             sizes |= dict(width=hidden)
-        elif self.op.startswith(("marginal", "alignment")) and self.shapes == "xl":
+        elif self.op.startswith(("marginal", "alignment")) and preset == "xl":
             sizes |= dict(width=1024)  # channels of DINOv2-L
-        elif self.op == "group_norm_silu" and self.shapes in ("xl", "b"):
-            side = dict(xl=256, b=64)[self.shapes]  # where the encoder's convolutions cost most, and two levels below
+        elif self.op == "group_norm_silu" and preset in ("xl", "b"):
+            side = dict(xl=256, b=64)[preset]  # where the encoder's convolutions cost most, and two levels below
             sizes |= dict(batch=8 if self.device == "cuda" else 2, rows=side, columns=side, width=128 if side == 256 else 256, heads=32)
-        return sizes
+        if "N" in point:
+            rows = math.isqrt(point["N"])
+            while point["N"] % rows:
+                rows -= 1
+            sizes |= dict(rows=rows, columns=point["N"] // rows)
+        if "Dh" in point:
+            sizes |= dict(width=sizes["heads"] * point["Dh"])
+        return sizes | (dict(batch=point["B"]) if "B" in point else {})
 
     def __str__(self):
         return f"{self.op}-{self.device}-{self.shapes}-{str(self.dtype).removeprefix('torch.')}"
@@ -179,13 +196,18 @@ def rounds_for(timers: dict, settings) -> int:
     return max(least, min(most, int(settings.case_s / (time.perf_counter() - begin))))
 
 
-def interleave(timers: dict, rounds: int, benchmark=None, warmup_s: float = 0.0) -> dict:
-    """rounds samples of every timer, taken in turns. With pytest-benchmark's fixture, one of its rounds is one turn of all."""
+def interleave(timers: dict, rounds: int, benchmark=None, warmup_s: float = 0.0, observe: Callable[[], object] | None = None) -> dict:
+    """rounds samples of every timer, taken in turns. With pytest-benchmark's fixture, one of its rounds is one turn of all.
+
+    observe is called after each turn, in the warm-up too.
+    """
     samples = {name: [] for name in timers}
 
     def turn():
         for name, timer in timers.items():
             samples[name].append(timer.sample())
+        if observe:
+            observe()
 
     end = time.perf_counter() + warmup_s
     while time.perf_counter() < end:
@@ -207,18 +229,88 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[low] + (position - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
 
-def summary(times_ms: list[float], counted: dict[str, int], baseline_ms: list[float]) -> dict:
-    """Median, p20 and p80, rates, and the speed-up over the baseline: median of the ratios per round, 95 % bootstrap interval."""
+def summary(times_ms: list[float], counted: dict[str, int], baseline_ms: list[float], processes: int = 1) -> dict:
+    """Median, p20 and p80, rates, and the speed-up over the baseline: median of the ratios per round, 95 % bootstrap interval.
+
+    The rounds of several processes follow each other, equally many of each; the bootstrap then draws processes first, rounds within them.
+    """
     median = statistics.median(times_ms)
     ratios = [base / mine for base, mine in zip(baseline_ms, times_ms, strict=True)]
+    length = len(ratios) // processes
+    groups = [ratios[start : start + length] for start in range(0, length * processes, length)]
     draw = random.Random(0)
-    medians = [statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(500)]
+    medians = [
+        statistics.median([ratio for group in draw.choices(groups, k=processes) for ratio in draw.choices(group, k=length)])
+        for _ in range(500)
+    ]
     row = dict(median_ms=median, p20_ms=quantile(times_ms, 0.2), p80_ms=quantile(times_ms, 0.8), rounds=len(times_ms))
     row |= dict(speedup=statistics.median(ratios), speedup_low=quantile(medians, 0.025), speedup_high=quantile(medians, 0.975))
     row |= dict(gb_per_s=counted["bytes"] / median / 1e6)
     if counted["flops"]:
         row |= dict(tflop_per_s=counted["flops"] / median / 1e9)
-    return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in row.items()}
+    return {key: value if isinstance(value, int) else short(value) for key, value in row.items()}
+
+
+def short(value: float) -> float:
+    """Five digits, which is more than any of this is good for."""
+    return float(f"{value:.5g}")
+
+
+# Who ran, and in how much memory
+
+
+TELLING = re.compile(r"lightningdit::|Torch-Compiled|CompiledFxGraph|scaled_dot_product|flash|xformers|quack|Liger|Fused")
+OURS, COMPILED = r"lightningdit::", r"Torch-Compiled|CompiledFxGraph"
+
+
+def ran(run: Callable[[], object], device: str) -> list[str]:
+    """Operators, autograd functions and, on CUDA, kernels of one profiled call that tell contestants apart, by name."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        synchronize(device)
+    kernels = {event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA}
+    operators = {re.sub(r"(CompiledFxGraph) \w+|(Region): [\d/]+", r"\1\2", event.name) for event in profiler.events()}
+    return sorted(name[:160] for name in kernels | {name for name in operators if TELLING.search(name)})
+
+
+def identify(name: str, proof: str, served: str, seen: list[str]) -> None:
+    """AssertionError if what ran is not this contestant, as when two providers are swapped.
+
+    Args:
+        name: the contestant's; "eager" and the peers must not run our operators, only "compiled" must be compiled as a whole.
+        proof: a regular expression that an operator or kernel of a peer matches; "" if none is known.
+        served: what serves our op on this device; plain PyTorch in our name leaves no trace that is ours.
+        seen: what ran() returned.
+    """
+    if name.split()[0] == "ours":
+        wanted, unwanted = OURS if served in ("native", "triton") else proof, ""
+    elif name == "compiled":
+        wanted, unwanted = COMPILED, OURS
+    else:
+        wanted, unwanted = proof, f"{OURS}|{COMPILED}" if name == "eager" else OURS
+    shown = ", ".join(seen[:4]) or "plain operators only"
+    assert not wanted or any(re.search(wanted, one) for one in seen), f"{name} is not what ran: expected {wanted}, saw {shown}"
+    strange = [one for one in seen if unwanted and re.search(unwanted, one)]
+    assert not strange, f"{name} is not what ran: it must not run {strange[0]}"
+
+
+def cpu_peak_mib(run: Callable[[], object]) -> float:
+    """The most that one call had allocated at once on the CPU, above what was there."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+
+    def changes(events):
+        for event in events:
+            if event.tag.name == "Allocation":
+                yield event.start_time_ns, event.extra_fields.alloc_size
+            yield from changes(event.children)
+
+    held = peak = 0
+    for _, size in sorted(changes(profiler.profiler.kineto_results.experimental_event_tree())):
+        held += size
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 # One case
@@ -228,13 +320,16 @@ def _prepare(provider, case, gate):
     """(function, None) of a contestant that passed the gate, or (None, its row)."""
     version = provider.version if provider.name != "ours" else serving(case.op, case.device)
     row = dict(name=provider.name, version=version)
-    if reason := provider.unavailable(case.device, case.dtype):
+    if reason := provider.unavailable(case.device, case.dtype, case.sizes()["width"] // case.sizes()["heads"]):
         return None, row | dict(status="unavailable", reason=reason)
     begin = time.perf_counter()
     try:
         function = provider.build()
         gate(provider.name, function)
         synchronize(case.device)
+        row |= dict(status="ok", first_call_s=round(time.perf_counter() - begin, 2))  # compiling, mostly
+        seen = ran(lambda: gate(provider.name, function), case.device)
+        identify(provider.name, provider.proof, version if provider.name == "ours" else "triton" if "triton" in provider.name else "", seen)
     except AssertionError as error:
         return None, row | dict(status="incorrect", reason=str(error))
     except Exception as error:
@@ -242,7 +337,7 @@ def _prepare(provider, case, gate):
             raise
         lines = str(error).splitlines() or [""]
         return None, row | dict(status="failed", reason=f"{type(error).__name__}: {lines[0][:200]}")
-    return function, row | dict(status="ok", first_call_s=round(time.perf_counter() - begin, 2))  # compiling, mostly
+    return function, row | dict(ran=seen[:16])
 
 
 def _contestants(case, inputs, cotangents, settings):
@@ -258,6 +353,17 @@ def _contestants(case, inputs, cotangents, settings):
     return [(p, *_prepare(p, case, gate)) for p in providers(case.op) if not settings.only or p.name in settings.only]
 
 
+def _inputs(case, sizes):
+    inputs = example_inputs(case.op, **sizes, dtype=case.dtype, device=case.device)
+    if case.op == "group_norm_silu":
+        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
+    return inputs
+
+
+def _elements(inputs):
+    return sum(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor))
+
+
 def _copies(inputs: dict, count: int) -> list[dict]:
     def leaf(name, value):
         value = value.detach().clone(memory_format=torch.preserve_format)
@@ -269,15 +375,20 @@ def _copies(inputs: dict, count: int) -> list[dict]:
 def run_case(benchmark, case: Case, settings) -> dict:
     """Gates, measures and records one case. Returns its record, which also goes to settings.record() and to benchmark.extra_info."""
     cuda = case.device == "cuda"
-    inputs = example_inputs(case.op, **case.sizes(), dtype=case.dtype, device=case.device)
-    if case.op == "group_norm_silu":
-        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
+    torch.compiler.reset()  # what other cases compiled would count towards the limit of recompilations
+    inputs = _inputs(case, case.sizes())
     probe = values_and_gradients(EAGER[case.op], inputs, FROZEN)
     counted = cost(case.op, inputs, probe)
     outputs = [value for name, value in probe.items() if name.startswith("out.")]
     cotangents = tuple(random_tensor(*out.shape, seed=90 + i).to(out) for i, out in enumerate(outputs))
     del probe
-    contestants = _contestants(case, inputs, cotangents, settings)
+    gate_sizes = case.sizes()
+    while gate_sizes["batch"] > 1 and _elements(inputs) * gate_sizes["batch"] // case.sizes()["batch"] > GATE_ELEMENTS:
+        gate_sizes["batch"] = max(1, gate_sizes["batch"] // 2)
+    if gate_sizes == case.sizes():
+        contestants = _contestants(case, inputs, cotangents, settings)
+    else:
+        contestants = _contestants(case, _inputs(case, gate_sizes), (), settings)
 
     rotation = 3 * torch.cuda.get_device_properties(0).L2_cache_size if cuda else CPU_ROTATION
     sets = max(2, min(16, -(-rotation // nbytes(*(v for v in inputs.values() if isinstance(v, torch.Tensor)), *outputs))))
@@ -297,32 +408,54 @@ def run_case(benchmark, case: Case, settings) -> dict:
     timers, rows = {}, []
     for provider, function, row in contestants:
         rows.append(row)
-        if function is not None:
-            if cuda:
-                row |= _cuda_columns(steps(function)["forward_backward"])
-            for step, run in steps(function).items():
-                timers[provider.name, step] = timer = Timer(run, sets, case.device, settings.sample_ms)
-                row |= {f"{step}_method": timer.method} if cuda else {}
-    rounds = rounds_for(timers, settings)
-    state = gpu_state() if cuda else {}
-    samples = interleave(timers, rounds, benchmark, settings.warmup_s)
-    for row in rows:
-        if row["status"] != "ok":
+        if function is None:
             continue
-        for step in STEPS:
-            times, baseline = _times(samples, row["name"], step), _times(samples, "eager", step)
-            if times and baseline:
-                row[step] = summary(times, counted[step], baseline)
+        both, own = steps(function)["forward_backward"], {}
+        try:
+            row |= _cuda_columns(both) if cuda else dict(peak_mib=round(cpu_peak_mib(lambda both=both: both(0)), 2))
+            for step, run in steps(function).items():
+                own[provider.name, step] = timer = Timer(run, sets, case.device, settings.sample_ms)
+                row |= {f"{step}_method": timer.method} if cuda else {}
+        except torch.OutOfMemoryError as error:  # the gate may have been smaller
+            row |= dict(status="failed", reason=f"out of memory: {str(error).splitlines()[0][:160]}")
+            continue
+        timers |= own
+    rows_by_name = {row["name"]: row for row in rows}
+    eager = rows_by_name.get("eager", dict(status="not asked for", reason="--only must name it"))
+    assert eager["status"] == "ok", f"eager is not timed, and nothing without it: {eager['reason']}"
+    rounds = rounds_for(timers, settings)
+    monitor, states = Monitor() if cuda else None, []
+    state = gpu_state() if cuda else {}
+    samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe=monitor and (lambda: states.append(monitor.sample())))
+    for row in rows:
+        if row["status"] == "ok":
+            _summarise(row, [samples], counted)
     record = dict(kind="op", op=case.op, shapes=case.shapes, device=case.device, dtype=str(case.dtype).removeprefix("torch."))
-    record |= dict(sizes=case.sizes(), counted=counted, sets=sets, load=os.getloadavg()[0], contestants=rows)
+    record |= dict(sizes=case.sizes(), counted=counted, sets=sets, load=os.getloadavg()[0], contestants=rows, processes=1)
+    record |= dict(gate_batch=gate_sizes["batch"]) if gate_sizes != case.sizes() else {}
+    record |= dict(samples_ms={f"{name}: {step}": list(map(short, times)) for (name, step), times in samples.items()})
     if cuda:
-        record |= dict(before=state, after=gpu_state())
+        record |= dict(before=state, after=gpu_state(), monitor=monitor.source)
+        record |= dict(rounds={key: [one.get(key) for one in states[-rounds:]] for key in (states[-1] if states else ())})
     benchmark.group = str(case)
     benchmark.extra_info.update(record)
     settings.record(record)
     incorrect = [row["reason"] for row in rows if row["name"] == "ours" and row["status"] != "ok"]
     assert not incorrect, f"ours is not timed: {incorrect[0]}"
     return record
+
+
+def _summarise(row, samples_of_processes, counted):
+    """The steps of one contestant from the samples of one or several processes."""
+    for step in STEPS:
+        times = [_times(samples, row["name"], step) for samples in samples_of_processes]
+        baselines = [_times(samples, "eager", step) for samples in samples_of_processes]
+        if all(times) and all(baselines):
+            length = min(map(len, times))  # every process counts the same
+            flat, base = (sum((one[:length] for one in many), []) for many in (times, baselines))
+            row[step] = summary(flat, counted[step], base, len(times))
+            if len(times) > 1:
+                row[step] |= dict(medians_ms=[short(statistics.median(one)) for one in times])
 
 
 def _times(samples, name, step):
@@ -352,15 +485,48 @@ def _cuda_columns(run) -> dict:
     return dict(peak_mib=round(peak_mib, 1), launch_us=round(statistics.median(times_us), 1))
 
 
-def gpu_state() -> dict[str, str]:
+@functools.cache
+def _gpu_id() -> str:
+    """Of torch's device 0, as nvidia-smi and NVML know it, whatever CUDA_VISIBLE_DEVICES says."""
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def gpu_state(fields: str = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active,driver_version") -> dict[str, str]:
     """Clocks, power, temperature and throttle reasons from nvidia-smi, or why they are unknown."""
-    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active,driver_version"
     try:
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={_gpu_id()}"]
         values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip().split(", ")
         return dict(zip(fields.split(","), values, strict=True))
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
+    except (OSError, subprocess.SubprocessError, ValueError, RuntimeError, AssertionError) as error:
         return dict(unknown=str(error))
+
+
+class Monitor:
+    """Clocks in MHz, power in W, temperature in degrees Celsius and throttle reasons of the GPU, once a round.
+
+    By NVML where pynvml (nvidia-ml-py) is installed, which takes microseconds, else by nvidia-smi, which takes a while, between rounds.
+    """
+
+    def __init__(self):
+        self.source, self.handle = "nvidia-smi", None
+        if importlib.util.find_spec("pynvml"):
+            import pynvml
+
+            try:
+                pynvml.nvmlInit()
+                self.nvml, self.handle, self.source = pynvml, pynvml.nvmlDeviceGetHandleByUUID(_gpu_id()), "NVML"
+            except pynvml.NVMLError as error:
+                self.source = f"nvidia-smi (NVML: {error})"
+
+    def sample(self) -> dict[str, float | str]:
+        if self.handle is None:
+            return gpu_state("clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active")
+        nvml, handle = self.nvml, self.handle
+        clocks = (nvml.nvmlDeviceGetClockInfo(handle, kind) for kind in (nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM))
+        state = dict(zip(("clocks.sm", "clocks.mem"), clocks, strict=True))
+        state |= {"power.draw": nvml.nvmlDeviceGetPowerUsage(handle) / 1e3}
+        state |= {"temperature.gpu": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)}
+        return state | {"clocks_event_reasons.active": hex(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))}
 
 
 # The record of a run
@@ -377,6 +543,7 @@ class Settings:
     case_s: float  # aim for the measurement of one case
     sample_ms: float  # least length of one sample on CPU
     warmup_s: float
+    long_rows: bool = True  # whether the alignment losses are also measured at 1,024 tokens
     records: list[dict] = dataclasses.field(default_factory=list)
 
     def record(self, record: dict) -> None:
@@ -410,22 +577,53 @@ def environment(device: str) -> dict:
     return about
 
 
+def pool(records: list[dict]) -> list[dict]:
+    """One record in place of those that several processes made of the same case: summaries of all their rounds, medians of the rest.
+
+    A contestant that one process could not time has that process's reason.
+    """
+    groups = {}
+    for record in records:
+        key = tuple(str(record.get(name)) for name in ("kind", "op", "shapes", "dtype", "tokens"))
+        groups.setdefault(key, []).append(record)
+    return [_pooled(group) if len(group) > 1 and group[0]["kind"] == "op" else group[0] for group in groups.values()]
+
+
+def _pooled(group):
+    pooled = copy.deepcopy(group[0]) | dict(processes=len(group), load=max(record["load"] for record in group))
+    samples = [
+        {tuple(name.rsplit(": ", 1)): times for name, times in record["samples_ms"].items()} for record in group
+    ]  # fmt: skip
+    pooled["samples_ms"] = {key: [record["samples_ms"].get(key, []) for record in group] for key in group[0]["samples_ms"]}
+    pooled["contestants"] = []
+    for rows in zip(*(record["contestants"] for record in group), strict=True):
+        row = copy.deepcopy(next((one for one in rows if one["status"] != "ok"), rows[0]))
+        pooled["contestants"].append(row)
+        if row["status"] == "ok":
+            for column in ("peak_mib", "launch_us", "first_call_s"):
+                if column in row:
+                    row[column] = statistics.median(one[column] for one in rows)
+            _summarise(row, samples, pooled["counted"])
+    return pooled
+
+
 def merge(files: list[dict]) -> dict:
-    """One run from several stages of it: the first one's environment, everybody's records, load and date from first to last."""
+    """One run from several stages of it: the first one's environment, everybody's records pooled, load and date from first to last."""
     for other in files[1:]:
         for key in ("schema", "device", "cpu", "gpu", "commit", "versions"):
             if other.get(key) != files[0].get(key):
                 raise ValueError(f"stages differ in {key}: {files[0].get(key)} and {other.get(key)}")
-    merged = files[0] | dict(results=[record for file in files for record in file["results"]])
+    merged = files[0] | dict(results=pool([record for file in files for record in file["results"]]))
     return merged | dict(date_last=files[-1]["date"])
 
 
 def write(path: Path, content: dict) -> None:
+    """As JSON, with lists of numbers on one line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = re.sub(r"\[[\s\d.,eE+\-]+\]", lambda found: " ".join(found[0].split()), json.dumps(content, indent=1))
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def parametrize(*ops: str):
-    """Marks a benchmark function to run for these ops, in fp32 and bf16; conftest.py adds the shapes and the device."""
-    return pytest.mark.parametrize("op, dtype", [(op, dtype) for op in ops for dtype in (torch.float32, torch.bfloat16)],
-                                   ids=lambda value: str(value).removeprefix("torch."))  # fmt: skip
+    """Marks a benchmark function to run for these ops; conftest.py adds shapes, dtypes and the device."""
+    return pytest.mark.parametrize("op", ops)

@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as nnf
@@ -32,13 +32,17 @@ class Provider:
     package: str | None = None  # the distribution that pip installs it from
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
+    proof: str = ""  # a regular expression: what a profile of it shows, and of nobody else
+    pad: int = 0  # the head dimension to which it pads with zeros
 
-    def unavailable(self, device: str, dtype: torch.dtype) -> str:
+    def unavailable(self, device: str, dtype: torch.dtype, head_dim: int | None = None) -> str:
         """Why it cannot take part with tensors of this device type and dtype, or ""."""
         if device not in self.devices:
             return f"needs {' or '.join(self.devices)}"
         if dtype not in self.dtypes:
             return f"does not take {str(dtype).removeprefix('torch.')}"
+        if self.pad and head_dim is not None and (head_dim >= self.pad or head_dim % 16 == 0):
+            return f"head dimension {head_dim} needs no padding to {self.pad}"
         if self.package == "apex":
             return apex_missing()
         if self.module and not _exists(self.module):
@@ -160,26 +164,39 @@ def _rotate(qkv, positions, freqs, q_weight, k_weight, eps):
     return rope_ref(q, positions, freqs).to(v.dtype), rope_ref(k, positions, freqs).to(v.dtype), v
 
 
-def _attention_with(attend: Callable) -> Callable:
-    rotate = _compiled(_rotate)
+_rotation = functools.cache(lambda: _compiled(_rotate))  # one compilation for all
+
+
+def _attention_with(attend: Callable, pad: int = 0) -> Callable:
+    """attend(q, k, v, scale) after the rotation. pad: zeros up to this head dimension, which change neither scores nor outputs."""
+    rotate = _rotation()
 
     def function(qkv, positions, freqs, q_weight=None, k_weight=None, eps=1e-6):
-        out = attend(*rotate(qkv, positions, freqs, q_weight, k_weight, eps))
-        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+        head_dim = qkv.shape[-1]
+        q, k, v = rotate(qkv, positions, freqs, q_weight, k_weight, eps)
+        if pad:
+            q, k, v = (nnf.pad(x, (0, pad - head_dim)) for x in (q, k, v))
+        out = attend(q, k, v, head_dim**-0.5)
+        return (out[0] if isinstance(out, tuple) else out)[..., :head_dim].flatten(2)
 
     return function
 
 
-def _sdpa(backend):
-    def attend(q, k, v):
+def _sdpa(backend, pad=0):
+    def attend(q, k, v, scale):
         with sdpa_kernel(backend):
-            return nnf.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
+            return nnf.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)), scale=scale).transpose(1, 2)
 
-    return _attention_with(attend)
+    return _attention_with(attend, pad)
 
 
-def _function(module, name):
-    return _attention_with(getattr(importlib.import_module(module), name))
+def _function(module, name, pad=0):
+    attention, scale_name = getattr(importlib.import_module(module), name), "scale" if module.startswith("xformers") else "softmax_scale"
+    return _attention_with(lambda q, k, v, scale: attention(q, k, v, **{scale_name: scale}), pad)
+
+
+def _padded(provider: Provider, build: Callable, to: int) -> Provider:
+    return replace(provider, name=f"{provider.name}, padded to {to}", build=functools.partial(build, pad=to), pad=to)
 
 
 # Peers of swiglu and group_norm_silu.
@@ -213,25 +230,35 @@ def _peers(op: str) -> list[Provider]:
             gated = op.startswith("gated")
             return [
                 Provider("quack", functools.partial(_quack_norm, gated), "quack", "quack-kernels", **cuda),
-                Provider("liger", functools.partial(_liger_norm, gated), "liger_kernel", "liger-kernel", **cuda),
+                Provider("liger", functools.partial(_liger_norm, gated), "liger_kernel", "liger-kernel", proof="Liger", **cuda),
                 Provider("apex", functools.partial(_apex_norm, gated), "apex", "apex", **cuda),
             ]
         case "rope_attention":
             fa2, fa3, fa4 = "flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute"
             names = {fa2: "flash_attn_func", fa3: "flash_attn_func", fa4: "flash_attn_func", "xformers.ops": "memory_efficient_attention"}
             build = {module: functools.partial(_function, module, name) for module, name in names.items()}
-            return [
-                Provider("sdpa math", functools.partial(_sdpa, SDPBackend.MATH)),
-                Provider("sdpa flash", functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
-                Provider("sdpa efficient", functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), **cuda),
-                Provider("sdpa cudnn", functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), **half),
+            own = ("triton", "sdpa", "flash_attn", "xformers")
+            ours = {name: functools.partial(functools.partial, OPS[op], backend=name) for name in own}
+            fused = [
+                Provider("sdpa cudnn", functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), proof="product_cudnn_attention", **half),
                 Provider("flash-attn 2", build[fa2], fa2, "flash-attn", **half),
                 Provider("flash-attn 3", build[fa3], fa3, "flash-attn-3", **half),
                 Provider("flash-attn 4", build[fa4], fa4, "flash-attn-4", **half),
+            ]
+            return [
+                Provider("ours triton", ours["triton"], "triton", "triton", devices=("cuda",)),
+                Provider("ours sdpa", ours["sdpa"], proof="scaled_dot_product", devices=("cuda",)),
+                Provider("ours flash_attn", ours["flash_attn"], "flash_attn", "flash-attn", proof="flash", **half),
+                Provider("ours xformers", ours["xformers"], "xformers.ops", "xformers", **half),
+                Provider("sdpa math", functools.partial(_sdpa, SDPBackend.MATH), proof="product_attention_math"),
+                Provider("sdpa flash", functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), proof="product_flash_attention"),
+                Provider("sdpa efficient", functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), proof="efficient_attention", **cuda),
+                *fused,
+                *(_padded(provider, provider.build, to) for provider in fused for to in (80, 96)),
                 Provider("xformers", build["xformers.ops"], "xformers.ops", "xformers", **half),
             ]
         case "swiglu":
-            return [Provider("liger", _liger_swiglu, "liger_kernel", "liger-kernel", **cuda)]
+            return [Provider("liger", _liger_swiglu, "liger_kernel", "liger-kernel", proof="Liger", **cuda)]
         case "group_norm_silu":
             return [Provider("apex", _apex_group_norm, "apex", "apex", **half)]
     return []

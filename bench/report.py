@@ -8,6 +8,7 @@ Every row of every file appears, winning or losing; a case that no file holds fo
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -74,23 +75,67 @@ def shape_of(record: dict) -> str:
     return f"({sizes['batch']}, {sizes['rows'] * sizes['columns']}, {width}){heads}"
 
 
+HEADER = ["", "step", "ms: median (p20-p80)", "speed-up over eager (95 %)"]
+HEADER += ["GB/s", "of copy", "TFLOP/s", "of product", "peak MiB", "launch us", "first call s"]
+
+
 def op_rows(record: dict, limits: dict[str, float]) -> list[list[str]]:
+    """Rows under HEADER. Who is not installed or not for this device is left to absent()."""
     rows = []
     for row in record["contestants"]:
         name = f"**{row['name']}** ({row['version']})" if row["name"] == "ours" else f"{row['name']} {row['version']}"
+        if row["status"] == "unavailable":
+            continue
         if row["status"] != "ok":
-            rows.append([row["name"], "", f"{row['status']}: {row['reason']}".replace("|", "/"), *[""] * 6])
+            rows.append([row["name"], "", f"{row['status']}: {row['reason']}".replace("|", "/"), *[""] * 8])
             continue
         for step in (step for step in STEPS if step in row):
             one = row[step]
             interval = f"{one['speedup']:.2f} ({one['speedup_low']:.2f}-{one['speedup_high']:.2f})"
             spread = f"{number(one['median_ms'])} ({number(one['p20_ms'])}-{number(one['p80_ms'])})"
+            if "medians_ms" in one:
+                spread += f"; per process {'/'.join(map(number, one['medians_ms']))}"
             rates = [number(one["gb_per_s"]), percent(one["gb_per_s"], limits.get("copy"))]
             flops = one.get("tflop_per_s")
             rates += [number(flops), percent(flops, limits.get(record["dtype"]))]
-            memory = number(row.get("peak_mib")) if step == "forward_backward" else ""
-            rows.append([name, STEP_NAMES[step], spread, interval, *rates, memory, number(row["first_call_s"])])
+            once = [number(row.get("peak_mib")), number(row.get("launch_us"))] if step == "forward_backward" else ["", ""]
+            rows.append([name, STEP_NAMES[step], spread, interval, *rates, *once, number(row["first_call_s"])])
     return rows
+
+
+def absent(record: dict) -> list[str]:
+    """One line about the contestants that could not take part, by reason; [] if all could."""
+    reasons = {}
+    for row in record["contestants"]:
+        if row["status"] == "unavailable":
+            reasons.setdefault(row["reason"], []).append(row["name"])
+    return ["Unavailable: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items()) + ".", ""] if reasons else []
+
+
+def is_point(record: dict) -> bool:
+    """Whether it is one point of a sweep, and not a preset's own shape."""
+    return "/" in record["shapes"]
+
+
+def sweep_tables(records: list[dict]) -> list[str]:
+    """Per op, dtype and preset one table: a row for each point, forward + backward of everybody who was timed."""
+    groups, lines = {}, []
+    for record in filter(is_point, records):
+        groups.setdefault((record["op"], record["dtype"], record["shapes"].partition("/")[0]), []).append(record)
+    for (op, dtype, preset), points in groups.items():
+        points.sort(key=lambda record: [int(number) for number in re.findall(r"\d+", record["shapes"])])
+        names = list(dict.fromkeys(row["name"] for record in points for row in record["contestants"] if row["status"] == "ok"))
+        rows = []
+        for record in points:
+            timed = {row["name"]: row for row in record["contestants"] if row["status"] == "ok"}
+            cells = []
+            for name in names:
+                one, peak = timed.get(name, {}).get("forward_backward"), number(timed.get(name, {}).get("peak_mib"))
+                cells.append(f"{number(one['median_ms'])} ({one['speedup']:.2f} x{f', {peak} MiB' if peak else ''})" if one else "")
+            rows.append([shape_of(record), *cells])
+        title = f"### {op}, {dtype}, {preset.upper()}: forward + backward, ms (speed-up over eager, peak memory)"
+        lines += [title, "", *markdown(["shape", *names], rows), ""]
+    return lines
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -101,7 +146,7 @@ def headline(records: list[dict]) -> list[str]:
     """One sentence per dtype: ours over eager and over torch.compile, forward and backward, geometric mean over the ops."""
     lines = []
     for dtype in ("float32", "bfloat16"):
-        chosen = [record for record in op_records(records) if record["dtype"] == dtype]
+        chosen = [record for record in op_records(records) if record["dtype"] == dtype and not is_point(record)]
         by_op = {record["op"]: {row["name"]: row for row in record["contestants"] if row["status"] == "ok"} for record in chosen}
         rivals = {}
         for rival in ("eager", "compiled"):
@@ -135,11 +180,11 @@ def section(name: str, run: dict, plots: list[str]) -> list[str]:
     for line in headline(records):
         lines += [line, ""]
     lines += [f"![{Path(plot).stem}]({plot})" for plot in plots] + [""]
-    header = ["", "step", "ms: median (p20-p80)", "speed-up over eager (95 %)"]
-    header += ["GB/s", "of copy", "TFLOP/s", "of product", "peak MiB", "first call s"]
     for record in op_records(records):
-        lines += [f"### {record['op']}, {record['dtype']}, {record['shapes'].upper()} {shape_of(record)}", ""]
-        lines += markdown(header, op_rows(record, limits)) + [""]
+        if not is_point(record):
+            title = f"### {record['op']}, {record['dtype']}, {record['shapes'].upper()} {shape_of(record)}"
+            lines += [title, "", *markdown(HEADER, op_rows(record, limits)), "", *absent(record)]
+    lines += sweep_tables(op_records(records))
     for record in records:
         if record["kind"] == "model_gemms":
             lines += [f"### Matrix products of one block, {record['dtype']}, {record['shapes'].upper()}, {record['tokens']} tokens", ""]
@@ -167,7 +212,8 @@ Written by `make report` from the files in bench/results; do not edit. bench/har
 gated against fp64, take turns, and work on inputs that rotate through more memory than the last cache holds. Bytes and FLOPs are those of
 one perfect pass. "backward" is what both take beyond the forward, left out where noise hides it. "compiled" is torch.compile of the op's
 definition; "ours" is the public function, with the backend that serves it here. Speed-ups are over eager, medians of the ratios per round
-with a 95 % bootstrap interval; below 1 is a loss, and stays."""
+with a 95 % bootstrap interval; below 1 is a loss, and stays. "peak MiB" is what one forward + backward allocates at most, "launch us" how
+long the CPU is busy with enqueueing one on a GPU, "first call s" compilation and everything else that only the first one does."""
 
 
 def render(runs: dict[str, dict]) -> str:
@@ -183,7 +229,7 @@ def figures(run: dict) -> dict:
     """The plots of one run by name: speed-up bars of forward + backward, and the roofline. Matplotlib figures."""
     from matplotlib.figure import Figure
 
-    records, limits = op_records(run["results"]), ceilings(run["results"])
+    records, limits = [record for record in op_records(run["results"]) if not is_point(record)], ceilings(run["results"])
     groups = [(r, {c["name"]: c["forward_backward"] for c in r["contestants"] if c["status"] == "ok"}) for r in records]
     names = list(dict.fromkeys(name for _, rows in groups for name in rows if name != "eager"))
 

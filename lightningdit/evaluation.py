@@ -25,12 +25,12 @@ from tqdm import tqdm
 from . import metrics
 from .checkpoint import save_weights
 from .config import require
-from .distributed import generator_for, pick_device
+from .distributed import generator_for, pick_device, process_group, world
 from .features import Unavailable, load_extractor
 from .images import EXTENSIONS, ImageBatches, ImageSource, digits, open_images, to_pixels
 from .log import environment, image_grid, save_png
 from .metrics import FeatureStatistics
-from .tokenizer.vavae import Tokenizer
+from .tokenizer.vavae import load_tokenizer
 
 KEPT = 10_000  # features of a reference kept for KID, precision and recall: ADM's reference files hold as many images
 UNBIASED = 10_000  # with fewer images a Frechet distance is noticeably too large
@@ -60,6 +60,8 @@ def evaluate_tokenizer(
     extractors: str = "auto",
     weights: str = "",
     lpips_weights: str | None = None,
+    preset: str | None = None,
+    statistics: float | str | None = None,
     posterior: str = "sample",
     uniformity_points: int = 1000,
     uniformity_runs: int = 1,
@@ -73,12 +75,14 @@ def evaluate_tokenizer(
     Prints a table; writes OUT/evaluation.json and OUT/reconstructions.png: originals, reconstructions, and four times their difference.
 
     Args:
-        tokenizer: "digits" or a tokenizer file.
+        tokenizer: "digits", a tokenizer file, an official VA-VAE, LDM or MAR checkpoint, or a folder of diffusers.
         data: the images to reconstruct.
         extractors: feature extractors of the reconstruction Frechet distance, separated by commas: inception, dinov2, timm:MODEL, digits, a
             file of a small encoder. auto: digits for the digits, else inception.
         weights: files of their weights, "inception=FILE,dinov2=FILE"; without one the download, or its cache.
         lpips_weights: torchvision's VGG-16 weights; without them the download, or its cache.
+        preset: architecture of an official checkpoint; not given: what the weights' shapes say.
+        statistics: a latents_stats.pt, or the number that latents are multiplied by; official checkpoints need it.
         posterior: sample (as the paper) or mode.
         uniformity_points: images that give one latent vector each to the t-SNE; the paper takes 10000. 0: none.
         uniformity_runs: drawings of these vectors to average over; the paper takes 10.
@@ -92,16 +96,17 @@ def evaluate_tokenizer(
     require(batch_size > 0, "batch_size", batch_size, "a positive number")
     require(uniformity_points == 0 or uniformity_points > 90, "uniformity_points", uniformity_points, "more than 90, or 0 for none")
     require(uniformity_runs > 0, "uniformity_runs", uniformity_runs, "a positive number")
-    with processes(device) as (rank, world, device):
-        decoder = Tokenizer.load(tokenizer, device)
+    rank, ranks = world()
+    with process_group(pick_device(device)) as device:
+        decoder = load_tokenizer(tokenizer, preset=preset, statistics=statistics, device=device)
         pictures = open_pictures(data.path, image_size=data.image_size, channels=decoder.image_channels, num_images=data.num_images,
                                  workers=data.workers)
         names = ("digits" if data.path is None else "inception") if extractors == "auto" else extractors
         networks, rows = load_extractors(names, weights, device, "rfid")
         perceptual, no_lpips = _load_perceptual(lpips_weights, device)
-        quality = Reconstructions(networks, perceptual, no_lpips, show=_evenly(range(len(pictures))[rank::world], 12))
+        quality = Reconstructions(networks, perceptual, no_lpips, show=_evenly(range(len(pictures))[rank::ranks], 12))
         latents = Latents(decoder, points=_evenly(range(len(pictures)), uniformity_points), runs=uniformity_runs, seed=seed)
-        for images, indices in pictures.batches(batch_size, rank, world, progress=rank == 0):
+        for images, indices in pictures.batches(batch_size, rank, ranks, progress=rank == 0):
             images = images.to(device)
             with torch.no_grad():
                 q = decoder.encode(to_pixels(images))
@@ -153,16 +158,17 @@ def evaluate_samples(
         out: folder to write.
     """
     require(batch_size > 0, "batch_size", batch_size, "a positive number")
-    with processes(device) as (rank, world, device):
+    rank, ranks = world()
+    with process_group(pick_device(device)) as device:
         channels = 1 if reference == "digits" else 3
         samples = open_pictures(images, image_size=image_size, channels=channels, num_images=num_images, workers=workers)
         names = ("digits" if reference == "digits" else "inception") if extractors == "auto" else extractors
         networks, rows = load_extractors(names, weights, device, "fid")
         references = []
         for network in networks:
-            real = load_reference(reference, network, image_size=samples.size, cache=cache, workers=workers, batch_size=batch_size,
-                                  rank=rank, world=world)
-            collected = collect(samples.batches(batch_size, rank, world, progress=rank == 0), network)
+            real = load_reference(reference, network, image_size=samples.size[0], cache=cache, workers=workers, batch_size=batch_size,
+                                  rank=rank, world=ranks)
+            collected = collect(samples.batches(batch_size, rank, ranks, progress=rank == 0), network)
             rows += compare(collected, real, network, device)
             references.append(real.provenance)
         report = dict(what="samples", metrics=rows, images=samples.provenance, references=references, extractors=_described(networks))
@@ -630,7 +636,7 @@ def reconstruction_picture(originals, reconstructions):
     return image_grid(torch.cat([originals, reconstructions, difference]), columns=len(originals))
 
 
-# Reports and processes.
+# Reports.
 
 
 def table(rows):
@@ -655,20 +661,3 @@ def finish(report, out, device):
 
 def _described(networks):
     return [dict(name=network.name, sha256=network.sha256) for network in networks]
-
-
-@contextlib.contextmanager
-def processes(device):
-    """(rank, world, device) of this process; joins torchrun's group while it lasts."""
-    device, world = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        yield 0, 1, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), world, device
-    finally:
-        dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch import nn
 
 from .checkpoint import load_weights
 from .images import MODES, to_pixels
-from .tokenizer.foundation import BUNDLED, SmallEncoder
+from .tokenizer.foundation import BUNDLED, SmallEncoder, download_timm, load_timm
 from .tokenizer.vavae import load_state
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -134,25 +134,24 @@ class TimmFeatures(Extractor):
     """
 
     def __init__(self, model, weights=None, random_weights=False, name=None, image_size=None):
+        name = name or f"timm:{model}"
         try:
             import timm
         except ImportError as error:
-            raise Unavailable(f"extractor {name or model} needs timm: pip install timm ({error})") from None
+            raise Unavailable(f"extractor {name} needs timm: pip install timm ({error})") from None
         if not timm.is_model(model.partition(".")[0]):
             raise ValueError(f"extractor: timm knows no model {model!r}; timm.list_models() has them")
-        download = weights is None and not random_weights
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                network = timm.create_model(model, pretrained=download, num_classes=0)
-        except Exception as error:  # the hub's client raises its own kinds, requests' and OSError
-            if not download:
-                raise
-            raise Unavailable(f"extractor {name or model}: no weights here, and timm could not download them "
-                              f"({type(error).__name__}: {str(error).splitlines()[0][:120]}); give a file of them") from None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = timm.create_model(model, num_classes=0)
+        if weights is None and not random_weights:
+            try:
+                weights = download_timm(network, model)
+            except FileNotFoundError as error:
+                raise Unavailable(f"extractor {name}: {error}") from None
         if weights is not None:
-            load_state(network, {key: value for key, value in load_weights(weights).items() if not key.startswith("head.")}, weights)
-        super().__init__(name or f"timm:{model}", network, random_weights=random_weights)
+            load_timm(network, weights, model)
+        super().__init__(name, network, random_weights=random_weights)
         config = timm.data.resolve_model_data_config(network)
         self.size = (image_size, image_size) if image_size else config["input_size"][1:]
         for key in ("mean", "std"):

@@ -20,6 +20,7 @@ import os
 import re
 import struct
 import threading
+import uuid
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -323,7 +324,10 @@ class ZipImages(ImageSource):
             raise ValueError("damaged zip file (no member where the directory says)")
         data = self._files.read(0, offset + 30 + sum(struct.unpack("<HH", header[26:30])), packed)
         if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # no more than it claims
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # no more than it claims
+            except zlib.error as error:
+                raise ValueError(f"damaged zip file ({error})") from None
         if len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("damaged zip file (checksum)")
         return data
@@ -412,7 +416,7 @@ def _tar_index(path, bar):
     columns = index | dict(names=names)
     contents = save(columns, dict(stamp=stamp, sha256=_digest(columns)))
     for place in (elsewhere,) if read_only else (beside, elsewhere):
-        partial = place.with_name(f"{place.name}.{os.getpid()}")
+        partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}")  # ranks on other machines write there too
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(contents)

@@ -6,6 +6,7 @@ flag off it is the plain DiT / SiT (arXiv:2212.09748, arXiv:2401.08740), the pap
 B batch, N tokens, D hidden size, H heads, Dh head dim, F MLP width, C latent channels, P patch size, S latent positions a side.
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,33 @@ PRESETS = {
     f"{size}/{patch_size}": dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size)
     for size, (depth, hidden_size, num_heads) in SIZES.items() for patch_size in (1, 2)
 }
+
+
+class Branch(NamedTuple):
+    """The output of attention or MLP that is still to be added to the residual stream: gate * (y + bias)."""
+
+    y: torch.Tensor  # (B, N, D)
+    bias: torch.Tensor | None  # (D,)
+    gate: torch.Tensor | None = None  # (B, D)
+
+
+def linear(layer, x):
+    """(layer(x) without its bias, the bias), for the op that follows: it adds the bias, and sums its gradient on the way.
+
+    A layer that was replaced (LoRA, float8) or is watched by hooks is called as it is, and keeps its bias.
+    """
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if type(layer) is nn.Linear and not hooks:
+        return F.linear(x, layer.weight), layer.bias
+    return layer(x), None
+
+
+def add_and_norm(norm, x, branch, scale, shift):
+    """The residual stream (B, N, D) with the branch added, if there is one, and its modulated norm (B, N, D), in one fused op."""
+    rest = dict(weight=norm.weight, eps=norm.eps, center=norm.center)
+    if branch is None:
+        return x, rms_norm_modulate(x, scale, shift, **rest)
+    return gated_residual_rms_norm_modulate(x, branch.y, branch.gate, scale, shift, bias=branch.bias, **rest)
 
 
 class RMSNorm(nn.Module):
@@ -112,6 +140,8 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
+    """(B, N, D) -> (y (B, N, D), the bias that is still to be added to it)."""
+
     def __init__(self, hidden_size, num_heads, use_qknorm, use_rmsnorm):
         super().__init__()
         head_dim = hidden_size // num_heads
@@ -124,18 +154,20 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None):
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        heads = 3, self.num_heads, D // self.num_heads
+        qkv, bias = linear(self.qkv, x)
         qk_norm = {}
         if self.use_qknorm:
             qk_norm = dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, q_bias=self.q_norm.bias, k_bias=self.k_norm.bias,
                            eps=self.q_norm.eps, center=self.q_norm.center)
         if rope is not None:
             qk_norm.update(positions=rope.positions, freqs=rope.freqs)
-        return self.proj(rope_attention(qkv, **qk_norm))
+        out = rope_attention(qkv.view(B, N, *heads), bias=None if bias is None else bias.view(heads), **qk_norm)
+        return linear(self.proj, out)
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(gate) * up), [gate | up] from one packed linear layer (arXiv:2002.05202)."""
+    """w3(silu(gate) * up), [gate | up] from one packed linear layer (arXiv:2002.05202), and the bias that is still to be added."""
 
     def __init__(self, hidden_size, width):
         super().__init__()
@@ -143,11 +175,11 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(width, hidden_size)
 
     def forward(self, x):
-        return self.w3(swiglu(self.w12(x)))
+        return linear(self.w3, swiglu(*linear(self.w12, x)))
 
 
 class Mlp(nn.Module):
-    """The plain DiT's MLP: GELU with the tanh approximation."""
+    """The plain DiT's MLP, GELU with the tanh approximation, and the bias that is still to be added."""
 
     def __init__(self, hidden_size, width):
         super().__init__()
@@ -155,14 +187,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, hidden_size)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return linear(self.fc2, F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class LightningDiTBlock(nn.Module):
     """One transformer block: x += gate * attn(modulate(norm1(x))), then x += gate * mlp(modulate(norm2(x))).
 
-    The block takes the residual stream x (B, N, D) with the branch y (B, N, D) and its gate (B, D) that are still to be added to it, and
-    returns the same three: the sum then fuses with the norm that follows it, across the block boundary too.
+    The block takes the residual stream x (B, N, D) with the branch that is still to be added to it (None before the first block), and
+    returns the same two: the sum then fuses with the norm that follows it, across the block boundary too.
     """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift):
@@ -175,19 +207,17 @@ class LightningDiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
         self.wo_shift = wo_shift
 
-    def forward(self, x, y, gate, c, rope=None):
+    def forward(self, x, branch, c, rope=None):
         if self.wo_shift:
             scale1, gate1, scale2, gate2 = self.adaLN_modulation(c).chunk(4, dim=1)  # (B, D) each
             shift1 = shift2 = None
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        if y is None:  # the first block
-            h = rms_norm_modulate(x, scale1, shift1, self.norm1.weight, self.norm1.eps, self.norm1.center)
-        else:
-            x, h = gated_residual_rms_norm_modulate(x, y, gate, scale1, shift1, self.norm1.weight, self.norm1.eps, self.norm1.center)
-        y = self.attn(h, rope)
-        x, h = gated_residual_rms_norm_modulate(x, y, gate1, scale2, shift2, self.norm2.weight, self.norm2.eps, self.norm2.center)
-        return x, self.mlp(h), gate2
+        x, h = add_and_norm(self.norm1, x, branch, scale1, shift1)
+        x, h = add_and_norm(self.norm2, x, Branch(*self.attn(h, rope), gate1), scale2, shift2)
+        y, bias = self.mlp(h)
+        # A copy: FSDP2 frees the parameters of a block when it returns, and the next block still reads this one.
+        return x, Branch(y, None if bias is None else bias.clone(), gate2)
 
 
 class FinalLayer(nn.Module):
@@ -199,10 +229,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x, y, gate, c):
+    def forward(self, x, branch, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        norm = self.norm_final
-        _, h = gated_residual_rms_norm_modulate(x, y, gate, scale, shift, norm.weight, norm.eps, norm.center)
+        _, h = add_and_norm(self.norm_final, x, branch, scale, shift)
         return self.linear(h)
 
 
@@ -273,14 +302,14 @@ class LightningDiT(nn.Module):
         if t.shape != (B,) or y.shape != (B,):
             raise ValueError(f"t, y: got shapes {tuple(t.shape)} and {tuple(y.shape)}, expected ({B},) each")
         # Under bf16 autocast the patches are bf16 and pos_embed is fp32, so the residual stream is fp32 from here to the final layer.
-        x, branch, gate = self.x_embedder(x) + self.pos_embed, None, None  # (B, N, D)
+        x, branch = self.x_embedder(x) + self.pos_embed, None  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (B, D)
         for block in self.blocks:
             if self.use_checkpoint and self.training:
-                x, branch, gate = checkpoint(block, x, branch, gate, c, self.feat_rope, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, c, self.feat_rope, use_reentrant=False)
             else:
-                x, branch, gate = block(x, branch, gate, c, self.feat_rope)
-        x = self.final_layer(x, branch, gate, c)  # (B, N, P * P * out_channels)
+                x, branch = block(x, branch, c, self.feat_rope)
+        x = self.final_layer(x, branch, c)  # (B, N, P * P * out_channels)
         n = S // P
         x = x.view(B, n, n, P, P, self.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, S, S)
         return x[:, : self.in_channels]

@@ -1,11 +1,13 @@
 """The benchmarks measure what they say, on tiny shapes; the report is what the results files hold."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from matplotlib.testing.compare import compare_images
 
 from bench import gpu, harness, providers, report
+from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, example_inputs, values_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,9 +150,98 @@ def test_apex_of_pypi_is_told_from_nvidias(nvidia, tmp_path, monkeypatch):
 def test_every_peer_is_listed():
     names = {provider.name for op in OPS for provider in providers.providers(op)}
     peers = {"eager", "compiled", "ours", "quack", "liger", "apex", "xformers", "flash-attn 2", "flash-attn 3", "flash-attn 4"}
-    assert peers | {f"sdpa {backend}" for backend in ("math", "flash", "efficient", "cudnn")} == names
+    peers |= {f"sdpa {backend}" for backend in ("math", "flash", "efficient", "cudnn")}
+    peers |= {f"ours {backend}" for backend in ("triton", "sdpa", "flash_attn", "xformers")}
+    padded = {f"{name}, padded to {to}" for name in ("sdpa cudnn", "flash-attn 2", "flash-attn 3", "flash-attn 4") for to in (80, 96)}
+    assert peers | padded == names
     with pytest.raises(ValueError, match="op is 'gelu', expected one of"):
         providers.providers("gelu")
+
+
+def test_padding_changes_nothing_and_is_left_out_where_it_is_not_needed(monkeypatch):
+    monkeypatch.setattr(providers, "_rotation", lambda: providers._rotate)
+    inputs = example_inputs("rope_attention", 1, 2, 3, 48, 2)
+    plain, padded = (providers._sdpa(torch.nn.attention.SDPBackend.MATH, pad)(**inputs) for pad in (0, 40))
+    torch.testing.assert_close(padded, plain)
+    cudnn = next(provider for provider in providers.providers("rope_attention") if provider.name == "sdpa cudnn, padded to 80")
+    assert cudnn.unavailable("cuda", torch.bfloat16, 64) == "head dimension 64 needs no padding to 80"
+    assert cudnn.unavailable("cuda", torch.bfloat16, 72) == ""
+
+
+def swapped(monkeypatch, op, first, second):
+    """Each of the two providers builds what the other one should."""
+    pair = {one.name: one for one in providers.providers(op) if one.name in (first, second)}
+    other = {first: pair[second], second: pair[first]}
+
+    def listed(op):
+        return [dataclasses.replace(one, build=other[one.name].build) if one.name in other else one for one in providers.providers(op)]
+
+    monkeypatch.setattr(harness, "providers", listed)
+
+
+@pytest.mark.skipif(not native.available, reason=native.about)
+@pytest.mark.parametrize("pair", [("eager", "ours"), ("compiled", "ours"), ("eager", "compiled")], ids=" and ".join)
+def test_swapped_providers_are_noticed(pair, settings, monkeypatch):
+    swapped(monkeypatch, "swiglu", *pair)
+    settings.only = ("eager", "compiled", "ours")
+    with pytest.raises(AssertionError, match="(eager|ours) is not timed.*: (eager|ours) is not what ran: "):
+        harness.run_case(Benchmark(), case_of("swiglu"), settings)
+    if "eager" not in pair:  # without eager nothing is measured
+        rows = {row["name"]: row for row in settings.records[0]["contestants"]}
+        assert rows["compiled"]["status"] == "incorrect" and rows["compiled"]["reason"].startswith("compiled is not what ran: ")
+
+
+def test_swapped_attention_backends_are_noticed(settings, monkeypatch):
+    swapped(monkeypatch, "rope_attention", "sdpa math", "sdpa flash")
+    settings.only = ("eager", "sdpa math", "sdpa flash")
+    rows = harness.run_case(Benchmark(), case_of("rope_attention"), settings)["contestants"]
+    for row in rows[1:]:
+        assert row["status"] == "incorrect" and f"{row['name']} is not what ran: expected " in row["reason"] and "forward" not in row
+
+
+def test_peak_memory_is_of_what_lives_at_once():
+    def two_at_a_time():
+        for _ in range(3):
+            first = torch.empty(2**20)  # 4 MiB
+            second = torch.empty(2**19)
+            del first, second
+
+    assert harness.cpu_peak_mib(two_at_a_time) == pytest.approx(6, abs=0.1)
+
+
+def test_a_large_case_is_gated_at_a_smaller_batch(settings, monkeypatch):
+    monkeypatch.setattr(harness, "GATE_ELEMENTS", 16 * 128)
+    record = harness.run_case(Benchmark(), harness.Case("swiglu", "tiny/B4", torch.float32, "cpu"), settings)
+    assert record["sizes"]["batch"] == 4 and record["gate_batch"] == 1
+    assert [row["status"] for row in record["contestants"]] == ["ok", "ok"]
+
+
+def test_points_of_a_sweep():
+    case = harness.Case("rope_attention", "xl/B8/N1024/Dh64", torch.bfloat16, "cuda")
+    assert case.sizes() == dict(batch=8, rows=32, columns=32, width=1024, heads=16)
+    assert harness.Case("swiglu", "b/N12", torch.float32, "cpu").sizes() == dict(batch=16, rows=3, columns=4, width=2048, heads=12)
+
+
+def test_clocks_and_power_by_nvml_or_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_gpu_id", lambda: "GPU-1")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\ncase $1 in --query-gpu=clocks.sm,*) echo 1980, 3201, 698.50, 61, 0x0000000000000004;; *) exit 6;; esac\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    monitor = harness.Monitor()
+    assert monitor.source == "nvidia-smi" and monitor.sample()["power.draw"] == "698.50"
+    nvml = types.SimpleNamespace(NVMLError=RuntimeError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0)
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = {"GPU-1": "handle"}.__getitem__
+    nvml.nvmlDeviceGetClockInfo = lambda handle, kind: {1: 1980, 2: 3201}[kind]
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 698_500
+    nvml.nvmlDeviceGetTemperature = lambda handle, sensor: 61
+    nvml.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 4
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: True)
+    monitor = harness.Monitor()
+    assert monitor.source == "NVML" and list(monitor.sample().values()) == [1980, 3201, 698.5, 61, "0x4"]
 
 
 def test_contestants_take_turns_and_speedups_are_of_the_same_round():
@@ -188,26 +280,65 @@ def test_inputs_rotate():
     assert seen[-4:] == [0, 1, 2, 0]
 
 
+def test_stages_find_their_benchmarks():
+    """One stage of every form; that none of the others names a file or an option that these do not."""
+    forms = {"ceilings": 3, "gemms": 1, "alignment_3": 8, "attention_sweep_256_72": 4}
+    for name, arguments in gpu.STAGES.items():
+        assert (ROOT / arguments[0]).is_file(), name
+        options = {argument for argument in arguments if argument.startswith("-")}
+        assert options <= {"-k", "--batch", "--tokens", "--head-dim", "--dtypes", "--case-s"}, name
+    collect = """if True:
+        import contextlib, io, sys, pytest
+        from bench import gpu
+        for name in sys.argv[1:]:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                pytest.main([*gpu.STAGES[name], "--collect-only", "-q", "--device", "cpu", "-p", "no:cacheprovider"])
+            print(name, sum("::" in line for line in out.getvalue().splitlines()))
+    """
+    done = script("-c", collect, *forms)
+    assert {name: int(count) for name, count in map(str.split, done.stdout.splitlines())} == forms, done.stdout + done.stderr
+
+
 def test_stages_restart_and_merge(tmp_path):
     dry = ["bench/gpu.py", "--out", tmp_path, "--device", "cpu"]
-    tiny = ["--", "--shapes", "tiny", "--only", "eager,ours", "--rounds", "2"]
+    tiny = ["--", "--shapes", "tiny", "--only", "eager,ours", "--rounds", "2", "--case-s", "0.1"]
     assert script(*dry, "--budget-s", 0).returncode == gpu.UNFINISHED
-    done = script(*dry, "--stage", "swiglu", "--stage", "gemms", *tiny)
+    done = script(*dry, "--stage", "swiglu_1", "--stage", "gemms", *tiny)
     assert done.returncode == 0 and "no results file yet" in done.stdout, done.stdout + done.stderr
     stages = tmp_path / "stages"
     assert len(json.loads((stages / "gemms.json").read_text())["results"][0]["rows"]) == 12
-    stamp = (stages / "swiglu.json").stat().st_mtime_ns
+    stamp = (stages / "swiglu_1.json").stat().st_mtime_ns
     for name in gpu.STAGES:
-        if name not in ("swiglu", "gemms"):
-            shutil.copy(stages / "swiglu.json", stages / f"{name}.json")
+        if name not in ("swiglu_1", "gemms"):
+            shutil.copy(stages / "swiglu_1.json", stages / f"{name}.json")
     done = script(*dry, *tiny)
     assert done.returncode == 0 and done.stdout.count("done before") == len(gpu.STAGES), done.stdout + done.stderr
-    assert (stages / "swiglu.json").stat().st_mtime_ns == stamp
+    assert (stages / "swiglu_1.json").stat().st_mtime_ns == stamp
     merged = json.loads((tmp_path / "kernels_cpu.json").read_text())
     assert merged["schema"] == harness.SCHEMA and {"commit", "date", "cpu", "threads", "versions"} <= merged.keys()
-    assert [r["kind"] for r in merged["results"]].count("model_gemms") == 1 and len(merged["results"]) == 13
+    assert [record["kind"] for record in merged["results"]].count("model_gemms") == 1 and len(merged["results"]) == 3
+    assert {record["processes"] for record in merged["results"] if record["kind"] == "op"} == {len(gpu.STAGES) - 1}
     with pytest.raises(ValueError, match="stages differ in commit: a and b"):
         harness.merge([merged | dict(commit="a"), merged | dict(commit="b")])
+
+
+def test_processes_are_pooled(settings):
+    """Three processes, the third twice as slow in everything: all rounds count, ratios stay, and each median is kept."""
+    record = harness.run_case(Benchmark(), case_of("swiglu"), settings)
+    slow = copy.deepcopy(record)
+    for name, times in slow["samples_ms"].items():
+        slow["samples_ms"][name] = [2 * time for time in times]
+    (pooled,) = harness.pool([record, copy.deepcopy(record), slow])
+    assert pooled["processes"] == 3
+    for before, row in zip(record["contestants"], pooled["contestants"], strict=True):
+        one, many = before["forward_backward"], row["forward_backward"]
+        assert many["rounds"] == 3 * one["rounds"] and many["speedup"] == pytest.approx(one["speedup"], rel=0.5)
+        assert many["medians_ms"] == pytest.approx([one["median_ms"], one["median_ms"], 2 * one["median_ms"]], rel=1e-3)
+    broken = copy.deepcopy(record)
+    broken["contestants"][1] = dict(name="ours", version="native", status="failed", reason="lost the GPU")
+    (pooled,) = harness.pool([record, broken])
+    assert pooled["contestants"][1] == broken["contestants"][1]
 
 
 def test_report_is_what_the_results_hold(tmp_path):
@@ -231,7 +362,7 @@ def test_report_says_what_nobody_measured_and_keeps_losses(settings, tmp_path):
     report.write_all(tmp_path, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert text.count(report.UNMEASURED) == len(OPS) - 1 and f"| `swiglu` | {report.UNMEASURED} |" not in text
-    assert "| slow 1 | both |" in text and "0.50 (0.40-0.60)" in text and "unavailable: needs cuda" in text
+    assert "| slow 1 | both |" in text and "0.50 (0.40-0.60)" in text and "Unavailable: gone (needs cuda)." in text
     assert (tmp_path / "kernels_a_roofline.png").stat().st_size > 1000
     harness.write(tmp_path / "kernels_a.json", run | dict(schema="other"))
     with pytest.raises(ValueError, match="kernels_a.json has schema 'other'"):

@@ -176,6 +176,25 @@ def test_weights_that_do_not_fit(file, tmp_path):
             load_encoder(VIT, weights=tmp_path / "w.pth", grid=4)
 
 
+def test_original_dinov2_files(file, tmp_path, pixels):
+    """Meta's own have a mask token, and positions for 37 x 37 tokens."""
+    timm_model(DINOV2, file)
+    torch.save(load_file(file) | {"mask_token": torch.zeros(1, 384)}, tmp_path / "w.pth")
+    original = load_encoder(DINOV2, weights=tmp_path / "w.pth", grid=4)
+    assert torch.equal(original.features(pixels), load_encoder(DINOV2, weights=file, grid=4).features(pixels))
+
+
+def test_published_weights_come_from_the_hub(file, pixels, monkeypatch):
+    import huggingface_hub
+
+    timm_model(VIT, file)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments: asked.append(arguments) or str(file))
+    encoder = load_encoder("hf-hub:timm/test_vit.r160_in1k", grid=4)
+    assert torch.equal(encoder.features(pixels), load_encoder(VIT, weights=file, grid=4).features(pixels))
+    assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")]
+
+
 class Malicious:
     def __reduce__(self):
         return print, ("run",)
@@ -217,7 +236,9 @@ def test_without_timm():
 
 
 @pytest.mark.parametrize("name, arguments, message", [
-    ("dinov2-x", {}, "name_or_path: got 'dinov2-x'.*dinov2-"), (VIT, dict(normalisation="imagenet"), "normalisation: got 'imagenet'"),
+    ("dinov2-x", {}, "name_or_path: got 'dinov2-x'.*dinov2-"), ("hf-hub:someone/model", {}, "timm has no such model"),
+    ("vit_large_patch14_dinov2.lvd", {}, "name_or_path: got 'vit_large_patch14_dinov2.lvd'"),
+    (VIT, dict(normalisation="imagenet"), "normalisation: got 'imagenet'"),
     (VIT, dict(layer=6), "layer: got 6.*6"), (VIT, dict(layer=1.0), "layer: got 1.0"), (VIT, dict(grid=0), "grid: got 0"),
     (VIT, dict(input_size=100), "input_size: got .100, 100., expected multiples of 16"),
     (VIT, dict(input_size=96, grid=4), "grid: got .4, 4., but .96, 96. pixels.*interpolate=True"),

@@ -1,5 +1,6 @@
 """Images: crops to the bit, every kind of file, source and decoder, and every kind of bad input."""
 
+import gc
 import io
 import json
 import logging
@@ -8,8 +9,9 @@ import pickle
 import shutil
 import struct
 import tarfile
+import threading
+import time
 import zipfile
-import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -711,6 +713,24 @@ def test_dali_is_deterministic_and_resumes(mixed):
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@needs_dali
+def test_a_pass_by_dali_may_be_left(mixed):
+    batches = ImageBatches(mixed, 16, image_size=32, decoder="dali", **RANDOM)
+    first = next(batches.epoch())
+    for _ in range(2):
+        left = batches.epoch()
+        assert torch.equal(next(left)[0], first[0])
+        left.close()
+    before = threading.active_count()
+    for _ in range(3):
+        next(batches.epoch())
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)  # readers end after the image that they are at
+    assert threading.active_count() <= before
+
+
 def test_auto_is_exact_for_the_center_crop_and_says_what_it_took(many, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert ImageBatches(many, 8, image_size=8).decoder == "pillow" and "decoded by pillow (exact" in caplog.text
@@ -758,6 +778,8 @@ def test_damaged_archives_are_errors_or_complete(tmp_path, data):
     path = tmp_path / f"x.{kind}"
     write = dict(tar=write_tar, zip=write_zip)[kind]
     whole = write(path, {"a/0.png": PICTURES[0], "b/1.png": PICTURES[1], "b/2.png": PICTURES[2]}).read_bytes()
+    if kind == "zip" and data.draw(st.booleans()):
+        whole = write_zip(path, {"a/0.png": PICTURES[0], "b/1.png": PICTURES[1], "b/2.png": PICTURES[2]}, zipfile.ZIP_DEFLATED).read_bytes()
     path.write_bytes(mutated(whole, data.draw))
     try:
         source = open_images(path)
@@ -768,7 +790,7 @@ def test_damaged_archives_are_errors_or_complete(tmp_path, data):
     for i in range(3):
         try:
             found = source.read(i)
-        except (ValueError, OSError, zlib.error) as error:
+        except (ValueError, OSError) as error:
             assert kind == "zip" and str(error)
         else:
             assert kind == "tar" or found in PICTURES

@@ -87,10 +87,11 @@ def test_zero_initialised_model_outputs_zero_and_is_the_identity_inside():
 def test_residual_stream_is_fp32_under_bf16_autocast():
     model, dtypes = LightningDiT(**TINY), []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, inputs, outputs: dtypes.append([v.dtype for v in outputs]))
+        block.register_forward_hook(lambda module, inputs, outputs: dtypes.append([outputs[0].dtype, *(v.dtype for v in outputs[1])]))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 4]))
-    assert all(d == [torch.float32, torch.bfloat16, torch.bfloat16] for d in dtypes) and len(dtypes) == 2 and out.dtype == torch.bfloat16
+    expected = [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]  # the stream; y, bias (a parameter) and gate
+    assert dtypes == [expected, expected] and out.dtype == torch.bfloat16
 
 
 def randomised(**changes):
@@ -123,6 +124,31 @@ def test_checkpointed_activations_give_the_same_gradients():
         model(x, t, y, drop).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("use_swiglu", [True, False])
+def test_a_replaced_or_hooked_linear_layer_is_called(use_swiglu):
+    """The ops take over the bias of plain layers only; the output and every gradient are the same either way."""
+
+    class Replaced(torch.nn.Linear):
+        """Stands for LoRA's or torchao's linear layer."""
+
+    x, t, y = torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([1, 2])
+    results, calls = [], []
+    for change in ("nothing", "class", "hook"):
+        model = randomised(use_swiglu=use_swiglu).eval()
+        for block in model.blocks:
+            for layer in (block.attn.qkv, block.attn.proj, *(getattr(block.mlp, n) for n in (("w12", "w3") if use_swiglu else ("fc2",)))):
+                layer.__class__ = Replaced if change == "class" else torch.nn.Linear
+                if change == "hook":
+                    layer.register_forward_hook(lambda *_: calls.append(1))
+        out = model(x, t, y)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(calls) == (8 if use_swiglu else 6)
+    for other in results[1:]:
+        for have, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
 def test_compiles_without_graph_breaks():

@@ -4,6 +4,10 @@
 #include "common.h"
 #include "groupnorm.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace LIGHTNINGDIT_LEVEL {
 
 static const int64_t CHUNK = LIGHTNINGDIT_GROUPNORM_CHUNK;
@@ -20,10 +24,17 @@ static inline float grad_of_silu(float grad, float y) {
   return grad * sigmoid * (1.0f + y * (1.0f - sigmoid));
 }
 
-// Whether a result of this type can keep dy between two passes: the exponential is what costs, not the memory, which is in cache.
-static inline bool exact(const float*) { return true; }
+// Where dy is kept between two passes over a group, since the exponential is what costs: in the result if that is fp32, else in a buffer
+// of this thread's own.
+static inline float* kept(float* grad_x, float*, int64_t, int64_t place) { return grad_x + place; }
 template <typename Half>
-static inline bool exact(const Half*) { return false; }
+static inline float* kept(Half*, float* scratch, int64_t members, int64_t) {
+#ifdef _OPENMP
+  return scratch + omp_get_thread_num() * members;
+#else
+  return scratch + 0 * members;
+#endif
+}
 
 template <typename X, typename Out>
 static void forward_contiguous(const X* x, const float* weight, const float* bias, Out* out, float* mean, float* rstd, int64_t batch,
@@ -74,12 +85,14 @@ static void forward_contiguous(const X* x, const float* weight, const float* bia
 
 template <typename Grad, typename X>
 static void backward_contiguous(const Grad* grad, const X* x, const float* weight, const float* bias, const float* mean, const float* rstd,
-                                X* grad_x, float* sums, int64_t batch, int64_t channels, int64_t pixels, int64_t groups, int threads) {
+                                X* grad_x, float* sums, float* scratch, int64_t batch, int64_t channels, int64_t pixels, int64_t groups,
+                                int threads) {
   const int64_t width = channels / groups, members = width * pixels;
 #pragma omp parallel for schedule(static) num_threads(threads_for(batch * channels * pixels, threads))
   for (int64_t item = 0; item < batch * groups; ++item) {
     const float centre = mean[item], scale = rstd[item];
     const int64_t first = item % groups * width, image = item / groups;
+    float* dy = kept(grad_x, scratch, members, item * members);
     double offset = 0.0, slope = 0.0;
     for (int64_t c = 0; c < width; ++c) {
       const float w = weight[first + c], b = bias[first + c];
@@ -89,13 +102,13 @@ static void backward_contiguous(const Grad* grad, const X* x, const float* weigh
         const int64_t count = smaller(BLOCK, pixels - start);
         const Grad* incoming = grad + place + start;
         const X* row = x + place + start;
-        X* kept = grad_x + place + start;
+        float* out = dy + c * pixels + start;
         float sum = 0.0f, product = 0.0f;
 #pragma omp simd reduction(+ : sum, product)
         for (int64_t p = 0; p < count; ++p) {
           const float x_hat = (load(row + p) - centre) * scale;
           const float d = grad_of_silu(load(incoming + p), x_hat * w + b);
-          if (exact(kept)) store(kept + p, d);
+          out[p] = d;
           sum += d;
           product += d * x_hat;
         }
@@ -109,16 +122,14 @@ static void backward_contiguous(const Grad* grad, const X* x, const float* weigh
     }
     const float shift = float(offset / double(members)), tilt = float(slope / double(members));
     for (int64_t c = 0; c < width; ++c) {
-      const float w = weight[first + c], b = bias[first + c];
-      const int64_t place = item * members + c * pixels;
-      const Grad* incoming = grad + place;
-      const X* row = x + place;
-      X* result = grad_x + place;
+      const float w = weight[first + c];
+      const float* d = dy + c * pixels;
+      const X* row = x + item * members + c * pixels;
+      X* result = grad_x + item * members + c * pixels;
 #pragma omp simd
       for (int64_t p = 0; p < pixels; ++p) {
         const float x_hat = (load(row + p) - centre) * scale;
-        const float d = exact(result) ? load(result + p) : grad_of_silu(load(incoming + p), x_hat * w + b);
-        store(result + p, scale * (d * w - shift - x_hat * tilt));
+        store(result + p, scale * (d[p] * w - shift - x_hat * tilt));
       }
     }
   }
@@ -287,7 +298,7 @@ LIGHTNINGDIT_GROUPNORM_BACKWARD(groupnorm_backward) {
     if (channels_last)
       backward_channels_last(from, at, weight, bias, mean, rstd, to, sums, scratch, batch, channels, pixels, groups, threads);
     else
-      backward_contiguous(from, at, weight, bias, mean, rstd, to, sums, batch, channels, pixels, groups, threads);
+      backward_contiguous(from, at, weight, bias, mean, rstd, to, sums, scratch, batch, channels, pixels, groups, threads);
     return int(LIGHTNINGDIT_OK);
   });
 }

@@ -2,7 +2,8 @@
 //
 // x, out, grad, grad_x are (batch, channels, pixels), or (batch, pixels, channels) if channels_last; dense. weight, bias are (channels),
 // mean, rstd (batch, groups), sums (2, batch, channels): of dy and of dy * x_hat. scratch holds, if channels_last,
-// batch * (chunks * 2 + 4) * channels floats, chunks = ceil(pixels / LIGHTNINGDIT_GROUPNORM_CHUNK).
+// batch * (chunks * 2 + 4) * channels floats, chunks = ceil(pixels / LIGHTNINGDIT_GROUPNORM_CHUNK), else, in the backward to an x of 16
+// bits, threads * channels / groups * pixels.
 #pragma once
 
 #define LIGHTNINGDIT_GROUPNORM_CHUNK 64

@@ -18,7 +18,7 @@ static int forward(const X* x, const Y* y, const float* bias, const float* gates
     if (BRANCH) {
       X* out = residual + row * width;
       const Y* branch = y + row * width;
-#pragma omp simd reduction(+ : total, square)
+#pragma omp simd reduction(+ : total, square) simdlen(64)
       for (int64_t j = 0; j < width; ++j) {
         store(out + j, load(stored + j) + gate[j] * (load(branch + j) + bias[j]));
         const float value = load(out + j);  // the norm sees x' as it is stored
@@ -27,7 +27,7 @@ static int forward(const X* x, const Y* y, const float* bias, const float* gates
       }
       stored = out;
     } else {
-#pragma omp simd reduction(+ : total, square)
+#pragma omp simd reduction(+ : total, square) simdlen(64)
       for (int64_t j = 0; j < width; ++j) {
         const float value = load(stored + j);
         total += value;

@@ -27,7 +27,7 @@ def backends() -> dict[str, dict[str, str]]:
     "native" is the C++ library, "triton" the GPU kernels, "reference" the op's definition in plain PyTorch, which torch.compile may fuse.
     """
     rows = {op: dict(cpu="reference", cuda="reference", why="defined in plain PyTorch only") for op in __all__ if op != "backends"}
-    cpu = f"CPU: {native.about}" + ("; fp32 and bf16, under torch.compile too; else reference" if native.available else "")
+    cpu = f"CPU: {native.about}" + ("; fp32, bf16 and fp16, under torch.compile too; else reference" if native.available else "")
     cuda = "CUDA: Triton; fp32, bf16 and fp16; else reference" if triton_available else "CUDA: triton is not installed"
     serves = dict(cpu="native" if native.available else "reference", cuda="triton" if triton_available else "reference")
     for op in ("gated_residual_rms_norm_modulate", "group_norm_silu", "rms_norm_modulate", "swiglu"):

@@ -156,6 +156,8 @@ def group_norm_silu_forward(x, weight, bias, out, mean, rstd, num_groups: int, e
 def group_norm_silu_backward(grad, x, weight, bias, mean, rstd, grad_x, sums, num_groups: int, channels_last: bool) -> None:
     """grad_x, and sums (2, B, C): of dy and of dy * x_hat over the pixels, dy the gradient to the norm's result."""
     scratch = _group_norm_scratch(x, channels_last)
+    if not channels_last and x.dtype != torch.float32:
+        scratch = x.new_empty(torch.get_num_threads() * (x[:1].numel() // num_groups), dtype=torch.float32)
     pointers = [tensor.data_ptr() for tensor in (grad, x, weight, bias, mean, rstd, grad_x, sums, scratch)]
     _run("lightningdit_groupnorm_backward", *pointers, *_image_sizes(x), num_groups, channels_last, DTYPES[grad.dtype], DTYPES[x.dtype])
 

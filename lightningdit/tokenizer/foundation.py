@@ -88,8 +88,10 @@ def load_encoder(name_or_path, *, weights=None, image_size=None, grid=None, inpu
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise ValueError(f"layer: got {layer!r}, expected an integer")
     timm = _timm()
-    timm_name = FOUNDATION_MODELS.get(name, (name,))[0]
+    timm_name = FOUNDATION_MODELS.get(name, (name,))[0].removeprefix("hf-hub:timm/")
     try:
+        if not timm.is_model(timm_name):  # timm would ask the hub for some names
+            raise RuntimeError("timm has no such model")
         model = timm.create_model(timm_name, num_classes=0)
     except RuntimeError as error:
         near = difflib.get_close_matches(name, [*FOUNDATION_MODELS, *timm.list_models()], n=5, cutoff=0.5)
@@ -100,9 +102,9 @@ def load_encoder(name_or_path, *, weights=None, image_size=None, grid=None, inpu
     reduction = _reduction(model, layer)
     input_size, grid = _sizes(model, reduction, image_size, grid, input_size, interpolate)
     if weights is None:
-        weights = _download(model, timm_name)
+        weights = download_timm(model, timm_name)
     if weights != "random":
-        _load_timm(model, weights, timm_name)
+        load_timm(model, weights, timm_name)
     if hasattr(model, "set_input_size"):  # position embeddings are interpolated once, in fp32
         model.set_input_size(img_size=input_size)
     channels = model.feature_info[layer]["num_chs"]
@@ -205,7 +207,7 @@ def _sizes(model, reduction, image_size, grid, input_size, interpolate):
     return input_size, grid
 
 
-def _download(model, name):
+def download_timm(model, name):
     """Path of the published weights, from the cache or the hub."""
     import huggingface_hub
 
@@ -222,7 +224,7 @@ def _download(model, name):
                                 "machine that has one, and pass weights=FILE") from None
 
 
-def _load_timm(model, path, name):
+def load_timm(model, path, name):
     """Fills a timm model from a file, strictly; a classifier that comes with it is left out."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: no file {path}; expected a .safetensors or PyTorch file, None (published), or 'random'")

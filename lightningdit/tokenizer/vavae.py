@@ -51,6 +51,8 @@ PRESETS = {
 class Tokenizer(nn.Module):
     """A trained autoencoder with the statistics of its latents; frozen, in eval mode.
 
+    It can be cast, to bf16 for one, and then takes pixels and latents of any floating dtype; the statistics stay in fp32.
+
     Args:
         autoencoder: AutoencoderKL.
         latent_mean, latent_std: (z,) of raw latents over a data set, std unbiased and positive (see latent_statistics); or a number
@@ -85,7 +87,7 @@ class Tokenizer(nn.Module):
 
     def encode(self, pixels):
         """pixels (B, C, H, W) in [-1, 1], H and W multiples of `downsample` -> Posterior over raw latents (B, z, h, w)."""
-        return self.autoencoder.encode(pixels)
+        return self.autoencoder.encode(self._cast(pixels))
 
     def normalise(self, raw):
         """Raw latents (B, z, h, w) to normalised ones: mean 0 and standard deviation 1 per channel over the data."""
@@ -97,7 +99,16 @@ class Tokenizer(nn.Module):
 
     def decode(self, normalised):
         """Normalised latents (B, z, h, w) -> pixels (B, C, downsample * h, downsample * w), about [-1, 1], not clamped."""
-        return self.autoencoder.decode(self.denormalise(normalised))
+        return self.autoencoder.decode(self._cast(self.denormalise(normalised)))
+
+    def _cast(self, x):
+        return x.to(self.autoencoder.encoder.conv_in.weight.dtype) if x.is_floating_point() else x  # others are for encode to refuse
+
+    def _apply(self, fn, recurse=True):
+        statistics = self.latent_mean, self.latent_std
+        super()._apply(fn, recurse)
+        self.latent_mean, self.latent_std = (values.to(self.latent_mean.device) for values in statistics)
+        return self
 
     def decode_uint8(self, normalised):
         """Normalised latents (B, z, h, w) -> uint8 images (B, H, W, C): clamp(127.5 x + 128, 0, 255), truncated, as the official code."""
@@ -173,8 +184,8 @@ def load_tokenizer(name_or_path, *, preset=None, statistics=None, device="cpu"):
         stored = (about["latent_mean"], about["latent_std"]) if {"latent_mean", "latent_std"} <= about.keys() else None
     if given is None and stored is None:
         raise ValueError(f"{path}: no latent statistics, without which latents cannot be normalised. Pass statistics: a latents_stats.pt, "
-                         "(mean, std), or the number that multiplies latents (1.0: left raw). latent_statistics(raw latents of your data) "
-                         "takes them, as train/vavae.py does")
+                         "(mean, std), or the number that multiplies latents (1.0: left raw); `lightningdit export-tokenizer` writes them "
+                         "into a file. latent_statistics(raw latents of your data) takes them, as train/vavae.py does")
     try:
         autoencoder = AutoencoderKL(**arguments)
     except (TypeError, ValueError) as error:

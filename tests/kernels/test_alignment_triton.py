@@ -147,6 +147,45 @@ def test_a_zero_token_gives_the_gradient_of_the_definition(small_blocks):
         assert torch.allclose(gradient[0, 3].double(), expected[0, 3], rtol=1e-5)
 
 
+def gradient_of(op, inputs, margin):
+    leaf = inputs["z"].clone().requires_grad_()
+    value = op(leaf, inputs["f"], margin)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+@pytest.mark.parametrize("op, reference", [(cosine, marginal_cosine_loss_ref), (distance, marginal_distance_matrix_loss_ref)])
+@pytest.mark.parametrize("shape", [(1, 37, 1), (2, 1, 1), (3, 1, 20)], ids=str)
+def test_one_channel_or_one_token_has_no_gradient(shape, op, reference, small_blocks):
+    """One channel: every cosine is 1 or -1. One token: its distance matrix is 0. What comes out as a gradient is rounding."""
+    inputs = tokens(*shape)
+    value, gradient = gradient_of(op, inputs, 0.3)
+    torch.testing.assert_close(value, reference(inputs["z"].double(), inputs["f"].double(), 0.3).float())
+    if shape[2] == 1 or op is distance:
+        assert (gradient * inputs["z"]).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_identical_tokens_and_pairs_exactly_at_the_margin_cost_nothing(dtype, small_blocks):
+    inputs = tokens(1, 37, 20, dtype=dtype)
+    value, gradient = gradient_of(distance, inputs | dict(f=inputs["z"].clone()), 0.0)
+    assert value == 0 and not gradient.any()
+    z, f = torch.zeros(1, 37, 4, dtype=dtype, device=DEVICE), torch.zeros(1, 37, 4, dtype=dtype, device=DEVICE)
+    z[..., 0] = f[..., 0] = 1
+    z[:, 1, 1], f[:, 1] = 2**-13, 1  # cos z = 1 in fp32, cos f = 1 * 1 / (1 * 2) = 0.5
+    for margin, free in ((0.5, True), (0.4999, False)):
+        value, gradient = gradient_of(distance, dict(z=z, f=f), margin)
+        assert bool(value == 0) == free
+        assert bool(gradient.any()) != free
+
+
+@pytest.mark.parametrize("op", [cosine, distance])
+@pytest.mark.parametrize("poison", ["z", "f"])
+def test_what_is_not_a_number_does_not_pass_unnoticed(op, poison, small_blocks):
+    inputs = tokens(1, 37, 20)
+    inputs[poison][0, 20, 3] = float("nan")
+    assert op(**inputs, margin=0.2).isnan()
+
+
 def test_project(small_blocks):
     x, q = random_tensor(2, 17, 40, seed=1, device=DEVICE), random_tensor(40, 19, seed=2, device=DEVICE)
     out, norm = triton_kernels.project(x, q)
