@@ -1,0 +1,124 @@
+"""What a step of train/dit.py is made of: its batch, its losses, and what is measured and drawn in between.
+
+Random numbers are drawn for the whole global batch from (seed, step), and each process takes its slice: what is trained on does not depend
+on the number of processes. B global batch, b of one process, C latent channels, S latent positions a side.
+"""
+import torch
+import torch.distributed as dist
+
+from . import flow, latents, sampler
+from .distributed import generator_for, world
+from .log import image_grid, save_png
+
+
+def share(n):
+    """This process's slice of n rows."""
+    rank, size = world()
+    return slice(n * rank // size, n * (rank + 1) // size)
+
+
+def draw_batch(config, tokenizer, moments, y, step, device, part):
+    """The inputs of update `step` (0-based): {"x1": normalised latents, "x0": noise (b, C, S, S), "t": times, "y", "drop_labels" (b,)}.
+
+    Args: moments, y: of the images of `part`, the slice of the global batch to draw.
+    """
+    B, settings = config.batch_size, config.flow
+    generator = generator_for(config.seed, "noise", step, device=device)
+    shape = (B, config.tokenizer.latent_channels, config.latent_size, config.latent_size)
+    raw = latents.draw(moments, torch.randn(shape, generator=generator, device=device)[part])
+    x0 = torch.randn(shape, generator=generator, device=device)[part]
+    low, high = flow.integration_interval(settings.path, settings.prediction, mode="train", train_eps=settings.train_eps)
+    t = flow.sample_timesteps(B, distribution=flow.timestep_distribution_at(step, settings.time, settings.time_switch_step),
+                              mean=settings.time_mean, std=settings.time_std, shift=settings.time_shift, low=low, high=high,
+                              generator=generator)[part]
+    drop = torch.rand(B, generator=generator, device=device)[part] < config.model.class_dropout_prob
+    return dict(x1=tokenizer.normalise(raw), x0=x0, t=t, y=y, drop_labels=drop)
+
+
+def redraw_batch(config, tokenizer, store, step, device):
+    """The whole global batch of update `step` (0-based) once more, for whoever wants to look at it: as draw_batch, and "indices" (B,)."""
+    indices = latents.batch_indices(step, config.batch_size, len(store), config.seed)
+    views = latents.batch_views(step, config.batch_size, len(store), store.views, config.seed) if config.data.flip else 0
+    moments, y = store.gather(indices, views).to(device), store.labels[indices].to(device)
+    return draw_batch(config, tokenizer, moments, y, step, device, slice(None)) | dict(indices=indices)
+
+
+def micro_batches(config, batch):
+    """The batch in parts, each one forward and backward pass of this process."""
+    own = len(batch["t"])
+    micro = min(config.micro_batch or own, own)
+    return [{name: tensor[start : start + micro] for name, tensor in batch.items()} for start in range(0, own, micro)]
+
+
+def losses(config, model, autocast, x1, x0, t, y, drop_labels):
+    """Per-image loss terms {"mse": (b,), "cos": (b,)} in fp32; the training loss is the sum of their means."""
+    settings = config.flow
+    x_t, _ = flow.interpolate(x1, x0, t, settings.path)
+    with autocast:
+        prediction = model(x_t, t, y, drop_labels)
+    return flow.losses(prediction, x1, x0, t, path=settings.path, prediction=settings.prediction, weight=settings.loss_weight,
+                       cosine=settings.cosine_loss)
+
+
+def over_processes(values):
+    """{name: scalar} summed over the processes, by one small message."""
+    if not dist.is_initialized():
+        return values
+    total = torch.stack(list(values.values()))
+    dist.all_reduce(total)
+    return dict(zip(values, total, strict=True))
+
+
+@torch.no_grad()
+def validate(config, model, tokenizer, val_set, autocast, device, most=2048):
+    """Mean losses of the EMA weights on held-out images at fixed (t, noise) pairs, t uniform, so that curves of recipes compare."""
+    count, size = min(most, len(val_set)), config.sample.batch_size
+    starts, (rank, processes) = range(0, count, size), world()
+    totals = {}
+    for i in range(-(-len(starts) // processes)):  # as many passes on every process, which a sharded model needs
+        mine = rank + i * processes < len(starts)
+        start = starts[rank + i * processes] if mine else starts[0]
+        indices = torch.arange(start, min(start + size, count))
+        generator = generator_for("validation", start)
+        shape = (len(indices), config.tokenizer.latent_channels, config.latent_size, config.latent_size)
+        raw, y = latents.draw(val_set.gather(indices).to(device), torch.zeros(shape, device=device)), val_set.labels[indices].to(device)
+        x0 = torch.randn(shape, generator=generator).to(device)
+        t = torch.rand(len(indices), generator=generator).clamp(1e-3, 1 - 1e-3).to(device)
+        keep_labels = torch.zeros_like(y, dtype=torch.bool)
+        for name, term in losses(config, model, autocast, tokenizer.normalise(raw), x0, t, y, keep_labels).items():
+            totals[f"val_{name}"] = totals.get(f"val_{name}", 0) + term.sum() * mine
+    return {name: float(total) / count for name, total in over_processes(totals).items()}
+
+
+def draw_images(config, model, tokenizer, labels, seeds, autocast, device):
+    """(n, H, W, C) uint8 images of the given labels on every process, each of which draws its share of them.
+
+    Image i depends on seeds[i] and labels[i] only.
+    """
+    rank, processes = world()
+    rows = -(-len(labels) // processes)
+    mine = [min(i, len(labels) - 1) for i in range(rank * rows, (rank + 1) * rows)]  # equally many each: a sharded model needs that
+    with autocast:
+        images = sampler.sample_images(model, tokenizer, labels=[int(labels[i]) for i in mine], seeds=[seeds[i] for i in mine],
+                                       device=device, **config.sampling_arguments())
+    if not dist.is_initialized():
+        return images
+    images = images.to(device)
+    gathered = [torch.empty_like(images) for _ in range(processes)]
+    dist.all_gather(gathered, images)
+    return torch.cat(gathered)[: len(labels)].cpu()
+
+
+def grid_path(run, step):
+    return run / "samples" / f"step_{step:07d}.png"
+
+
+def save_samples(config, model, tokenizer, path, autocast, device):
+    """Draws, saves and returns the grid of fixed seeds and labels: a column a class where there are few, else spread over all classes."""
+    n, classes = config.sample_num, config.data.num_classes
+    labels = torch.arange(n) % classes if classes <= n else torch.arange(n) * classes // n
+    pixels = draw_images(config, model, tokenizer, labels, range(config.sample.seed, config.sample.seed + n), autocast, device)
+    picture = image_grid(pixels, columns=classes if classes <= 16 else None)
+    if world()[0] == 0:
+        save_png(picture, path)
+    return picture
