@@ -1,6 +1,8 @@
 """rope_attention against rotation matrices, torch's norms and an explicit softmax in fp64."""
 
 import importlib.util
+import sys
+import types
 
 import pytest
 import torch
@@ -271,8 +273,8 @@ def test_a_peer_gets_padded_heads_and_the_true_scale(monkeypatch, backend, head_
         return nnf.scaled_dot_product_attention(q, k, v, scale=next(iter(scale.values()), None)).transpose(1, 2)
 
     package, function, keyword, _ = attention.PEERS[backend]
-    modules = {package: type("Peer", (), {function: staticmethod(stub)})}
-    monkeypatch.setattr(attention.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setitem(sys.modules, package.partition(".")[0], types.ModuleType(package.partition(".")[0]))
+    monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(**{function: stub}))
     monkeypatch.setattr(attention, "PEER_DEVICE", "cpu")
     inputs = dict(qkv=random_tensor(2, 6, 3, 2, head_dim, dtype=torch.bfloat16), positions=grid(2, 3), freqs=frequencies(head_dim))
     inputs |= dict(bias=random_tensor(3, 2, head_dim, dtype=torch.bfloat16, seed=1))
