@@ -16,7 +16,7 @@ from lightningdit import config as configuration
 from lightningdit import images, latents
 from lightningdit.config import EncodeConfig
 from lightningdit.distributed import pick_device, process_group, world
-from lightningdit.tokenizer.vavae import Tokenizer
+from lightningdit.tokenizer.vavae import load_tokenizer
 
 
 def main(argv):
@@ -25,7 +25,8 @@ def main(argv):
         torch.set_num_threads(config.threads)
     rank, processes = world()
     with process_group(pick_device(config.device)) as device:
-        tokenizer = Tokenizer.load(config.tokenizer.path, device)
+        own = config.tokenizer.statistics == "data"  # then the file need not have any
+        tokenizer = load_tokenizer(config.tokenizer.path, statistics=1.0 if own else None, device=device)
         configuration.require(config.data.image_size % tokenizer.downsample == 0, "data.image_size", config.data.image_size,
                               f"a multiple of {tokenizer.downsample}, the tokenizer's pixels a latent position")
         batches = images.open_batches(config.data, config.batch_size, tokenizer.image_channels, device)

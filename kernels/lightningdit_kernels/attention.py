@@ -258,30 +258,50 @@ def fused(
     return torch.ops.lightningdit.rope_attention(qkv, positions, freqs, *parameters, eps, center, result_dtype(qkv))[0]
 
 
-def _peer(backend: str, package: str, function: str, head_dims: str, limit: int):
+# Package, function, the keyword of its softmax scale, what pip installs it from. Both want head dimensions that are multiples of 8.
+PEERS = {
+    "flash_attn": ("flash_attn", "flash_attn_func", "softmax_scale", "flash-attn --no-build-isolation"),
+    "xformers": ("xformers.ops", "memory_efficient_attention", "scale", "xformers"),
+}
+
+PEER_DEVICE = "cuda"
+
+
+def padded(attention, multiple: int, scale: str):
+    """attend(q, k, v), head dimensions padded by zeros to the next multiple, and the softmax scale of the true one, by that keyword."""
+
+    def attend(q, k, v):
+        head_dim = q.shape[-1]
+        missing = -head_dim % multiple
+        if not missing:
+            return attention(q, k, v)
+        q, k, v = (nnf.pad(a, (0, missing)) for a in (q, k, v))
+        out = attention(q, k, v, **{scale: head_dim**-0.5})
+        return (out[0] if isinstance(out, tuple) else out)[..., :head_dim]
+
+    return attend
+
+
+def _peer(backend: str):
     """attend(q, k, v) of a peer, whose absence or limits are errors: nothing else takes its place silently."""
+    package, function, scale, pip = PEERS[backend]
     try:
         attention = getattr(importlib.import_module(package), function)
     except ImportError as error:
-        pip = {"flash_attn": "flash-attn --no-build-isolation", "xformers": "xformers"}[backend]
         raise ImportError(f"rope_attention: backend {backend!r} needs `pip install {pip}`: {error}") from error
 
     def attend(q, k, v):
-        if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        if q.device.type != PEER_DEVICE or q.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"rope_attention: backend {backend!r} got {q.dtype} on {q.device}, expected bf16 or fp16 on a CUDA device")
-        if q.shape[-1] % 8 or q.shape[-1] > limit:
-            raise ValueError(f"rope_attention: backend {backend!r} got head dimension {q.shape[-1]}, expected {head_dims}")
-        return attention(q, k, v)
+        if q.shape[-1] > 256:
+            raise ValueError(f"rope_attention: backend {backend!r} got head dimension {q.shape[-1]}, expected at most 256")
+        return padded(attention, 8, scale)(q, k, v)
 
     return attend
 
 
 def _attend(backend: str):
-    if backend == "flash_attn":
-        return _peer(backend, "flash_attn", "flash_attn_func", "a multiple of 8 up to 256", 256)
-    if backend == "xformers":
-        return _peer(backend, "xformers.ops", "memory_efficient_attention", "a multiple of 8 up to 256", 256)
-    return _sdpa
+    return _peer(backend) if backend in PEERS else _sdpa
 
 
 def _auto(qkv, positions, freqs) -> str:

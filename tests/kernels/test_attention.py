@@ -1,6 +1,8 @@
 """rope_attention against rotation matrices, torch's norms and an explicit softmax in fp64."""
 
 import importlib.util
+import sys
+import types
 
 import pytest
 import torch
@@ -256,6 +258,40 @@ def test_a_peer_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setattr(attention.importlib, "import_module", lambda name: type("Peer", (), dict(flash_attn_func=lambda *a: 0)))
     with pytest.raises(ValueError, match="backend 'flash_attn' got torch.float32 on cpu, expected bf16 or fp16 on a CUDA device"):
         rope_attention(torch.zeros(1, 6, 3, 1, 8), backend="flash_attn")
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
+@pytest.mark.parametrize("head_dim", [20, 72])
+def test_a_peer_gets_padded_heads_and_the_true_scale(monkeypatch, backend, head_dim):
+    """A stub with the peer's signature, in plain PyTorch, that refuses what the peer refuses."""
+    calls = []
+
+    def stub(q, k, v, **scale):
+        assert q.shape == k.shape == v.shape and q.shape[-1] % 8 == 0 and {q.dtype, k.dtype, v.dtype} == {torch.bfloat16}
+        calls.append((q.shape, scale))
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+        return nnf.scaled_dot_product_attention(q, k, v, scale=next(iter(scale.values()), None)).transpose(1, 2)
+
+    package, function, keyword, _ = attention.PEERS[backend]
+    monkeypatch.setitem(sys.modules, package.partition(".")[0], types.ModuleType(package.partition(".")[0]))
+    monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(**{function: stub}))
+    monkeypatch.setattr(attention, "PEER_DEVICE", "cpu")
+    inputs = dict(qkv=random_tensor(2, 6, 3, 2, head_dim, dtype=torch.bfloat16), positions=grid(2, 3), freqs=frequencies(head_dim))
+    inputs |= dict(bias=random_tensor(3, 2, head_dim, dtype=torch.bfloat16, seed=1))
+    assert_matches_truth(lambda **kw: rope_attention(**kw, backend=backend), eager, inputs, frozen=("freqs",))
+    expected = ((2, 6, 2, 24), {keyword: 20**-0.5}) if head_dim == 20 else ((2, 6, 2, 72), {})
+    assert calls and all(call == expected for call in calls)
+
+
+@pytest.mark.parametrize("multiple", [8, 80, 96])
+def test_padding_changes_nothing(multiple):
+    def stub(q, k, v, **scale):
+        assert q.shape[-1] == {8: 72, 80: 80, 96: 96}[multiple]
+        return nnf.scaled_dot_product_attention(q, k, v, **scale)
+
+    q, k, v = (random_tensor(1, 2, 5, 72, dtype=torch.float64, seed=seed) for seed in (1, 2, 3))
+    ours = attention.padded(stub, multiple, "scale")(q, k, v)
+    torch.testing.assert_close(ours, nnf.scaled_dot_product_attention(q, k, v))
 
 
 def test_auto_follows_the_measurements(monkeypatch):
