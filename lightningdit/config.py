@@ -166,6 +166,23 @@ class OptimConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What happens to updates whose loss or gradient is not finite, or jumps far above the last ones; see guard.py and run.Incidents."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"  # the update is left out in any case; then stop, go on, or go back
+    threshold: float | None = 20.0  # robust deviations above the median of log loss or log gradient norm; None: only non-finite ones
+    window: int = 128  # good steps remembered
+    most: int = 20  # incidents after which the run stops in any case
+    lr_factor: float = 1.0  # rollback: times the learning rate from then on
+
+    def validate(self):
+        require(self.threshold is None or self.threshold > 0, "guard.threshold", self.threshold, "a positive number, or null")
+        require(self.window >= 8, "guard.window", self.window, "at least 8 steps")
+        require(self.most > 0, "guard.most", self.most, "a positive number")
+        require(0 < self.lr_factor <= 1, "guard.lr_factor", self.lr_factor, "a number in (0, 1]")
+
+
+@dataclass
 class SampleConfig:
     method: Literal["euler", "heun", "midpoint", "dopri5", "ab2", "dpmpp_2m", "unipc", "sde_euler", "sde_heun"] = "euler"
     num_steps: int = 249  # intervals of the time grid; the official "250 steps" are 250 points, so 249 intervals
@@ -200,6 +217,8 @@ class DiTConfig:
     compile: bool = False  # torch.compile, block by block
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast with an fp32 residual stream on CUDA, fp32 on CPU
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # over several processes; auto: by size and memory
+    deterministic: bool = False  # bitwise equal runs on the same hardware, some slower
     init: str | None = None  # weights to start from: a run, a .pt or a .safetensors file
     log_every: int = 100  # steps
     checkpoint_every: int = 5_000
@@ -213,6 +232,7 @@ class DiTConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     @property

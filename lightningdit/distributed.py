@@ -113,6 +113,15 @@ def interruption():
             signal.signal(number, handler)
 
 
+def make_deterministic():
+    """Chooses deterministic algorithms everywhere, so that runs on the same hardware and software are bitwise equal. Says what it set."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is made
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    return (f"deterministic: torch.use_deterministic_algorithms(True), cudnn.benchmark = False, CUBLAS_WORKSPACE_CONFIG = "
+            f"{os.environ['CUBLAS_WORKSPACE_CONFIG']}; cuDNN's attention gives way to others")
+
+
 def pick_device(name):
     """The torch.device for "auto", "cpu" or "cuda"; ValueError when CUDA is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():

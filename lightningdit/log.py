@@ -124,6 +124,11 @@ class RunLog:
         self.tensorboard.add_image(name, picture, step, dataformats="HWC")
         self.since = time.perf_counter()
 
+    def take_bad(self):
+        """The updates that were left out since it was last asked, [(step, verdict)]."""
+        bad, self.bad = self.bad, []
+        return bad
+
     def say(self, text):
         """Prints a line without tearing the progress bar."""
         if self.writes:

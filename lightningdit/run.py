@@ -118,8 +118,8 @@ class Incidents:
         advice = "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it"
         if self.policy == "stop" or self.count > self.most:
             why = "" if self.policy == "stop" else f" These are {self.count} incidents, guard.most is {self.most}."
-            raise SystemExit(f"error: {reason(bad[0][1])} at step {steps[0]}.{why} The weights are those before it; the last checkpoint is of "
-                             f"step {log.saved}. {advice}; guard.policy says what else to do")
+            raise SystemExit(f"error: {reason(bad[0][1])} at step {steps[0]}.{why} The update was left out; the last checkpoint is of step "
+                             f"{log.saved}. {advice}; guard.policy says what else to do")
         if self.policy == "rollback":
             self.left_out.update(steps)
             self.lr_factor *= self.factor_each

@@ -6,9 +6,53 @@ on the number of processes. B global batch, b of one process, C latent channels,
 import torch
 import torch.distributed as dist
 
-from . import flow, latents, sampler
+from . import flow, images, latents, metrics, optim, sampler
+from .config import ConfigError, require
 from .distributed import generator_for, world
 from .log import image_grid, save_png
+from .tokenizer.vavae import Tokenizer
+
+
+def open_tokenizer(config, device):
+    """The tokenizer that the configuration names, checked against what it says of it."""
+    if config.tokenizer.path is None:
+        raise ConfigError("tokenizer.path: got None, expected 'digits' (bundled) or a tokenizer file; train/vavae.py makes one")
+    tokenizer = Tokenizer.load(config.tokenizer.path, device)
+    for name, got in (("downsample", tokenizer.downsample), ("latent_channels", tokenizer.latent_channels)):
+        require(got == getattr(config.tokenizer, name), f"tokenizer.{name}", getattr(config.tokenizer, name),
+                f"{got}, which the file {config.tokenizer.path} has")
+    return tokenizer
+
+
+def open_latents(config, tokenizer, device):
+    """(training set, held-out set or None): a store, or images encoded to one in the cache, once for each data set and tokenizer.
+
+    The processes share the encoding.
+    """
+    data, path = config.data, config.data.path
+    if not latents.is_store(path):
+        batches = images.open_batches(data, config.sample.batch_size, tokenizer.image_channels, device)
+        path = latents.cache_path(data.cache or f"{config.run}/latents", tokenizer, batches, data.flip)
+        rank, size = world()
+        latents.encode(tokenizer, batches, path, flip=data.flip, rank=rank, world=size)
+    store = latents.LatentStore(path)
+    store.check_tokenizer(tokenizer)
+    require(store.shape[1] == config.latent_size, "data.image_size", data.image_size,
+            f"{store.shape[1] * tokenizer.downsample}, of which {path} has latents")
+    data.num_classes = data.num_classes or len(store.classes)
+    require(len(store.classes) <= data.num_classes, "data.num_classes", data.num_classes,
+            f"at least {len(store.classes)}, the classes of the data")
+    return store.resident(data.resident, device).split(data.val_fraction, generator_for(config.seed, "validation split"))
+
+
+def set_lr(optimizer, step, config, factor=1.0):
+    """Sets and returns the learning rate of update `step` (0-based)."""
+    settings = config.optim
+    lr = factor * optim.lr_at(step, lr=settings.lr, steps=config.steps, warmup=settings.warmup, schedule=settings.schedule,
+                              final_lr_fraction=settings.final_lr_fraction)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def share(n):
@@ -122,3 +166,10 @@ def save_samples(config, model, tokenizer, path, autocast, device):
     if world()[0] == 0:
         save_png(picture, path)
     return picture
+
+
+def score_digits(config, model, tokenizer, autocast, device):
+    """Part of generated digits that an SVC trained on the real ones takes for the digit that was asked for."""
+    labels = torch.arange(config.final_samples) % 10
+    generated = draw_images(config, model, tokenizer, labels, range(10_000, 10_000 + config.final_samples), autocast, device)
+    return metrics.classifier_accuracy(generated, labels, *images.digits())
