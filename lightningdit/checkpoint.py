@@ -245,13 +245,13 @@ def trainer_tensors(model, optimizer):
     return tensors
 
 
-def load_trainer(path, model, optimizer):
-    """Undoes trainer_tensors from the group "trainer" of a checkpoint: fills the optimizer of `model` and sets PyTorch's generators.
+def load_trainer(path, model, optimizer, group="trainer"):
+    """Undoes trainer_tensors from that group of a checkpoint: fills the optimizer of `model` and sets PyTorch's generators.
 
     Raises: CheckpointError when the state is of another model.
     """
     parameters, tensors = dict(model.named_parameters()), {}
-    for key, about in _sizes(path, "trainer").items():
+    for key, about in _sizes(path, group).items():
         kind, _, name = key.partition(".")
         if kind == "rng":
             tensors[key] = torch.empty(about.size, dtype=about.properties.dtype)
@@ -261,7 +261,7 @@ def load_trainer(path, model, optimizer):
             tensors[key] = torch.zeros(about.size, dtype=about.properties.dtype, device=parameters[name].device)
         else:  # sharded as its parameter is
             tensors[key] = torch.zeros_like(parameters[name], dtype=about.properties.dtype).detach()
-    load_into(path, "trainer", tensors)
+    load_into(path, group, tensors)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():

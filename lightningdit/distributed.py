@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,64 @@ def process_group(device):
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_all():
+    """Returns when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def average_over_ranks(tensors, bucket=2**25):
+    """Replaces each tensor of the list by its mean over the processes, in place; the same bits on each. The host does not wait.
+
+    They travel in buckets of about `bucket` elements: few large messages. All must be of one dtype and device.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensors
+    start = 0
+    while start < len(tensors):
+        end, elements = start + 1, tensors[start].numel()
+        while end < len(tensors) and elements + tensors[end].numel() <= bucket:
+            elements += tensors[end].numel()
+            end += 1
+        part = tensors[start:end]
+        flat = torch.cat([tensor.reshape(-1) for tensor in part])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        pieces = flat.split([tensor.numel() for tensor in part])
+        torch._foreach_copy_(part, [piece.view_as(tensor) for piece, tensor in zip(pieces, part, strict=True)])
+        start = end
+    return tensors
+
+
+@contextlib.contextmanager
+def interruption():
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second one stops at once.
+
+    Yields: a function that says whether it came. With several processes it is a collective that waits for all and the device: the answer
+        is the same everywhere, so that all of them stop after the same step.
+    """
+    asked = []
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number] if number != signal.SIGINT else signal.default_int_handler)
+
+    def interrupted():
+        if not dist.is_initialized():
+            return bool(asked)
+        flag = torch.tensor(float(bool(asked)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pick_device(name):

@@ -2,6 +2,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from lightningdit import checkpoint
 
 
 def environment(device):
@@ -47,23 +51,28 @@ class RunLog:
     Args:
         run: run directory. start: updates done before; the lines of later ones, which will be repeated, are removed.
         steps: total steps. images_per_step, flops_per_image: for throughput, in images/s and model TFLOP/s (backward included).
+        rank: of this process; only rank 0 writes, and flush() judges on all.
     """
 
-    def __init__(self, run, start, steps, every, images_per_step, flops_per_image):
-        self.path = Path(run) / "log.jsonl"
-        kept = [line for line in read_log(run) if line["step"] <= start]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
-        self.file = self.path.open("a")
-        self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start)
+    def __init__(self, run, start, steps, every, images_per_step, flops_per_image, rank=0):
+        self.path, self.writes = Path(run) / "log.jsonl", rank == 0
+        if self.writes:
+            kept = [line for line in read_log(run) if line["step"] <= start]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(self.path)
+        self.file = self.path.open("a") if self.writes else _Silent()
+        self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start) if self.writes else _Silent()
         interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval)
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval,
+                        disable=not self.writes)
         self.every, self.images_per_step, self.flops_per_image = every, images_per_step, flops_per_image
-        self.pending, self.since = [], time.perf_counter()
+        self.pending, self.not_finite, self.saver, self.since = [], None, None, time.perf_counter()
 
     def step(self, step, lr, values):
         """Records update number `step` (the first is 1); the scalar tensors `values` are read from the device every `every` steps only."""
+        if self.pending and self.pending[-1][2] != list(values):  # a term has come or gone
+            self.flush()
         self.pending.append((step, lr, list(values), torch.stack([value.detach().float() for value in values.values()])))
         if len(self.pending) >= self.every:
             self.flush()
@@ -80,6 +89,8 @@ class RunLog:
             self._write(dict(step=step, **dict(zip(names, row, strict=True)), lr=lr, images_per_second=round(rate, 1)))
         names, means = self.pending[-1][2], [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         step, means = self.pending[-1][0], dict(zip(names, means, strict=True))
+        if self.not_finite is None and not all(map(math.isfinite, means.values())):
+            self.not_finite = means
         tflops = 3 * rate * self.flops_per_image / 1e12
         scalars = means | dict(lr=self.pending[-1][1], images_per_second=rate, model_tflops_per_second=tflops)
         for name, value in scalars.items():
@@ -106,7 +117,33 @@ class RunLog:
 
     def say(self, text):
         """Prints a line without tearing the progress bar."""
-        self.bar.write(text, file=sys.stdout)
+        if self.writes:
+            self.bar.write(text, file=sys.stdout)
+
+    def stop_if_not_finite(self, step, saved, hint):
+        """Flushes; ends the program if any value so far was not finite, naming the checkpoint of step `saved`."""
+        self.flush()
+        if self.not_finite is not None:
+            raise SystemExit(f"error: non-finite loss or gradient at or before step {step}: {self.not_finite}. "
+                             f"{f'The last checkpoint is of step {saved}' if saved else 'There is no checkpoint'}. {hint}")
+
+    def checkpoint(self, step, saved, tensors, state, keep, last=False):
+        """checkpoint.save_checkpoint, but a failed save is told and survived, unless it is the `last`: the one before is whole.
+
+        Every process calls it. Returns: the step of the newest checkpoint, `step` or as before `saved`.
+        """
+        self.saver = self.saver or checkpoint.Saver(self.path.parent, keep)
+        try:
+            self.saver.start(step, tensors, state)
+            return self.saver.wait()
+        except OSError as error:
+            text = f"could not save step {step}: {error}; " + (f"the checkpoint of step {saved} is whole" if saved else
+                                                               "there is no earlier checkpoint")
+            if last:
+                raise SystemExit(f"error: {text}") from None
+            self.event(step, error=text)
+            self.say(f"warning: {text}; training goes on")
+            return saved
 
     def close(self):
         self.flush()
@@ -116,6 +153,13 @@ class RunLog:
 
     def _write(self, record):
         self.file.write(json.dumps(record) + "\n")
+
+
+class _Silent:
+    """A file or TensorBoard writer that writes nothing, for the processes that leave that to rank 0."""
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: None
 
 
 def read_log(run):
@@ -178,6 +222,20 @@ def image_grid(images, columns=None, min_tile=48, gap=2):
         y, x = i // columns * tile_height, i % columns * tile_width
         picture[y : y + height * zoom, x : x + width * zoom] = image
     return picture
+
+
+def principal_colours(x):
+    """The first three principal components of all positions as red, green and blue, each from its 2nd to its 98th percentile.
+
+    Args:
+        x: (n, F, h, w), features or latents. Fewer than three channels leave the other colours black.
+    Returns: uint8 (n, h, w, 3).
+    """
+    tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
+    tokens = tokens - tokens.mean(0)
+    colours = F.pad(tokens, (0, 3)) @ F.pad(torch.linalg.svd(tokens, full_matrices=False).Vh, (0, 3, 0, 3))[:3].T
+    low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
+    return (255 * ((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)).to(torch.uint8).unflatten(0, (x.shape[0], *x.shape[2:]))
 
 
 def save_png(picture, path):

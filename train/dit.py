@@ -9,7 +9,6 @@ The same command run again resumes. B global batch, C latent channels, S latent 
 """
 
 import contextlib
-import math
 import os
 import signal
 import sys
@@ -97,7 +96,7 @@ def main(argv):
             end = done == config.steps
             stop = end or interrupted()
             if done % config.log_every == 0 or done % config.checkpoint_every == 0 or stop:
-                stop_if_not_finite(log, done, saved)
+                log.stop_if_not_finite(done, saved, "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it")
             if val_set is not None and (done % config.validate_every == 0 or end):
                 log.event(done, **validate(config, average.model, tokenizer, val_set, autocast, device))
             if done % config.sample_every == 0 or end:
@@ -276,13 +275,6 @@ def score_digits(config, model, tokenizer, autocast, device):
     accuracy = metrics.classifier_accuracy(generated, labels, *images.digits())
     print(f"digits recognised {accuracy:.1%} of {config.final_samples} generated digits are classified as the digit asked for "
           "(SVC trained on the real ones)")
-
-
-def stop_if_not_finite(log, step, saved):
-    means = log.flush()
-    if not all(map(math.isfinite, means.values())):
-        raise SystemExit(f"error: non-finite loss or gradient at or before step {step}: {means}. The last checkpoint is of step {saved}. "
-                         "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it")
 
 
 @contextlib.contextmanager
