@@ -16,7 +16,6 @@ n images, B batch, C image channels, z latent channels, N tokens, F feature chan
 import contextlib
 import copy
 import dataclasses
-import math
 import sys
 import time
 from pathlib import Path
@@ -240,7 +239,7 @@ def evaluate(config, tokenizer, encoder, data, device):
     def rounded(values):
         return [round(value, 3) for value in values.tolist()]
 
-    report = dict(psnr_db=round(psnr(images, reconstructions), 2), latent_mean=rounded(normalised.mean((0, 2, 3))),
+    report = dict(psnr_db=round(metrics.psnr(images, reconstructions).mean().item(), 2), latent_mean=rounded(normalised.mean((0, 2, 3))),
                   latent_std=rounded(normalised.std((0, 2, 3))), posterior_std=rounded(spread.mean((0, 2, 3))))
     if isinstance(encoder, SmallEncoder) and data.same_classes:
         with torch.no_grad():
@@ -252,12 +251,6 @@ def evaluate(config, tokenizer, encoder, data, device):
                                    latent_noise_03=decode(config, tokenizer, normalised + 0.3 * noise, device)).items():
             report[f"classifier_{name}"] = round(metrics.classifier_accuracy(pictures, labels, data.images, data.labels), 4)
     return report
-
-
-def psnr(images, reconstructions):
-    """Peak signal-to-noise ratio in dB of uint8 images (n, H, W, C): that of each image, averaged."""
-    mse = (images.float() - reconstructions.float()).square().flatten(1).mean(1)
-    return (20 * math.log10(255) - 10 * mse.clamp(min=1e-10).log10()).mean().item()
 
 
 def draw(config, autoencoder, encoder, data, device):
