@@ -245,14 +245,14 @@ def trainer_tensors(model, optimizer):
     return tensors
 
 
-def load_trainer(path, model, optimizer, others=None):
-    """Undoes trainer_tensors from the group "trainer" of a checkpoint: fills the optimizer of `model` and sets PyTorch's generators.
+def load_trainer(path, model, optimizer, others=None, group="trainer"):
+    """Undoes trainer_tensors from that group of a checkpoint: fills the optimizer of `model` and sets PyTorch's generators.
 
     Args: others: {name: tensor} stored beside them, filled in place.
     Raises: CheckpointError when the state is of another model.
     """
     parameters, others, tensors = dict(model.named_parameters()), others or {}, {}
-    for key, about in _sizes(path, "trainer").items():
+    for key, about in _sizes(path, group).items():
         kind, _, name = key.partition(".")
         if key in others:
             tensors[key] = others[key]
@@ -264,7 +264,7 @@ def load_trainer(path, model, optimizer, others=None):
             tensors[key] = torch.zeros(about.size, dtype=about.properties.dtype, device=parameters[name].device)
         else:  # sharded as its parameter is
             tensors[key] = torch.zeros_like(parameters[name], dtype=about.properties.dtype).detach()
-    load_into(path, "trainer", others | tensors)
+    load_into(path, group, others | tensors)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():

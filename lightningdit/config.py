@@ -302,25 +302,44 @@ class EncodeConfig:
 
 @dataclass
 class ImageDataConfig:
-    path: str | None = None  # folder with one folder of images a class; None: the digits that scikit-learn ships
-    image_size: int = 256  # pixels a side, after the center crop
+    path: str | None = None  # images with classes: a folder of class folders, tar or zip files; None: the digits that scikit-learn ships
+    val_path: str | None = None  # images to measure the reconstruction on; None: val_fraction of those in path
+    val_fraction: float = 0.1
+    image_size: int = 256  # pixels a side
     channels: Literal[1, 3] = 3  # grayscale or RGB
-    val_fraction: float = 0.1  # part of the images held out to measure the reconstruction
+    crop: Literal["random", "center"] = "random"  # random: of the image resized to image_size; center: ADM's, the same each epoch
+    flip: bool = False  # mirror each image with probability 1/2
+    in_memory: bool = False  # decode once and keep all pixels; needs crop = center and no flip
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
     workers: int = 4  # decoding threads
+    num_images: int | None = None  # for --dry-run without the data at hand; None: counted from the data
+
+    @property
+    def augmented(self):
+        return self.path is not None and (self.crop == "random" or self.flip)
 
     def validate(self):
         require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "a fraction in (0, 1)")
         require(self.workers > 0, "data.workers", self.workers, "a positive number")
-        require(self.path is not None or (self.image_size, self.channels) == (8, 1), "data.path", self.path,
-                f"a folder, or data.image_size = 8 and data.channels = 1 for the digits (they are {self.image_size} and {self.channels})")
+        require(self.num_images is None or self.num_images > 0, "data.num_images", self.num_images, "a positive number, or null")
+        require(self.path or self.num_images or (self.image_size, self.channels) == (8, 1), "data.path", self.path,
+                f"images, or data.image_size = 8 and data.channels = 1 for the digits (they are {self.image_size} and {self.channels})")
+        require(not (self.in_memory and self.augmented), "data.in_memory", self.in_memory,
+                "data.crop = center and data.flip = false: other pixels each epoch cannot be kept")
+        require(self.path or not self.val_path, "data.val_path", self.val_path, "null without data.path")
 
 
 @dataclass
 class EncoderConfig:
-    """The small frozen encoder, a classifier, that stands in for a foundation model."""
+    """The frozen encoder that the latents are aligned with: a vision foundation model, or a small classifier of the data's own classes."""
 
-    width: int = 24  # channels of its first layer
+    name: str | None = None  # foundation model, such as dinov2-l or mae-l, or a small encoder's file; None: train a small one first
+    weights: str | None = None  # of the foundation model: a file; None: the hub's or its cache; "random" is for tests
+    normalisation: Literal["model", "official"] = "model"  # official: pixels stay in [-1, 1], as the official code leaves them
+    layer: int = -1  # block whose features are taken
+    cache: bool = False  # keep the features of all images in memory; needs images that are the same each epoch
+    width: int = 24  # the small one: channels of its first layer
     steps: int = 600
     batch_size: int = 256
     lr: float = 1e-3
@@ -332,6 +351,7 @@ class EncoderConfig:
             require(getattr(self, name) > 0, f"encoder.{name}", getattr(self, name), "a positive number")
         require(self.lr > 0, "encoder.lr", self.lr, "a positive number")
         require(self.shift >= 0, "encoder.shift", self.shift, "a number of pixels >= 0")
+        require(self.name or not self.weights, "encoder.weights", self.weights, "null without encoder.name")
 
 
 @dataclass
@@ -359,16 +379,28 @@ class AutoencoderConfig:
 @dataclass
 class TokenizerLossConfig:
     kl_weight: float = 1e-6
+    perceptual_weight: float = 1.0  # LPIPS; 0: none
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    perceptual_weights: str | None = None  # file with torchvision's weights of that network; None: torch's hub cache, or its download
+    perceptual_random_weights: bool = False  # for tests: a network that learned nothing
     vf_weight: float = 0.1  # alignment; 0: none
     adaptive_vf: bool = True  # times the ratio of gradient norms at the encoder's last layer
     cos_margin: float = 0.5
     distmat_margin: float = 0.25
+    disc_weight: float = 0.5  # adversarial term, times the ratio of gradient norms at the decoder's last layer; 0: none
+    disc_start: int = 2_500  # batches before it begins; official "5001", which counts the steps of both optimizers
+    disc_width: int = 64
+    disc_layers: int = 3
 
     def validate(self):
-        for name in ("kl_weight", "vf_weight"):
+        for name in ("kl_weight", "perceptual_weight", "vf_weight", "disc_weight", "disc_start"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a number >= 0")
         for name in ("cos_margin", "distmat_margin"):
             require(0 <= getattr(self, name) < 2, f"loss.{name}", getattr(self, name), "a number in [0, 2)")
+        for name in ("disc_width", "disc_layers"):
+            require(getattr(self, name) > 0, f"loss.{name}", getattr(self, name), "a positive number")
+        require(not (self.perceptual_weights and self.perceptual_random_weights), "loss.perceptual_random_weights", True,
+                "false where loss.perceptual_weights names a file")
 
 
 @dataclass
@@ -377,38 +409,134 @@ class TokenizerOptimConfig:
     betas: tuple[float, float] = (0.5, 0.9)
     warmup: int = 0  # steps of linear warm-up
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to 0
+    ema: float = 0.0  # decay of the weights' average, which then becomes the tokenizer; 0: none, as the official code
 
     def validate(self):
         require(self.lr > 0, "optim.lr", self.lr, "a positive number")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "a number of steps >= 0")
+        require(0 <= self.ema < 1, "optim.ema", self.ema, "a decay in [0, 1); 0 is none")
+
+
+@dataclass
+class StageConfig:
+    """One stage of the training: how long, and what differs from loss and optim there."""
+
+    epochs: float | None = None  # one of the two
+    steps: int | None = None
+    vf_weight: float | None = None
+    cos_margin: float | None = None
+    distmat_margin: float | None = None
+    disc_start: int | None = None  # batches of this stage before the adversarial term begins
+    lr: float | None = None
+
+    def validate(self, name):
+        length = self.steps if self.steps is not None else self.epochs
+        require((self.epochs is None) != (self.steps is None) and length > 0, f"{name}.epochs and {name}.steps", (self.epochs, self.steps),
+                "one of the two, positive")
+        for field_name, limit in dict(vf_weight=None, cos_margin=2, distmat_margin=2, disc_start=None).items():
+            value = getattr(self, field_name)
+            require(value is None or 0 <= value and (limit is None or value < limit), f"{name}.{field_name}", value,
+                    f"a number >= 0{f' and below {limit}' if limit else ''}, or null")
+        require(self.lr is None or self.lr > 0, f"{name}.lr", self.lr, "a positive number, or null")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with all of its settings: steps start <= step < end (0-based), the adversarial term from step disc_start on."""
+
+    start: int
+    end: int
+    disc_start: int
+    vf_weight: float
+    cos_margin: float
+    distmat_margin: float
+    lr: float
 
 
 @dataclass
 class VAVAEConfig:
-    """One run of train/vavae.py. The defaults are the paper's where it has them; train/configs/vavae_digits.yaml made the bundled one."""
+    """One run of train/vavae.py. The defaults are the paper's where it has them; recipes are train/configs/vavae_*.yaml."""
 
-    run: str = "runs/vavae"  # run directory
+    run: str = "runs/vavae"  # run directory; the same command run again resumes from it
     tokenizer_out: str | None = None  # file for the tokenizer; None: RUN/tokenizer.safetensors
-    encoder_out: str | None = None  # file for the encoder; None: RUN/encoder.safetensors
+    encoder_out: str | None = None  # file for the small encoder, if one is trained; None: RUN/encoder.safetensors
     seed: int = 0
-    steps: int = 250_000  # 50 epochs of ImageNet
-    batch_size: int = 256
-    log_every: int = 100  # steps
+    steps: int | None = None  # stop after so many, all stages together; needed without stages
+    batch_size: int = 256  # images a step, over all processes and micro-batches
+    micro_batch: int | None = None  # images in one forward pass of one process; None: its whole share of the batch
+    compile: bool = False  # torch.compile, level by level
+    channels_last: bool | None = None  # None: on CUDA
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, with losses and latents in fp32; fp32 on CPU
     threads: int | None = None  # of the CPU; None: PyTorch's choice. The last bits of every sum, and so the weights, depend on their number
+    log_every: int = 100  # steps
+    checkpoint_every: int = 5_000
+    keep_checkpoints: int = 2
+    sample_every: int = 5_000  # reconstructions and latent map of held-out images
+    sample_num: int = 20
+    statistics_images: int = 10_000  # over whose latents mean and deviation are taken
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
+    stages: tuple[StageConfig, ...] = ()  # one after the other; none: a single stage of `steps`
+
+    @property
+    def grid(self):
+        return self.data.image_size // self.autoencoder.downsample
+
+    @property
+    def aligned(self):
+        """Whether any stage aligns the latents."""
+        own = [stage.vf_weight for stage in self.stages] or [None]
+        return any(self.loss.vf_weight if weight is None else weight for weight in own)
+
+    def use_bf16(self, device):
+        return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+
+    def autoencoder_arguments(self):
+        """Keyword arguments of AutoencoderKL."""
+        arguments = dataclasses.asdict(self.autoencoder)
+        return arguments | dict(in_channels=self.data.channels, out_channels=self.data.channels, embed_dim=self.autoencoder.z_channels,
+                                resolution=self.data.image_size)
+
+    def plan(self, num_images):
+        """The stages [Stage] for a training set of `num_images`, cut off after `steps`."""
+        plan, start = [], 0
+        for stage in self.stages or (StageConfig(steps=self.steps),):
+            length = stage.steps if stage.steps is not None else max(1, round(stage.epochs * num_images / self.batch_size))
+            end = start + length if self.steps is None else min(start + length, self.steps)
+            chosen = {name: own if (own := getattr(stage, name)) is not None else getattr(part, name)
+                      for part, names in ((self.loss, ("vf_weight", "cos_margin", "distmat_margin", "disc_start")), (self.optim, ("lr",)))
+                      for name in names}
+            chosen["disc_start"] = start + chosen["disc_start"] if self.loss.disc_weight else end
+            if end > start:
+                plan.append(Stage(start, end, **chosen))
+            start += length
+        return plan
 
     def validate(self):
-        for name in ("steps", "batch_size", "log_every"):
+        for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num", "statistics_images"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(self.steps is None or self.steps > 0, "steps", self.steps, "a positive number, or null with stages")
+        require(self.steps or self.stages, "steps", self.steps, "a positive number where there are no stages")
         require(self.threads is None or self.threads > 0, "threads", self.threads, "a positive number, or null")
-        require(self.data.image_size % self.autoencoder.downsample == 0, "data.image_size", self.data.image_size,
+        require(self.micro_batch is None or 0 < self.micro_batch <= self.batch_size and self.batch_size % self.micro_batch == 0,
+                "micro_batch", self.micro_batch, f"a divisor of batch_size = {self.batch_size}, or null")
+        size = self.data.image_size
+        require(size % self.autoencoder.downsample == 0, "data.image_size", size,
                 f"a multiple of {self.autoencoder.downsample} (autoencoder.ch_mult has {len(self.autoencoder.ch_mult)} levels)")
+        least = 16 if self.loss.perceptual_net == "vgg" else 32
+        require(not self.loss.perceptual_weight or size >= least, "loss.perceptual_weight", self.loss.perceptual_weight,
+                f"0 with data.image_size = {size}: {self.loss.perceptual_net} needs {least} pixels")
+        require(not self.loss.disc_weight or size >= 3 * 2**self.loss.disc_layers, "loss.disc_layers", self.loss.disc_layers,
+                f"fewer, or loss.disc_weight 0: so many halvings need {3 * 2**self.loss.disc_layers} pixels, and data.image_size is {size}")
+        require(not (self.encoder.cache and self.data.augmented), "encoder.cache", self.encoder.cache,
+                "data.crop = center and data.flip = false: each random crop has features of its own")
+        for i, stage in enumerate(self.stages):
+            stage.validate(f"stages[{i}]")
 
 
 def from_dict(cls, values, name=""):

@@ -42,6 +42,23 @@ def test_flush_returns_means(tmp_path):
     assert means["mse"] == pytest.approx(2.0) and log.flush() == {}
 
 
+def test_a_term_that_comes_later_and_a_value_that_is_not_finite(tmp_path):
+    """A value that went out in an earlier flush, of step 4 of 6, stops the run too; what other ranks log is judged but not written."""
+    for rank, run in enumerate((tmp_path / "first", tmp_path / "second")):
+        run.mkdir()
+        log = RunLog(run, 0, 20, 4, images_per_step=8, flops_per_image=0, rank=rank)
+        for step in range(1, 7):
+            term = dict(extra=torch.tensor(2.0)) if step >= 3 else {}
+            log.step(step, 1e-3, dict(loss=torch.tensor(float("nan") if step == 4 else 1.0), **term))
+            if step == 3:
+                log.stop_if_not_finite(3, None, "hint")
+        with pytest.raises(SystemExit, match="at or before step 6: .*There is no checkpoint. hint"):
+            log.stop_if_not_finite(6, None, "hint")
+        log.close()
+    assert ["extra" in line for line in read_log(tmp_path / "first")] == [False, False, True, True, True, True]
+    assert list((tmp_path / "second").iterdir()) == []
+
+
 def test_loss_plot_shows_both_terms(tmp_path):
     log = record(tmp_path, 0, 20)
     log.event(10, val_mse=9.0, val_cos=0.2)

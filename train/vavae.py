@@ -1,233 +1,326 @@
 """Trains a tokenizer: a VA-VAE whose latents are aligned with the features of a frozen encoder.
 
     python train/vavae.py                                      # the digits that scikit-learn ships, minutes on a CPU; `make assets`
-    python train/vavae.py --data.path photos --data.image-size 32 --data.channels 3           # own images: one folder a class
+    python train/vavae.py --data.path photos --data.image-size 32 --data.channels 3           # own images: one folder a class, tar or zip
+    torchrun --nproc-per-node 8 -- train/vavae.py --config train/configs/vavae_f16d32_dinov2.yaml --data.path imagenet
+    python train/vavae.py --config train/configs/vavae_f16d32_dinov2.yaml --dry-run           # parameters, stages, memory
 
-(a) A small encoder learns the classes of the images and is frozen. (b) The autoencoder learns to reconstruct, with the KL term and the two
-margin losses against the encoder's features. (c) The statistics of its latents are taken and saved with it. The run directory gets
-tokenizer.safetensors, encoder.safetensors, config.yaml, log.jsonl, reconstructions.png and latent_map.png. Each command starts anew.
+(a) The frozen encoder is a vision foundation model, or a small one that first learns the classes of the images. (b) The autoencoder learns
+to reconstruct, with LPIPS, KL, the two margin losses against the encoder's features and a patch discriminator, in the stages that the
+configuration lists. (c) The statistics of its latents are taken and saved with it: tokenizer.safetensors in the run directory.
+The same command run again resumes. (The -- keeps torchrun from taking --run for its own --run-path.)
 
 n images, B batch, C image channels, z latent channels, N tokens, F feature channels.
 """
 
 import contextlib
-import math
+import copy
+import dataclasses
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import trange
 
+from lightningdit import checkpoint, metrics
 from lightningdit import config as configuration
-from lightningdit import metrics
-from lightningdit.config import VAVAEConfig
-from lightningdit.distributed import generator_for, pick_device, seed_for
-from lightningdit.images import ImageBatches, digits, open_images, to_pixels
-from lightningdit.latents import batch_indices
-from lightningdit.log import RunLog, image_grid, save_png, write_environment
-from lightningdit.optim import lr_at
+from lightningdit.config import VAVAEConfig, require
+from lightningdit.distributed import (
+    check_compiler,
+    exit_code,
+    generator_for,
+    interruption,
+    pick_device,
+    process_group,
+    seed_for,
+    wait_for_all,
+    world,
+)
+from lightningdit.images import digits, open_images, to_pixels
+from lightningdit.log import RunLog, image_grid, principal_colours, save_png, write_environment
+from lightningdit.optim import EMA, lr_at
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
-from lightningdit.tokenizer.foundation import SmallEncoder
-from lightningdit.tokenizer.losses import LatentProjection, generator_loss
+from lightningdit.tokenizer.data import TokenizerImages
+from lightningdit.tokenizer.foundation import SmallEncoder, load_encoder
+from lightningdit.tokenizer.losses import LatentProjection, PatchDiscriminator, perceptual_loss
+from lightningdit.tokenizer.training import CachedFeatures, Networks, activation_bytes, backward, train_classifier, update
 from lightningdit.tokenizer.vavae import Tokenizer, latent_statistics
 
 RECIPE = Path(__file__).parent / "configs" / "vavae_digits.yaml"
+# What may change between a run and its resumption; anything else would make it another run.
+MAY_CHANGE = (
+    "run", "tokenizer_out", "encoder_out", "steps", "compile", "device", "log_every", "checkpoint_every", "keep_checkpoints",
+    "sample_every", "sample_num", "statistics_images", "data.path", "data.val_path", "data.in_memory", "data.workers", "data.num_images",
+    "encoder.weights", "encoder.cache", "loss.perceptual_weights",
+)
 
 
 def main(argv):
-    start = time.perf_counter()
-    config = configuration.parse(VAVAEConfig, argv, recipe=RECIPE, description=__doc__)
+    config = configuration.parse(VAVAEConfig, [a for a in argv if a != "--dry-run"], recipe=RECIPE, description=__doc__)
     device = pick_device(config.device)
+    if "--dry-run" in argv:
+        return print_plan(config, device)
+    if config.compile:
+        check_compiler(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    images, labels, classes = load_images(config.data)  # uint8 (n, H, W, C), int64 (n,)
-    held_out, kept = split(len(images), config.data.val_fraction, config.seed)
-    run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    configuration.save(config, run / "config.yaml")
-    write_environment(run, device)
-
-    encoder = train_encoder(config, images[kept], labels[kept], len(classes), device)
-    with contextlib.closing(RunLog(run, 0, config.steps, config.log_every, config.batch_size, 0)) as log:
-        autoencoder = train_autoencoder(config, images[kept], encoder, log, device)
-        raw = draw_latents(autoencoder, images[kept], config.seed, device)
-        tokenizer = Tokenizer(autoencoder, *latent_statistics(raw)).to(device)
-        report = evaluate(config, tokenizer, encoder, images, labels, held_out, kept, device)
-        log.event(config.steps, **report)
-
-    about = dict(data=config.data.path or "scikit-learn digits", images=len(kept), seed=config.seed, steps=config.steps)
-    tokenizer.provenance = about | report
-    tokenizer_path = Path(config.tokenizer_out or run / "tokenizer.safetensors")
-    tokenizer.save(tokenizer_path)
-    encoder.save(config.encoder_out or run / "encoder.safetensors", tokenizer.provenance)
-    pictures = draw(run, tokenizer, encoder, images[held_out], labels[held_out], config.seed, device)
-    parameters = sum(p.numel() for p in autoencoder.parameters())
-    print(f"{parameters:,} parameters, latents {autoencoder.downsample}x smaller of {tokenizer.latent_channels} channels, "
-          f"{time.perf_counter() - start:.0f} s. On {len(held_out)} held-out images:")
-    for name, value in report.items():
-        print(f"  {name:30} {value}")
-    print(f"tokenizer         {tokenizer_path}\npictures          {', '.join(map(str, pictures))}")
+    with process_group(device) as device:
+        return train(config, device)
 
 
-def load_images(data):
-    """The whole data set in memory: uint8 images (n, H, W, C), labels (n,), class names."""
-    if data.path is None:
-        return *digits(), [str(digit) for digit in range(10)]
-    source = open_images(data.path)
-    batches = ImageBatches(source, 256, image_size=data.image_size, channels=data.channels, workers=data.workers, progress=True)
-    images, labels, _ = zip(*batches.epoch(), strict=True)
-    return torch.cat(images), torch.cat(labels), source.classes
+def train(config, device):
+    since, (rank, ranks) = time.perf_counter(), world()
+    images = {name: value for name, value in dataclasses.asdict(config.data).items() if name != "num_images"}
+    data = TokenizerImages(**images, device=device, seed=config.seed, progress=rank == 0)
+    stages = config.plan(len(data))
+    run = open_run(config, device)
+    encoder = frozen_encoder(config, data, run, device) if config.aligned else None
+    features = CachedFeatures(encoder, len(data)) if config.encoder.cache else lambda pixels, _: encoder.features(pixels)
+    nets = build_networks(config, encoder, device)
+    average = EMA(nets.autoencoder, config.optim.ema, warmup=True) if config.optim.ema else None
+    trained = nets.autoencoder if average is None else average.model
+    optimizers = [torch.optim.Adam(module.parameters(), betas=config.optim.betas, fused=True) for _, module in nets.trained()]
+    start = resume(run, nets, optimizers, average)
+    if config.compile:
+        nets.compile()
+
+    steps, c, size = stages[-1].end, config.loss, config.batch_size
+    log = RunLog(run, start, steps, config.log_every, size, 0, rank, config.keep_checkpoints)
+    log.say(f"{run}: {nets}, {len(data)} images, {ranks} x {device}, {'bf16' if nets.bf16 else 'fp32'}"
+            f"{', compiled' if config.compile else ''}, {f'resuming at step {start}' if start else 'from the beginning'}")
+    with interruption() as interrupted, contextlib.closing(log):
+        batches = data.batches(size, config.seed, start, rank, ranks)
+        for done in range(start + 1, steps + 1):  # updates done at the end of the iteration
+            images, _, indices = next(batches)  # this process's share of the batch
+            stage = next(stage for stage in stages if done <= stage.end)
+            if done == stage.start + 1 and len(stages) > 1:
+                log.say(f"step {stage.start}: stage {stages.index(stage) + 1} of {len(stages)}, {stage}")
+            pixels = to_pixels(images).to(device)
+            noise = torch.randn((size, config.autoencoder.z_channels, config.grid, config.grid), device=device,
+                                generator=generator_for(config.seed, "posterior", done - 1, device=device))[rank::ranks]
+            values = backward(
+                nets, pixels, noise, features(pixels, indices) if stage.vf_weight else None, micro_batch=config.micro_batch,
+                adversarial=done > stage.disc_start, kl_weight=c.kl_weight, perceptual_weight=c.perceptual_weight,
+                vf_weight=stage.vf_weight, adaptive_vf=c.adaptive_vf, cos_margin=stage.cos_margin, distmat_margin=stage.distmat_margin,
+                disc_weight=c.disc_weight)
+            lr = lr_at(done - 1, lr=stage.lr, steps=steps, warmup=config.optim.warmup, schedule=config.optim.schedule)
+            for optimizer in optimizers:
+                update(optimizer, lr)
+            if average is not None:
+                average.update(done - 1)
+            log.step(done, lr, values)
+
+            end = done == steps
+            due = done % config.log_every == 0 or done % config.checkpoint_every == 0
+            stopped_by = interrupted(done)
+            stop = end or bool(stopped_by)
+            if due or stop:
+                log.stop_if_not_finite(done, "A lower optim.lr or a longer optim.warmup may help")
+            if rank == 0 and (done % config.sample_every == 0 or end):
+                pictures = draw(config, trained, encoder, data, device)
+                for name, picture in pictures.items():
+                    save_png(picture, run / "samples" / f"{name}_{done:07d}.png")
+                    log.image(done, name, picture)
+            if done % config.checkpoint_every == 0 or stop:
+                ema = {} if average is None else dict(ema=trained.state_dict())
+                log.checkpoint(done, nets.tensors(optimizers) | ema, {}, last=stop)
+            if stop and not end:
+                log.say(f"interrupted: step {done} is saved in {run}; the same command goes on from there")
+                return exit_code(stopped_by)
+        results = finish(config, trained, encoder, data, run, steps, log, device) if rank == 0 else ()
+    for name, value in results:
+        print(f"{name:30} {value}")
+    if rank == 0:
+        print(f"{'time':30} {time.perf_counter() - since:.0f} s")
+    return 0
 
 
-def split(n, fraction, seed):
-    """(indices held out to measure on, indices to train on)."""
-    order = torch.randperm(n, generator=generator_for(seed, "held out"))
-    count = max(1, int(n * fraction))
-    configuration.require(count < n, "data.val_fraction", fraction, f"to leave some of the {n} images to train on")
-    return order[:count].sort().values, order[count:].sort().values
+def open_run(config, device):
+    """Makes the run directory, or checks that the one there belongs to this configuration."""
+    run, (rank, ranks) = Path(config.run), world()
+    require(config.batch_size % ranks == 0, "batch_size", config.batch_size, f"a multiple of the {ranks} processes")
+    share = config.batch_size // ranks
+    require(config.micro_batch is None or share % config.micro_batch == 0, "micro_batch", config.micro_batch,
+            f"a divisor of the {share} images of one process")
+    if (run / "config.yaml").is_file():
+        before = configuration.load(VAVAEConfig, run / "config.yaml")
+        if changes := configuration.differences(before, config, ignore=MAY_CHANGE):
+            raise configuration.ConfigError(f"run: {run} holds a run of another configuration; choose another --run, or undo\n  "
+                                            + "\n  ".join(changes))
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_environment(run, device)
+        configuration.save(config, run / "config.yaml")
+    wait_for_all()
+    return run
 
 
-def train_encoder(config, images, labels, num_classes, device):
-    """A classifier of the images, then frozen."""
+def frozen_encoder(config, data, run, device):
+    """The foundation model, or the small encoder of this run: trained by the first process, and only once."""
     c = config.encoder
-    torch.manual_seed(seed_for(config.seed, "encoder"))
-    encoder = SmallEncoder(config.data.channels, num_classes, config.autoencoder.downsample, c.width).to(device)
-    optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
-    bar = trange(c.steps, desc="encoder", unit="step", mininterval=1)
-    for step in bar:
-        indices = batch_indices(step, c.batch_size, len(images), seed_for(config.seed, "encoder"))
-        x = shift(to_pixels(images[indices]), c.shift, generator_for(config.seed, "shift", step)).to(device)
-        loss = F.cross_entropy(encoder(x), labels[indices].to(device), label_smoothing=0.1)
-        update(optimizer, loss, lr_at(step, lr=c.lr, steps=c.steps, schedule="cosine"))
-        if (step + 1) % config.log_every == 0:
-            bar.set_postfix_str(f"loss {finite(loss.item(), 'encoder', step):.4f}", refresh=False)
-    return encoder.requires_grad_(False).eval()
+    if c.name is not None:
+        torch.manual_seed(seed_for(config.seed, "foundation"))  # for weights: random
+        small = c.name == "digits" or c.name.endswith(".safetensors")
+        options = {} if small else dict(weights=c.weights, normalisation=c.normalisation, layer=c.layer, compile=config.compile,
+                                        dtype=torch.bfloat16 if config.use_bf16(device) else torch.float32)
+        return load_encoder(c.name, image_size=config.data.image_size, grid=config.grid, device=device, **options)
+    path = run / "encoder.safetensors"
+    if world()[0] == 0 and not path.is_file():
+        torch.manual_seed(seed_for(config.seed, "encoder"))
+        encoder = SmallEncoder(config.data.channels, len(data.classes), config.autoencoder.downsample, c.width).to(device)
+        batches = data.batches(min(c.batch_size, len(data)), seed_for(config.seed, "encoder"))
+        train_classifier(encoder, batches, steps=c.steps, lr=c.lr, translate=c.shift, seed=config.seed, log_every=config.log_every)
+        for out in {path, Path(config.encoder_out or path)}:
+            encoder.save(out, dict(data=config.data.path or "scikit-learn digits", images=len(data), seed=config.seed))
+    wait_for_all()
+    return SmallEncoder.load(path, device)
 
 
-def shift(x, pixels, generator):
-    """Moves each image by up to `pixels` along both axes; its edge fills what comes in."""
-    size, padded = x.shape[2:], F.pad(x, (pixels,) * 4, mode="replicate")
-    corners = torch.randint(2 * pixels + 1, (len(x), 2), generator=generator).tolist()
-    return torch.stack([image[:, top : top + size[0], left : left + size[1]] for image, (top, left) in zip(padded, corners, strict=True)])
-
-
-def train_autoencoder(config, images, encoder, log, device):
-    """|x - x_hat| + kl_weight * KL + w * (marginal cosine + marginal distance matrix), one Adam step a batch."""
-    a, c = config.autoencoder, config.loss
+def build_networks(config, encoder, device):
+    c = config.loss
     torch.manual_seed(seed_for(config.seed, "autoencoder"))
-    autoencoder = AutoencoderKL(config.data.channels, config.data.channels, a.ch, a.ch_mult, a.num_res_blocks, a.z_channels, a.z_channels,
-                                a.attn_resolutions, config.data.image_size, a.decoder_attention, a.num_groups).to(device)
-    projection = LatentProjection(a.z_channels, encoder.feature_channels).to(device)
-    optimizer = torch.optim.Adam([*autoencoder.parameters(), *projection.parameters()], betas=config.optim.betas, fused=True)
-    for step in range(config.steps):
-        x = to_pixels(images[batch_indices(step, config.batch_size, len(images), config.seed)]).to(device)
-        posterior = autoencoder.encode(x)
-        z = posterior.sample(generator_for(config.seed, "posterior", step, device=device))
-        aligned = (projection(z), encoder.features(x)) if c.vf_weight else (None, None)  # (B, N, F) each
-        loss, terms = generator_loss(
-            x, autoencoder.decode(z), posterior, *aligned, encoder_layer=autoencoder.encoder.conv_out.weight, kl_weight=c.kl_weight,
-            vf_weight=c.vf_weight, adaptive_vf=c.adaptive_vf, cos_margin=c.cos_margin, distmat_margin=c.distmat_margin)
-        lr = lr_at(step, lr=config.optim.lr, steps=config.steps, warmup=config.optim.warmup, schedule=config.optim.schedule)
-        update(optimizer, loss, lr)
-        log.step(step + 1, lr, dict(loss=terms.pop("total_loss"), **terms))
-        if (step + 1) % config.log_every == 0:
-            finite(loss.item(), "autoencoder", step)
-    return autoencoder
+    autoencoder = AutoencoderKL(**config.autoencoder_arguments())
+    projection = LatentProjection(config.autoencoder.z_channels, encoder.feature_channels) if encoder is not None else None
+    torch.manual_seed(seed_for(config.seed, "discriminator"))
+    discriminator = PatchDiscriminator(config.data.channels, c.disc_width, c.disc_layers) if c.disc_weight else None
+    perceptual = perceptual_loss(c.perceptual_weights, c.perceptual_net, c.perceptual_random_weights) if c.perceptual_weight else None
+    channels_last = device.type == "cuda" if config.channels_last is None else config.channels_last
+    return Networks(autoencoder, projection, discriminator, perceptual, device=device, bf16=config.use_bf16(device),
+                    channels_last=channels_last)
 
 
-def update(optimizer, loss, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def resume(run, nets, optimizers, average):
+    """Loads the newest undamaged checkpoint; returns the number of updates done, 0 without one."""
+    found = checkpoint.latest_checkpoint(run)
+    if found is None:
+        return 0
+    path, state = found
+    nets.restore(path, optimizers)
+    if average is not None:
+        average.model.load_state_dict(checkpoint.load_tensors(path, "ema"))
+    return state["step"]
 
 
-def finite(loss, what, step):
-    if not math.isfinite(loss):
-        raise SystemExit(f"error: the {what}'s loss is {loss} at step {step + 1}; a lower learning rate may help")
-    return loss
+def finish(config, autoencoder, encoder, data, run, steps, log, device):
+    """Statistics of the latents, the tokenizer's file, and what it does to the held-out images: [(name, value)] of all that."""
+    raw = draw_latents(autoencoder, data.sample(config.statistics_images, eval_batch(config), config.seed), config.seed, device)
+    tokenizer = Tokenizer(autoencoder, *latent_statistics(raw)).to(device)
+    report = evaluate(config, tokenizer, encoder, data, device)
+    log.event(steps, **report)
+    about = dict(data=config.data.path or "scikit-learn digits", images=len(data), seed=config.seed, steps=steps)
+    tokenizer.provenance = about | report
+    path = Path(config.tokenizer_out or run / "tokenizer.safetensors")
+    tokenizer.save(path)
+    about = dict(tokenizer=path, pictures=run / "samples", latents=f"{tokenizer.downsample}x smaller, {tokenizer.latent_channels} channels")
+    return [*about.items(), ("measured on", f"{len(data.held_out[1])} held-out images"), *report.items()]
+
+
+def eval_batch(config):
+    """Images a batch without gradients: 2**18 pixels, at most 256 images."""
+    return max(1, min(256, 2**18 // config.data.image_size**2))
 
 
 @torch.no_grad()
-def encode(autoencoder, images, device):
-    """The posterior of each batch of uint8 images, in order."""
-    for batch in images.split(256):
-        yield autoencoder.encode(to_pixels(batch).to(device))
+@torch.compiler.set_stance("force_eager")  # batches of other sizes than the training's
+def encode(autoencoder, batches, device):
+    """The posteriors of batches of uint8 images."""
+    return [autoencoder.encode(to_pixels(batch).to(device)) for batch in batches]
 
 
-def draw_latents(autoencoder, images, seed, device):
+def draw_latents(autoencoder, batches, seed, device):
     """One posterior sample an image: raw latents (n, z, h, w)."""
     generator = generator_for(seed, "statistics", device=device)
-    return torch.cat([posterior.sample(generator).cpu() for posterior in encode(autoencoder, images, device)])
+    return torch.cat([encode(autoencoder, [batch], device)[0].sample(generator).cpu() for batch in batches])
 
 
 @torch.no_grad()
-def decode(tokenizer, normalised, device):
-    return torch.cat([tokenizer.decode_uint8(batch.to(device)).cpu() for batch in normalised.split(256)])
+@torch.compiler.set_stance("force_eager")
+def decode(config, tokenizer, normalised, device):
+    return torch.cat([tokenizer.decode_uint8(batch.to(device)).cpu() for batch in normalised.split(eval_batch(config))])
 
 
-def evaluate(config, tokenizer, encoder, images, labels, held_out, kept, device):
+def evaluate(config, tokenizer, encoder, data, device):
     """Reconstruction, latents and recognisability of the held-out images."""
-    posteriors = list(encode(tokenizer, images[held_out], device))
+    images, labels = data.held_out
+    posteriors = encode(tokenizer, images.split(eval_batch(config)), device)
     normalised = torch.cat([tokenizer.normalise(p.mean).cpu() for p in posteriors])
     spread = torch.cat([(p.std / tokenizer.latent_std).cpu() for p in posteriors])
-    reconstructions = decode(tokenizer, normalised, device)
-    noise = torch.randn(normalised.shape, generator=generator_for(config.seed, "noise"))
+    reconstructions = decode(config, tokenizer, normalised, device)
 
     def rounded(values):
         return [round(value, 3) for value in values.tolist()]
 
-    with torch.no_grad():
-        predicted = torch.cat([encoder(to_pixels(batch).to(device)).argmax(1).cpu() for batch in images[held_out].split(256)])
-    report = dict(psnr_db=round(psnr(images[held_out], reconstructions), 2), latent_mean=rounded(normalised.mean((0, 2, 3))),
-                  latent_std=rounded(normalised.std((0, 2, 3))), posterior_std=rounded(spread.mean((0, 2, 3))),
-                  encoder_accuracy=round((predicted == labels[held_out]).float().mean().item(), 4))
+    report = dict(psnr_db=round(metrics.psnr(images, reconstructions).mean().item(), 2), latent_mean=rounded(normalised.mean((0, 2, 3))),
+                  latent_std=rounded(normalised.std((0, 2, 3))), posterior_std=rounded(spread.mean((0, 2, 3))))
+    if isinstance(encoder, SmallEncoder) and data.same_classes:
+        with torch.no_grad():
+            predicted = torch.cat([encoder(to_pixels(batch).to(device)).argmax(1).cpu() for batch in images.split(eval_batch(config))])
+        report["encoder_accuracy"] = round((predicted == labels).float().mean().item(), 4)
     if config.data.path is None:  # a support vector machine on pixels suits digits only
-        for name, pictures in dict(originals=images[held_out], reconstructions=reconstructions,
-                                   latent_noise_03=decode(tokenizer, normalised + 0.3 * noise, device)).items():
-            accuracy = metrics.classifier_accuracy(pictures, labels[held_out], images[kept], labels[kept])
-            report[f"classifier_{name}"] = round(accuracy, 4)
+        noise = torch.randn(normalised.shape, generator=generator_for(config.seed, "noise"))
+        for name, pictures in dict(originals=images, reconstructions=reconstructions,
+                                   latent_noise_03=decode(config, tokenizer, normalised + 0.3 * noise, device)).items():
+            report[f"classifier_{name}"] = round(metrics.classifier_accuracy(pictures, labels, data.images, data.labels), 4)
     return report
 
 
-def psnr(images, reconstructions):
-    """Peak signal-to-noise ratio in dB of uint8 images (n, H, W, C): that of each image, averaged."""
-    mse = (images.float() - reconstructions.float()).square().flatten(1).mean(1)
-    return (20 * math.log10(255) - 10 * mse.clamp(min=1e-10).log10()).mean().item()
-
-
-def draw(run, tokenizer, encoder, images, labels, seed, device, columns=20):
-    """reconstructions.png: originals, reconstructions, and reconstructions from latents with noise of 0.3 standard deviations.
-    latent_map.png: originals, then the first three principal components, as red, green and blue, of encoder features and of latents."""
-    chosen = labels.argsort(stable=True)[torch.linspace(0, len(labels) - 1, min(columns, len(labels))).long()]
-    images = images[chosen]
-    normalised = torch.cat([tokenizer.normalise(p.mean) for p in encode(tokenizer, images, device)]).cpu()
-    noise = torch.randn(normalised.shape, generator=generator_for(seed, "noise"))
-    rows = torch.cat([images, decode(tokenizer, normalised, device), decode(tokenizer, normalised + 0.3 * noise, device)])
-    save_png(image_grid(rows, columns=len(images)), run / "reconstructions.png")
-
-    grid = normalised.shape[2:]
-    features = encoder.features(to_pixels(images).to(device)).cpu().mT.unflatten(2, grid)
+def draw(config, autoencoder, encoder, data, device):
+    """Pictures of held-out images, a column each. reconstructions: originals, reconstructions, and reconstructions from latents with noise
+    of 0.3 standard deviations. latent_map: originals, then the first three principal components of encoder features and of latents."""
+    images, labels = data.held_out
+    images = images[labels.argsort(stable=True)[torch.linspace(0, len(labels) - 1, min(config.sample_num, len(labels))).long()]]
+    raw = torch.cat([posterior.mean for posterior in encode(autoencoder, images.split(eval_batch(config)), device)]).cpu()
+    tokenizer = Tokenizer(copy.deepcopy(autoencoder), *latent_statistics(raw))
+    normalised = tokenizer.normalise(raw.to(device)).cpu()
+    noise = torch.randn(normalised.shape, generator=generator_for(config.seed, "noise"))
+    rows = torch.cat([images, decode(config, tokenizer, normalised, device), decode(config, tokenizer, normalised + 0.3 * noise, device)])
+    maps = [normalised]
+    if encoder is not None:
+        features = [encoder.features(to_pixels(batch).to(device)).float().cpu() for batch in images.split(eval_batch(config))]
+        maps.insert(0, torch.cat(features).mT.unflatten(2, normalised.shape[2:]))
     f = tokenizer.downsample
-    maps = [principal_colours(x).repeat_interleave(f, 1).repeat_interleave(f, 2) for x in (features, normalised)]
-    save_png(image_grid(torch.cat([images.expand(-1, -1, -1, 3), *maps]), columns=len(images)), run / "latent_map.png")
-    return run / "reconstructions.png", run / "latent_map.png"
+    colours = [principal_colours(x).repeat_interleave(f, 1).repeat_interleave(f, 2) for x in maps]
+    return {name: image_grid(tiles, columns=len(images))
+            for name, tiles in dict(reconstructions=rows, latent_map=torch.cat([images.expand(-1, -1, -1, 3), *colours])).items()}
 
 
-def principal_colours(x):
-    """(n, F, h, w) -> uint8 (n, h, w, 3): the first three principal components of all tokens, each from its 2nd to its 98th percentile."""
-    tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
-    tokens = tokens - tokens.mean(0)
-    colours = F.pad(tokens, (0, 3)) @ F.pad(torch.linalg.svd(tokens, full_matrices=False).Vh, (0, 3, 0, 3))[:3].T  # black beyond the F-th
-    low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
-    return (255 * ((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)).to(torch.uint8).unflatten(0, (x.shape[0], *x.shape[2:]))
+def print_plan(config, device):
+    """--dry-run: what this configuration would cost, from shapes alone."""
+    data, c = config.data, config.loss
+    images = len(open_images(data.path)) if data.path else data.num_images or len(digits()[1])
+    images = int(images * (1 - (0 if data.val_path else data.val_fraction)))
+    stages, an_epoch = config.plan(images), images / config.batch_size
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL(**config.autoencoder_arguments())
+        discriminator = PatchDiscriminator(data.channels, c.disc_width, c.disc_layers) if c.disc_weight else None
+    perceptual = perceptual_loss(net=c.perceptual_net, random_weights=True) if c.perceptual_weight else None
+    nets = Networks(autoencoder, None, discriminator, perceptual, device="meta", bf16=config.use_bf16(device))
+    for name, module in dict(autoencoder=autoencoder, discriminator=discriminator, LPIPS=perceptual).items():
+        if module is not None:
+            print(f"parameters        {sum(p.numel() for p in module.parameters()) / 1e6:9.2f} M    {name}")
+    print(f"latents           {config.grid} x {config.grid} of {config.autoencoder.z_channels} channels")
+    print(f"steps an epoch    {an_epoch:.1f} of {config.batch_size} images")
+    for number, s in enumerate(stages, 1):
+        begins = f"discriminator from step {s.disc_start + 1}" if s.disc_start < s.end else "no discriminator"
+        print(f"stage {number}           steps {s.start + 1} to {s.end}, {(s.end - s.start) / an_epoch:.1f} epochs: "
+              f"vf_weight {s.vf_weight}, margins {s.cos_margin} / {s.distmat_margin}, lr {s.lr}, {begins}")
+    micro = config.micro_batch or config.batch_size // world()[1]
+    memory = {"weights, gradients, Adam": 16 * sum(p.numel() for _, module in nets.trained() for p in module.parameters()),
+              "EMA": 4 * sum(p.numel() for p in autoencoder.parameters()) if config.optim.ema else 0}
+    for name, size in activation_bytes(nets, data.image_size, data.channels).items():
+        memory[f"activations of {micro} images, {name}"] = micro * size
+    for name, size in memory.items():
+        print(f"memory            {size / 2**30:9.3f} GiB  {name}")
+    print(f"memory            {sum(memory.values()) / 2**30:9.3f} GiB  estimated in all, {'bf16' if nets.bf16 else 'fp32'}, "
+          "without the frozen encoder")
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError, ImportError) as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C: the last checkpoint stands
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
