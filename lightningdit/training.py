@@ -31,6 +31,8 @@ def open_latents(config, tokenizer, device):
     """
     data, path = config.data, config.data.path
     if not latents.is_store(path):
+        require(path is not None or data.image_size == 8, "data.image_size", data.image_size,
+                "8 for the bundled digits; data.path names images of your own")
         batches = images.open_batches(data, config.sample.batch_size, tokenizer.image_channels, device)
         path = latents.cache_path(data.cache or f"{config.run}/latents", tokenizer, batches, data.flip)
         rank, size = world()

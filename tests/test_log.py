@@ -51,9 +51,9 @@ def test_a_term_that_comes_later_and_a_value_that_is_not_finite(tmp_path):
             term = dict(extra=torch.tensor(2.0)) if step >= 3 else {}
             log.step(step, 1e-3, dict(loss=torch.tensor(float("nan") if step == 4 else 1.0), **term))
             if step == 3:
-                log.stop_if_not_finite(3, None, "hint")
+                log.stop_if_not_finite(3, "hint")
         with pytest.raises(SystemExit, match="at or before step 6: .*There is no checkpoint. hint"):
-            log.stop_if_not_finite(6, None, "hint")
+            log.stop_if_not_finite(6, "hint")
         log.close()
     assert ["extra" in line for line in read_log(tmp_path / "first")] == [False, False, True, True, True, True]
     assert list((tmp_path / "second").iterdir()) == []
