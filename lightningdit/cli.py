@@ -6,6 +6,7 @@
     lightningdit evaluate tokenizer --tokenizer digits
     lightningdit evaluate samples --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     lightningdit latents map STORE --out map.png; also: latents verify, export, import
+    lightningdit replay --incident runs/xl/incidents/step_0000123.safetensors
 """
 import json
 import sys
@@ -23,6 +24,7 @@ from .distributed import pick_device
 from .evaluation import evaluate_samples, evaluate_tokenizer
 from .log import image_grid, save_png
 from .model import LightningDiT
+from .replay import replay
 from .sampler import sample_images
 from .tokenizer.vavae import Tokenizer, load_tokenizer
 
@@ -170,7 +172,7 @@ def union(commands):
 
 def main(argv=None):
     measures = dict(tokenizer=evaluate_tokenizer, samples=evaluate_samples)
-    commands = {"sample": sample, "export": export, "export-tokenizer": export_tokenizer,
+    commands = {"sample": sample, "export": export, "export-tokenizer": export_tokenizer, "replay": replay,
                 "evaluate": ("Measures a tokenizer or generated images.", measures),
                 "latents": (latent_tools.__doc__, latent_tools.COMMANDS)}
     try:

@@ -13,7 +13,7 @@ import math
 import torch
 
 POLICIES = ("stop", "skip", "rollback")
-NON_FINITE, SPIKE = 1.0, 2.0  # verdicts; 0: good
+NON_FINITE, SPIKE, LEFT_OUT = 1.0, 2.0, 3.0  # verdicts; 0: good
 
 
 class Guard:
@@ -58,7 +58,7 @@ class Guard:
         verdict = torch.where(finite, far * SPIKE, NON_FINITE)
         good = verdict == 0
         if skip:
-            good = torch.zeros_like(good)
+            good, verdict = torch.zeros_like(good), torch.full_like(verdict, LEFT_OUT)
         place = (self.count % window).reshape(1, 1).expand(2, 1)
         kept = torch.where(good, logarithms[:, None], self.history.gather(1, place))
         self.history.scatter_(1, place, kept)

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .checkpoint import Saver
+from .guard import LEFT_OUT
 
 
 def environment(device):
@@ -92,8 +93,9 @@ class RunLog:
         for (step, lr, names, _), row in zip(self.pending, rows, strict=True):
             row = dict(zip(names, row, strict=True))
             if verdict := row.pop("verdict", 0):
-                self.bad.append((step, verdict))
                 row["left_out"] = True
+                if verdict != LEFT_OUT:
+                    self.bad.append((step, verdict))
             else:
                 good.append(row)
             self._write(dict(step=step, **row, lr=lr, images_per_second=round(rate, 1)))
@@ -146,12 +148,13 @@ class RunLog:
 
         Every process calls it.
         """
-        self._settle()
+        self.settle()
         self.saver.start(step, tensors, state)
         if last:
-            self._settle(last=True)
+            self.settle(last=True)
 
-    def _settle(self, last=False):
+    def settle(self, last=False):
+        """Waits for the save that is under way, so that `saved` is true."""
         try:
             self.saved = self.saver.wait() or self.saved
         except OSError as error:
@@ -164,7 +167,7 @@ class RunLog:
 
     def close(self):
         self.flush()
-        self._settle()
+        self.settle()
         self.bar.close()
         self.file.close()
         self.tensorboard.close()

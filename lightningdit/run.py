@@ -90,8 +90,8 @@ class Incidents:
 
     def __init__(self, run, policy, most, lr_factor):
         self.path, self.policy, self.most, self.factor_each = Path(run) / "incidents.json", policy, most, lr_factor
-        held = json.loads(self.path.read_text()) if self.path.is_file() else dict(left_out=[], lr_factor=1.0)
-        self.left_out, self.lr_factor, self.count = set(held["left_out"]), held["lr_factor"], 0
+        held = json.loads(self.path.read_text()) if self.path.is_file() else dict(left_out=[], lr_factor=1.0, count=0)
+        self.left_out, self.lr_factor, self.count = set(held["left_out"]), held["lr_factor"], held["count"]
 
     def handle(self, bad, log, draw, run):
         """Tells what was left out, keeps the batches, and does what the policy says.
@@ -109,12 +109,13 @@ class Incidents:
                 if log.writes:
                     try:
                         checkpoint.save_weights(path, batch)
-                        kept = f"; its batch is in {path}, `lightningdit replay {path}` looks at it"
+                        kept = f"; its batch is in {path}, `lightningdit replay --incident {path}` looks at it"
                     except OSError as error:
                         kept = f"; its batch could not be saved ({error})"
             log.event(step, incident=reason(verdict), policy=self.policy)
             log.say(f"warning: step {step}: {reason(verdict)}; the update was left out{kept}")
         steps = [step for step, _ in bad]
+        log.settle()
         advice = "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it"
         if self.policy == "stop" or self.count > self.most:
             why = "" if self.policy == "stop" else f" These are {self.count} incidents, guard.most is {self.most}."
@@ -126,7 +127,7 @@ class Incidents:
             wait_for_all()
             if log.writes:
                 partial = self.path.with_suffix(".partial")
-                partial.write_text(json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor)))
+                partial.write_text(json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor, count=self.count)))
                 partial.replace(self.path)
             wait_for_all()
             log.say(f"going back to step {log.saved}; steps {', '.join(map(str, sorted(self.left_out)))} will be left out, the learning "
