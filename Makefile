@@ -66,7 +66,7 @@ gpu-present:
 test-gpu:
 	$(GPU_PY) -m pytest tests -m gpu --junitxml=$(OUT)/test-gpu.xml $(ARGS)
 
-# Stages of at most 9 minutes; run it again to continue. ARGS='--budget-s 540' ends in time, ARGS='--stage norm' does one.
+# Stages of at most 9 minutes; run it again to continue. ARGS='--budget-s 540' ends in time, ARGS='--stage norm_1' does one.
 bench-gpu:
 	$(GPU_PY) bench/gpu.py --out $(OUT) $(ARGS)
 
