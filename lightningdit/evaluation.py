@@ -30,6 +30,7 @@ from .features import Unavailable, load_extractor
 from .images import EXTENSIONS, ImageBatches, ImageSource, digits, open_images, to_pixels
 from .log import environment, image_grid, save_png
 from .metrics import FeatureStatistics
+from .tokenizer.losses import perceptual_loss
 from .tokenizer.vavae import load_tokenizer
 
 KEPT = 10_000  # features of a reference kept for KID, precision and recall: ADM's reference files hold as many images
@@ -621,8 +622,6 @@ def _noise(mean, indices, seed):
 def _load_perceptual(weights, device):
     """(LPIPS or None, why there is none)."""
     try:
-        from .tokenizer.losses import perceptual_loss
-
         return perceptual_loss(weights).to(device), None
     except (ImportError, ValueError) as error:
         if weights is not None:
