@@ -104,7 +104,9 @@ def evaluate_tokenizer(
                                  workers=data.workers)
         names = ("digits" if data.path is None else "inception") if extractors == "auto" else extractors
         networks, rows = load_extractors(names, weights, device, "rfid")
-        perceptual, no_lpips = _load_perceptual(lpips_weights, device)
+        small = pictures.size[0] < LPIPS_LEAST and lpips_weights is None
+        perceptual, no_lpips = (None, f"images below {LPIPS_LEAST} pixels are no matter for it") if small else _load_perceptual(
+            lpips_weights, device)
         quality = Reconstructions(networks, perceptual, no_lpips, show=_evenly(range(len(pictures))[rank::ranks], 12))
         latents = Latents(decoder, points=_evenly(range(len(pictures)), uniformity_points), runs=uniformity_runs, seed=seed)
         for images, indices in pictures.batches(batch_size, rank, ranks, progress=rank == 0):
@@ -617,6 +619,9 @@ def _noise(mean, indices, seed):
     """Standard normal noise of the shape of `mean`, each image's from its index: the same in any batch and on any process."""
     noise = [torch.randn(mean.shape[1:], generator=generator_for(seed, "posterior", index)) for index in indices.tolist()]
     return torch.stack(noise).to(mean)
+
+
+LPIPS_LEAST = 16  # pixels: below it VGG-16's last feature map has no position left
 
 
 def _load_perceptual(weights, device):

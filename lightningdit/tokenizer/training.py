@@ -79,7 +79,7 @@ class Networks:
         """Undoes `tensors` from the checkpoint `path`."""
         for (name, module), optimizer in zip(self.trained(), optimizers, strict=True):
             module.load_state_dict(checkpoint.load_tensors(path, name))
-            checkpoint.load_trainer(path, module, optimizer, f"{name}_trainer")
+            checkpoint.load_trainer(path, module, optimizer, group=f"{name}_trainer")
 
 
 def backward(nets, x, noise, features=None, *, micro_batch=None, adversarial=False, kl_weight=1e-6, perceptual_weight=1.0, vf_weight=0.1,
