@@ -156,12 +156,11 @@ def _apex_norm(gated):
 # Peers of rope_attention: compiled RoPE and QK-norm, then their attention on q, k, v of (B, N, H, Dh).
 
 
-def _rotate(qkv, positions, freqs, q_weight, k_weight, eps):
-    q, k, v = qkv.unbind(2)
-    q, k = q.float(), k.float()
+def _rotate(qkv, positions, freqs, q_weight, k_weight, bias, eps):
+    q, k, v = (qkv.float() if bias is None else qkv.float() + bias).unbind(2)
     if q_weight is not None:
         q, k = head_norm_ref(q, q_weight, None, eps, False), head_norm_ref(k, k_weight, None, eps, False)
-    return rope_ref(q, positions, freqs).to(v.dtype), rope_ref(k, positions, freqs).to(v.dtype), v
+    return tuple(a.to(qkv.dtype) for a in (rope_ref(q, positions, freqs), rope_ref(k, positions, freqs), v))
 
 
 _rotation = functools.cache(lambda: _compiled(_rotate))  # one compilation for all
@@ -171,9 +170,9 @@ def _attention_with(attend: Callable, pad: int = 0) -> Callable:
     """attend(q, k, v, scale) after the rotation. pad: zeros up to this head dimension, which change neither scores nor outputs."""
     rotate = _rotation()
 
-    def function(qkv, positions, freqs, q_weight=None, k_weight=None, eps=1e-6):
+    def function(qkv, positions, freqs, q_weight=None, k_weight=None, bias=None, eps=1e-6):
         head_dim = qkv.shape[-1]
-        q, k, v = rotate(qkv, positions, freqs, q_weight, k_weight, eps)
+        q, k, v = rotate(qkv, positions, freqs, q_weight, k_weight, bias, eps)
         if pad:
             q, k, v = (nnf.pad(x, (0, pad - head_dim)) for x in (q, k, v))
         out = attend(q, k, v, head_dim**-0.5)

@@ -269,7 +269,7 @@ define("alignment_project(Tensor x, Tensor q) -> (Tensor, Tensor)", _project, _p
 
 def _losses(s, weight, f, cos_margin, distmat_margin):
     """(cosine loss, distance-matrix loss, q (C, k), R (k, r), t (B, N, k), v (B, N, k), |f| (B, N), 1/|t| (B, N), 1/|f| (B, N))."""
-    q, R = torch.linalg.qr(weight.to(accumulation_dtype(s)))
+    q, R = (factor.contiguous() for factor in torch.linalg.qr(weight.to(accumulation_dtype(s))))  # LAPACK's are column by column
     t, _ = torch.ops.lightningdit.alignment_project(s, R.mT)
     v, f_norm = torch.ops.lightningdit.alignment_project(f, q)
     distance, t_inverse, f_inverse = torch.ops.lightningdit.marginal_distance_matrix_loss(t, f, distmat_margin)

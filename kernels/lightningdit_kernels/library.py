@@ -52,6 +52,7 @@ def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.T
 
 # The namespace of the operators, torch.ops.lightningdit. Dropping this object would unregister them.
 LIBRARY = torch.library.Library("lightningdit", "DEF")
+CUDA: dict[str, Callable] = {}  # what serves each operator there: without a GPU the tests give it CPU tensors, in triton's interpreter
 
 
 def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None, cuda: Callable | None = None) -> None:
@@ -62,6 +63,8 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
     for key, implementation in (("CPU", cpu), ("CUDA", cuda)):
         if implementation is not None:
             LIBRARY.impl(name, implementation, key)
+    if cuda is not None:
+        CUDA[name] = cuda
     torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightningdit_kernels.tuning import Config, pick
 
 # Shape class: columns of a program, 256 a warp, so that a lane holds one 16-byte vector of bf16 in each of its rows and the sums over rows
-# stay inside a thread. Two rows at a time: the backward with sums then takes 94 registers on sm_90, and five programs share a
+# stay inside a thread. Two rows at a time: the backward with sums then takes 96 to 109 registers, and four or five programs share a
 # multiprocessor; four rows take 160.
 _WARPS = {16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}
 CONFIGS = {(80, str(columns)): [Config(dict(ROWS=rows), warps) for rows in (2, 4, 1)] for columns, warps in _WARPS.items()}

@@ -9,6 +9,7 @@ import lightningdit_kernels as kernels
 from lightningdit_kernels.alignment import alignment_losses_ref, marginal_cosine_loss_ref, marginal_distance_matrix_loss_ref
 from lightningdit_kernels.attention import rope_attention_ref
 from lightningdit_kernels.groupnorm import group_norm_silu_ref
+from lightningdit_kernels.library import result_dtype
 from lightningdit_kernels.norm import gated_residual_rms_norm_modulate_ref, rms_norm_modulate_ref
 from lightningdit_kernels.swiglu import swiglu_ref
 
@@ -23,7 +24,7 @@ DEFINITIONS = {
     "marginal_distance_matrix_loss": marginal_distance_matrix_loss_ref,
     "rms_norm_modulate": rms_norm_modulate_ref,
     "rope_attention": rope_attention_ref,
-    "swiglu": lambda packed, bias=None: swiglu_ref(packed, bias, packed.dtype),
+    "swiglu": lambda packed, bias=None: swiglu_ref(packed, bias, result_dtype(packed)),
 }
 
 FROZEN = ("freqs", "f")  # arguments of ops that get no gradient
@@ -59,7 +60,8 @@ def example_inputs(op: str, batch: int, rows: int, columns: int, width: int, hea
         case "rope_attention":
             rope = dict(positions=token_grid(rows, columns, device), freqs=rope_frequencies(head_dim, device))
             norm = {f"{name}_weight": 1 + tensor(head_dim, seed=seed) / 4 for seed, name in enumerate("qk", 2)}
-            return dict(qkv=tensor(batch, tokens, 3, heads, head_dim, seed=1)) | rope | norm
+            inputs = dict(qkv=tensor(batch, tokens, 3, heads, head_dim, seed=1), bias=tensor(3, heads, head_dim, seed=4))
+            return inputs | rope | norm
         case "swiglu":
             return dict(packed=tensor(batch, tokens, 2 * width, seed=1), bias=tensor(2 * width, seed=2))
         case "alignment_losses":

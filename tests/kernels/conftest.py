@@ -55,3 +55,12 @@ def backend(request, monkeypatch):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     native.library.lightningdit_set_level(highest)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "reference"])
+def kernels_or_reference(request, monkeypatch):
+    """With the native library and without; its value says which."""
+    if request.param and not native.available:
+        pytest.skip(native.about)
+    monkeypatch.setattr(native, "available", request.param)
+    return request.param

@@ -211,15 +211,6 @@ def test_no_buffer_is_as_large_as_a_matrix_of_similarities(small_blocks):
     assert sizes and max(sizes) <= 4 * batch * count * channels
 
 
-def test_batch_and_rows_are_not_specialised():
-    """A kernel recompiles when an integer argument becomes 1 or its divisibility by 16 changes: what counts the batch must be exempt."""
-    for case in triton_kernels.audit_cases():
-        kernel = case["kernel"]
-        exempt = getattr(kernel, "do_not_specialize", ["rows"])  # the interpreter's functions lack the attribute
-        assert not {"B", "batch"} & set(kernel.arg_names)
-        assert "rows" not in kernel.arg_names or "rows" in exempt
-
-
 def test_reference_backward_is_the_gradient_of_the_definition():
     inputs = {name: value.double() for name, value in tokens(2, 9, 7).items()}
     z = inputs["z"].requires_grad_()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.utils.checkpoint
 
 from lightningdit_kernels import group_norm_silu, native
 from lightningdit_kernels.groupnorm import group_norm_silu_backward_ref, group_norm_silu_ref
@@ -81,16 +80,14 @@ def test_threads_do_not_change_the_result(layout):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other[:2], results[0][:2], strict=True))
 
 
-@LAYOUTS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(dtype, layout, backend):
-    case = inputs((2, 4, 3, 5), 2, dtype)
-    x = case["x"].to(memory_format=layout)
+def test_opcheck_of_channels_last(kernels_or_reference):
+    case = inputs((2, 4, 3, 5), 2)
+    x = case["x"].to(memory_format=torch.channels_last)
     weight, bias = case["weight"], case["bias"]
     operators = torch.ops.lightningdit
     tensors = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-    torch.library.opcheck(operators.group_norm_silu, (*tensors, 2, 1e-6, dtype))
-    out, mean, rstd = operators.group_norm_silu(x, weight, bias, 2, 1e-6, dtype)
+    torch.library.opcheck(operators.group_norm_silu, (*tensors, 2, 1e-6, torch.float32))
+    out, mean, rstd = operators.group_norm_silu(x, weight, bias, 2, 1e-6, torch.float32)
     torch.library.opcheck(operators.group_norm_silu_backward, (out, x, weight, bias, mean, rstd, 2))
 
 
@@ -102,21 +99,6 @@ def test_backward_reference_is_the_gradient_of_the_definition():
     x, weight, bias = (tensor.detach() for tensor in tensors)
     _, mean, rstd = torch.ops.lightningdit.group_norm_silu(x, weight, bias, 3, 1e-6, torch.float64)
     torch.testing.assert_close(group_norm_silu_backward_ref(grad, x, weight, bias, mean, rstd, 3), expected)
-
-
-def test_checkpointing_recomputes_the_same():
-    case = inputs((2, 8, 4, 4), 4)
-    x = case["x"].requires_grad_()
-    (plain,) = torch.autograd.grad(group_norm_silu(**case).sum(), x)
-    rerun = torch.utils.checkpoint.checkpoint(lambda x: group_norm_silu(**case | dict(x=x)), x, use_reentrant=False)
-    assert torch.equal(plain, torch.autograd.grad(rerun.sum(), x)[0])
-
-
-def test_second_derivative_is_refused():
-    x = random_tensor(1, 4, 2, 2).requires_grad_()
-    (first,) = torch.autograd.grad(group_norm_silu(x, torch.ones(4), torch.zeros(4), 2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="group_norm_silu is differentiable once"):
-        first.sum().backward()
 
 
 def test_autocast_gives_the_autocast_dtype_and_fp32_statistics():

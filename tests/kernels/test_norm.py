@@ -1,15 +1,8 @@
 """rms_norm_modulate and gated_residual_rms_norm_modulate against torch's own norms in fp64."""
 
-import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as nnf
-import torch.utils.checkpoint as checkpointing
 
 from lightningdit_kernels import gated_residual_rms_norm_modulate, native, rms_norm_modulate
 from lightningdit_kernels.norm import norm_backward_ref, norm_forward_ref
@@ -18,13 +11,6 @@ from lightningdit_kernels.testing import assert_matches_truth, random_tensor
 OPERATORS = torch.ops.lightningdit
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 16, 192), (3, 63, 100), (1, 1, 3), (2, 0, 8), (0, 4, 8)]
-
-
-@pytest.fixture(params=[True, False], ids=["native", "reference"])
-def kernels_or_reference(request, monkeypatch):
-    if request.param and not native.available:
-        pytest.skip(native.about)
-    monkeypatch.setattr(native, "available", request.param)
 
 
 def eager_norm(x, scale, shift=None, weight=None, eps=1e-6, center=False):
@@ -159,21 +145,12 @@ def gated_arguments(dtype=torch.float32, shape=(2, 5, 12), center=False, out_dty
     return *(t.requires_grad_() for t in tensors), 1e-6, center, out_dtype
 
 
-@pytest.mark.parametrize("dtype, center", [(torch.float32, False), (torch.bfloat16, True), (torch.float64, True)], ids=str)
-def test_opcheck(dtype, center, kernels_or_reference):
-    x, y, gate, scale, shift, weight, bias, *rest = gated_arguments(dtype, center=center, out_dtype=dtype)
-    torch.library.opcheck(OPERATORS.rms_norm_modulate, (x, scale, shift, weight, *rest))
-    torch.library.opcheck(OPERATORS.rms_norm_modulate, (x, scale, None, None, 1e-6, center, torch.bfloat16))
-    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, gate, scale, shift, weight, bias, *rest))
-    torch.library.opcheck(OPERATORS.gated_residual_rms_norm_modulate, (x, y, None, scale, None, None, None, *rest))
-    x, y, gate, scale, shift, weight, bias = (t.detach() for t in (x, y, gate, scale, shift, weight, bias))
-    _, h, mean, rstd = OPERATORS.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, bias, *rest)
-    torch.library.opcheck(OPERATORS.rms_norm_modulate_backward, (h, x, scale, weight, mean, rstd, center, dtype))
-    statistics = mean, rstd, center
+def test_opcheck_of_a_backward_that_is_asked_for_less(kernels_or_reference):
+    x, y, gate, scale, shift, weight, bias, *rest = (t.detach() if isinstance(t, torch.Tensor) else t for t in gated_arguments())
+    _, h, *statistics = OPERATORS.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, bias, *rest)
     backward = OPERATORS.gated_residual_rms_norm_modulate_backward
-    torch.library.opcheck(backward, (x, h, x, y, gate, scale, weight, bias, *statistics, dtype, dtype))
-    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, bias, *statistics, None, None))
-    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, None, *statistics, None, None))
+    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, bias, *statistics, False, None, None))
+    torch.library.opcheck(backward, (None, h, x, None, gate, scale, None, None, *statistics, False, None, None))
 
 
 @pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
@@ -226,95 +203,3 @@ def test_an_output_that_is_not_used_has_no_gradient(unused, kernels_or_reference
     expected = torch.autograd.grad(eager.square().sum(), expected_inputs, materialize_grads=True)
     for have, want in zip(got, expected, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
-
-
-def test_second_derivative_is_refused():
-    inputs = gated_arguments()[:6]
-    (first,) = torch.autograd.grad(gated_residual_rms_norm_modulate(*inputs)[1].sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="gated_residual_rms_norm_modulate is differentiable once"):
-        first.sum().backward()
-
-
-@pytest.mark.parametrize("available", [True, False])
-def test_compile_sees_the_operator_or_the_definition(available, monkeypatch):
-    if available and not native.available:
-        pytest.skip(native.about)
-    monkeypatch.setattr(native, "available", available)
-    graphs = []
-    torch._dynamo.reset()
-    compiled = torch.compile(gated_residual_rms_norm_modulate, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
-    compiled(*gated_arguments()[:6])
-    assert ("lightningdit.gated_residual_rms_norm_modulate" in str(graphs[0].graph)) == available
-
-
-class Block(torch.nn.Module):
-    """A linear branch into the gated residual, the norm, another linear layer: the op where the model has it."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        torch.manual_seed(0)
-        self.before, self.after, self.adaln = (torch.nn.Linear(width, n * width) for n in (1, 1, 3))
-        self.weight = torch.nn.Parameter(torch.ones(width))
-
-    def forward(self, x, c):
-        gate, scale, shift = self.adaln(c).chunk(3, dim=-1)
-        x, h = gated_residual_rms_norm_modulate(x, self.before(x), gate, scale, shift, self.weight)
-        return x + self.after(h)
-
-
-def block_gradients(run):
-    block, x, c = Block(), random_tensor(2, 6, 16, seed=1).requires_grad_(), random_tensor(2, 16, seed=2)
-    run(block)(x, c).square().sum().backward()
-    return [x.grad, *(p.grad for p in block.parameters())]
-
-
-def checkpointed(block, context_fn=checkpointing.noop_context_fn):
-    return lambda *inputs: checkpointing.checkpoint(block, *inputs, use_reentrant=False, context_fn=context_fn)
-
-
-@pytest.mark.parametrize("kind", ["full", "selective", "compile", "compile and selective"])
-def test_checkpointing_and_compile_give_the_same_gradients(kind):
-    """selective: the op's results are saved by policy and everything else is recomputed."""
-    saved = [OPERATORS.gated_residual_rms_norm_modulate.default]
-    selective = functools.partial(checkpointing.create_selective_checkpoint_contexts, saved)
-    torch._dynamo.reset()
-    compile_ = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-    run = {
-        "full": checkpointed,
-        "selective": lambda block: checkpointed(block, selective),
-        "compile": compile_,
-        "compile and selective": lambda block: compile_(checkpointed(block, selective)),
-    }[kind]
-    for have, want in zip(block_gradients(run), block_gradients(lambda block: block), strict=True):
-        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
-
-
-FSDP = """
-import os, sys, torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, sys.argv[3])
-from test_norm import Block, random_tensor
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-x, c = random_tensor(4, 6, 16, seed=1), random_tensor(4, 16, seed=2)
-whole, block = Block(), Block()
-(whole(x, c).square().sum() / 2).backward()  # FSDP averages over the ranks
-fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-block(x[2 * rank : 2 * rank + 2], c[2 * rank : 2 * rank + 2]).square().sum().backward()
-for (name, want), have in zip(whole.named_parameters(), block.parameters(), strict=True):
-    torch.testing.assert_close(have.grad.full_tensor(), want.grad, rtol=1e-4, atol=1e-4, msg=name)
-print("same gradients", flush=True)
-dist.barrier()
-os._exit(0)  # not through the destructors: gloo's threads sometimes abort there ("terminate called without an active exception")
-"""
-
-
-def test_fsdp2_over_two_processes_gives_the_gradients_of_one(tmp_path):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(native.__file__).parents[1]))
-    command = [sys.executable, "-c", FSDP]
-    arguments = [str(tmp_path / "store"), str(Path(__file__).parent)]
-    run = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    ranks = [run([*command, str(rank), *arguments]) for rank in range(2)]
-    for rank in ranks:
-        out, _ = rank.communicate(timeout=120)
-        assert rank.returncode == 0 and "same gradients" in out, out

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as nnf
-import torch.utils.checkpoint
 
 from lightningdit_kernels import native, swiglu
 from lightningdit_kernels.swiglu import swiglu_backward_ref, swiglu_ref
@@ -40,12 +39,6 @@ def test_extreme_values_stay_finite(backend):
     out.sum().backward()
     assert torch.allclose(out.double(), eager(packed.double()), rtol=1e-6, atol=1e-37)
     assert packed.grad.isfinite().all()
-
-
-def test_autocast_gives_the_autocast_dtype():
-    packed = random_tensor(3, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert swiglu(packed).dtype == torch.bfloat16
 
 
 def test_fp32_to_bf16_rounds_once(backend):
@@ -97,48 +90,12 @@ def test_threads_do_not_change_the_result(dtype):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_opcheck(dtype, backend):
-    packed, grad = random_tensor(3, 4, 10, dtype=dtype), random_tensor(3, 4, 5, dtype=dtype)
-    for bias in (None, random_tensor(10)):
-        leaf = None if bias is None else bias.clone().requires_grad_()
-        torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed.clone().requires_grad_(), leaf, dtype))
-        torch.library.opcheck(torch.ops.lightningdit.swiglu, (packed, bias, torch.bfloat16))
-        torch.library.opcheck(torch.ops.lightningdit.swiglu_backward, (grad, packed, bias))
-
-
 def test_backward_reference_is_the_gradient_of_the_reference():
     packed = random_tensor(4, 12, dtype=torch.float64).requires_grad_()
     bias = random_tensor(12, dtype=torch.float64, seed=2).requires_grad_()
     grad = random_tensor(4, 6, dtype=torch.float64, seed=1)
     expected = torch.autograd.grad(swiglu_ref(packed, bias, torch.float64), (packed, bias), grad)
     torch.testing.assert_close(swiglu_backward_ref(grad, packed.detach(), bias.detach()), expected)
-
-
-def test_checkpointing_recomputes_the_same():
-    packed = random_tensor(4, 12).requires_grad_()
-    (plain,) = torch.autograd.grad(swiglu(packed).sum(), packed)
-    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(swiglu, packed, use_reentrant=False).sum(), packed)
-    assert torch.equal(plain, again)
-
-
-def test_second_derivative_is_refused():
-    packed = random_tensor(2, 4).requires_grad_()
-    (first,) = torch.autograd.grad(swiglu(packed).sum(), packed, create_graph=True)
-    with pytest.raises(RuntimeError, match="swiglu is differentiable once"):
-        first.sum().backward()
-
-
-@pytest.mark.parametrize("available", [True, False])
-def test_compile_sees_the_operator_or_the_definition(available, monkeypatch):
-    """With a kernel the graph holds the operator; without one it holds the definition, for the compiler to fuse."""
-    if available and not native.available:
-        pytest.skip(native.about)
-    monkeypatch.setattr(native, "available", available)
-    graphs = []
-    torch._dynamo.reset()
-    torch.compile(swiglu, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(random_tensor(2, 8))
-    assert ("lightningdit.swiglu" in str(graphs[0].graph)) == available
 
 
 def test_gradcheck():
