@@ -90,8 +90,15 @@ class Incidents:
 
     def __init__(self, run, policy, most, lr_factor):
         self.path, self.policy, self.most, self.factor_each = Path(run) / "incidents.json", policy, most, lr_factor
-        held = json.loads(self.path.read_text()) if self.path.is_file() else dict(left_out=[], lr_factor=1.0)
-        self.left_out, self.lr_factor, self.count = set(held["left_out"]), held["lr_factor"], 0
+        self.left_out, self.lr_factor = set(), 1.0
+        if self.path.is_file():
+            try:
+                held = json.loads(self.path.read_text())
+                self.left_out, self.lr_factor = {int(step) for step in held["left_out"]}, float(held["lr_factor"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"run: {self.path} is damaged ({type(error).__name__}: {error}); it names the updates that a rollback left "
+                                  'out, as {"left_out": [7], "lr_factor": 1.0}; without the file none is') from None
+        self.count = len(self.left_out)  # so that a run that only ever goes back comes to an end
 
     def handle(self, bad, log, draw, run):
         """Tells what was left out, keeps the batches, and does what the policy says.
@@ -100,6 +107,9 @@ class Incidents:
             bad: [(step, verdict)]. draw: step (from 1 on) -> {name: tensor}, its batch.
         Raises: SystemExit (stop, or too many); Rollback.
         """
+        bad = [(step, verdict) for step, verdict in bad if step not in self.left_out]  # those are known, and may well be bad again
+        if not bad:
+            return
         for step, verdict in bad:
             self.count += 1
             path = run / "incidents" / f"step_{step:07d}.safetensors"
