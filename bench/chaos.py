@@ -47,7 +47,7 @@ TINY = ("--model.depth 1 --model.hidden-size 16 --model.num-heads 2 --batch-size
         f"--checkpoint-every {EVERY}").split()
 NAN_STEPS = (5, 13)  # updates whose loss is NaN in some runs; 1 is the first update
 RTOL, ATOL = 2e-4, 2e-5  # between numbers of processes: sums in another order, amplified by 20 steps of Adam
-PATIENCE_S = 60  # a life that takes longer hangs, and so does a process that outlives another by so much
+PATIENCE_S = 60  # a life that takes longer hangs, and so does a process that outlives a failed one by so much
 WRITES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
 PRELOAD = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.pyplot",
            "sklearn.datasets", "lightningdit.training", "lightningdit.run", "lightningdit.images", "bench.chaos"]
@@ -58,7 +58,8 @@ class Fault:
     """What happens to one process of a life.
 
     kind:  "kill" (SIGKILL), "signal", "write" (fails with `number`, as the `length` - 1 writes after it), "full" (files of more than `number`
-           bytes are refused, for `length` steps), "nan" (the loss; for good, or with `once` a path, the first time only).
+           bytes are refused, for `length` steps), "nan" and "spike" (of the loss, times `number`; whenever the update is done, or with
+           `once`, a path, the first time only).
     where: "step" (before update `n`, from 1 on), "save" (the n-th write of the thread that saves), "log" (the n-th of all other writes).
     """
 
@@ -206,11 +207,18 @@ class Life:
             self.processes.append(process)
 
     def wait(self, timeout=PATIENCE_S):
-        """Exit codes when all have ended; None for those that hung and were killed. The clock starts anew when the first one ends."""
-        deadline, ended = time.monotonic() + timeout, False
+        """Exit codes when all have ended; None for those that hung and were killed.
+
+        As torchrun, it ends the others when one has failed; they get 5 s to find out for themselves.
+        """
+        deadline, told = time.monotonic() + timeout, None
         while alive := [process for process in self.processes if process.exitcode is None]:
-            if len(alive) < len(self.processes) and not ended:
-                deadline, ended = time.monotonic() + timeout, True
+            if told is None and any(process.exitcode for process in self.processes):
+                told, deadline = time.monotonic() + 5, time.monotonic() + 5 + timeout
+            if told is not None and time.monotonic() > told:
+                told = math.inf
+                for process in alive:
+                    process.terminate()
             if time.monotonic() > deadline:
                 self.kill()
                 return [None if process in alive else process.exitcode for process in self.processes]
@@ -315,7 +323,7 @@ class Campaign:
         """One run, from its first life to the comparison. Returns {"faults": [...], "lives", "lost", "corruption": None or words, ...}."""
         rng = random.Random(f"{self.seed} {index}")
         elastic = rng.random() < 0.4
-        world, mode = rng.choice([1, 1, 1, 2, 2, 4]), rng.choice(["ddp", "fsdp"])
+        world, mode = rng.choice([1, 1, 1, 1, 2, 2, 4]), rng.choice(["ddp", "fsdp"])
         policy = rng.choice(["stop", "stop", "skip", "rollback"])  # with "stop", NaNs come once, as from a faulty device
         nans = () if policy == "stop" else NAN_STEPS
         run, settings = self.folder / f"run_{index:04d}", set()
@@ -323,7 +331,7 @@ class Campaign:
         begun = unclear = hung = 0
         while True:
             if elastic and lives:
-                changed = rng.choice([1, 2, 4])
+                changed = rng.choice([1, 1, 2, 2, 4])
                 if changed != world:
                     happened.append("number of processes changed")
                 world, mode = changed, rng.choice(["ddp", "fsdp"])
