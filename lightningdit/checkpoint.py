@@ -1,10 +1,10 @@
 """Checkpoints that are complete or absent, and weights in the official layout.
 
 A checkpoint is a folder `checkpoints/step_XXXXXXX` with a folder of safetensors files for each group of tensors (model, ema, trainer) and
-state.json, which lists the size and SHA-256 of every file. torch.distributed.checkpoint writes and reads the tensors: each process writes
-what it holds, and any number of processes, sharded in any way, reads it back. Everything goes under a temporary name, is flushed to the
-disk, and renamed: a killed or failed save leaves the previous checkpoint whole. Nothing is ever unpickled except official .pt files, and
-those with weights_only=True. With several processes the folder must be one that all of them see.
+state.json, which lists the size and SHA-256 of every file, and its own. torch.distributed.checkpoint writes and reads the tensors: each
+process writes what it holds, and any number of processes, sharded in any way, reads it back. Everything goes under a temporary name, is
+flushed to the disk, and renamed: a killed or failed save leaves the previous checkpoint whole. Nothing is ever unpickled except official
+.pt files, and those with weights_only=True. With several processes the folder must be one that all of them see.
 """
 import hashlib
 import json
@@ -103,14 +103,15 @@ class Saver:
 
     def _finish(self, partial, final, step, files, state):
         path = partial / "state.json"
-        path.write_text(json.dumps(dict(step=step, files=files, **state), indent=1))
+        content = dict(step=step, files=files, **state)
+        path.write_text(json.dumps(content | dict(sha256=_digest(content)), indent=1))
         for folder in (path, *(p for p in partial.iterdir() if p.is_dir()), partial):
             _flush(folder)
         if final.exists():  # a damaged one of the same step
             shutil.rmtree(final)
         partial.rename(final)
         _flush(self.folder)
-        for _, old in list_checkpoints(self.folder.parent)[: -self.keep]:
+        for old in [path for done, path in list_checkpoints(self.folder.parent) if done <= step][: -self.keep]:  # later ones are damaged
             shutil.rmtree(old, ignore_errors=True)
 
     def _together(self, work):
@@ -162,9 +163,12 @@ def check(path):
     path = Path(path)
     try:
         state = json.loads((path / "state.json").read_text())
+        recorded = state.pop("sha256")
+        if _digest(state) != recorded:
+            raise ValueError("its SHA-256 differs from the one recorded in it")
         files = state["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: state.json is missing or damaged ({error})") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path}: state.json is missing or damaged ({type(error).__name__}: {error})") from None
     for name, recorded in files:
         file = path / name
         if not file.is_file():
@@ -354,6 +358,11 @@ def save_weights(path, state, ema=None, metadata=None):
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _digest(content):
+    """SHA-256 of JSON values, however they are spaced and ordered."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path):

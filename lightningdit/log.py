@@ -202,7 +202,7 @@ def plot_losses(run):
     import matplotlib.pyplot as plt
 
     records = read_log(run)
-    train = [record for record in records if "loss" in record]
+    train = [record for record in records if "loss" in record and not record.get("left_out")]  # those are NaN, or off the scale
     validation = [record for record in records if "val_mse" in record]
     names = [name for name in ("mse", "cos") if train and name in train[0]]
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(5.5 * max(1, len(names)), 3.6), squeeze=False)

@@ -90,8 +90,15 @@ class Incidents:
 
     def __init__(self, run, policy, most, lr_factor):
         self.path, self.policy, self.most, self.factor_each = Path(run) / "incidents.json", policy, most, lr_factor
-        held = json.loads(self.path.read_text()) if self.path.is_file() else dict(left_out=[], lr_factor=1.0, count=0)
-        self.left_out, self.lr_factor, self.count = set(held["left_out"]), held["lr_factor"], held["count"]
+        self.left_out, self.lr_factor = set(), 1.0
+        if self.path.is_file():
+            try:
+                held = json.loads(self.path.read_text())
+                self.left_out, self.lr_factor = {int(step) for step in held["left_out"]}, float(held["lr_factor"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"run: {self.path} is damaged ({type(error).__name__}: {error}); it names the updates that a rollback left "
+                                  'out, as {"left_out": [7], "lr_factor": 1.0}; without the file none is') from None
+        self.count = len(self.left_out)  # so that a run that only ever goes back comes to an end
 
     def handle(self, bad, log, draw, run):
         """Tells what was left out, keeps the batches, and does what the policy says.
@@ -127,7 +134,7 @@ class Incidents:
             wait_for_all()
             if log.writes:
                 partial = self.path.with_suffix(".partial")
-                partial.write_text(json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor, count=self.count)))
+                partial.write_text(json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor)))
                 partial.replace(self.path)
             wait_for_all()
             log.say(f"going back to step {log.saved}; steps {', '.join(map(str, sorted(self.left_out)))} will be left out, the learning "

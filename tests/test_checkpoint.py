@@ -32,7 +32,7 @@ def test_save_load_and_keep(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_0000010", "step_0000015"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state", "bad state"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state", "bad state", "changed state"])
 def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage):
     write(tmp_path, 1, 1.0)
     path = write(tmp_path, 2, 2.0)
@@ -47,6 +47,8 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage):
         file.unlink()
     elif damage == "no state":
         (path / "state.json").unlink()
+    elif damage == "changed state":  # still valid JSON
+        (path / "state.json").write_text((path / "state.json").read_text().replace('"step": 2', '"step": 3'))
     else:
         (path / "state.json").write_text("[1]")
     word = dict(truncated="is truncated", flipped="SHA-256 differs", missing="is missing").get(damage, "state.json is missing or damaged")
@@ -55,6 +57,14 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage):
     warnings = []
     found, _ = checkpoint.latest_checkpoint(tmp_path, warn=warnings.append)
     assert found.name == "step_0000001" and len(warnings) == 1 and word in warnings[0]
+
+
+def test_a_damaged_later_one_does_not_count_among_those_that_stay(tmp_path):
+    write(tmp_path, 3, 3.0, keep=1)
+    (write(tmp_path, 9, 9.0) / "state.json").write_text("{}")
+    write(tmp_path, 5, 5.0, keep=1)
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [5, 9]
+    assert checkpoint.latest_checkpoint(tmp_path, warn=lambda text: None)[1]["step"] == 5
 
 
 def test_a_failed_save_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):

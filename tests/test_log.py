@@ -1,5 +1,6 @@
 """The run's log, plots and pictures."""
 import json
+import math
 
 import numpy as np
 import pytest
@@ -68,6 +69,16 @@ def test_loss_plot_shows_both_terms(tmp_path):
     orange = (picture[..., 0] - picture[..., 2] > 120).nonzero()[1]
     width = picture.shape[1]
     assert len(blue) > 50 and blue.max() < width / 2 and len(orange) > 50 and orange.min() > width / 2
+
+
+def test_loss_plot_leaves_out_what_the_guard_left_out(tmp_path):
+    log = RunLog(tmp_path, 0, 20, 4, images_per_step=8, flops_per_image=1e6)
+    for step in range(1, 9):
+        bad = step == 5
+        log.step(step, 1e-3, dict(loss=torch.tensor(math.nan if bad else 2.0), mse=torch.tensor(math.nan if bad else 1.0),
+                                  cos=torch.tensor(1.0), verdict=torch.tensor(float(bad))))
+    log.close()
+    assert log.bad == [(5, 1.0)] and plot_losses(tmp_path).is_file()
 
 
 def test_grid_places_images_row_by_row(tmp_path):

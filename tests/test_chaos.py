@@ -1,0 +1,34 @@
+"""The short fault campaign, and that the campaign sees what it is there to see."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import chaos
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_short_campaign(tmp_path):
+    out = tmp_path / "chaos.json"
+    result = subprocess.run([sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", "--out", str(out)], capture_output=True, text=True,
+                            cwd=ROOT, env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels")])))
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    runs = json.loads(out.read_text())["runs"]
+    assert runs and all(run["corruption"] is None and not run["hung"] and not run["unclear_ends"] for run in runs), result.stdout
+    assert sum(len(run["faults"]) for run in runs) >= 2 * len(runs) and "corruptions: 0" in result.stdout
+
+
+def test_a_difference_is_seen_and_counted():
+    rows, tensors = {1: (2.0, 1.0), 2: (1.5, 0.5)}, {"model.w": torch.tensor([1.0, 2.0])}
+    whole = (2, rows, tensors)
+    assert chaos.difference(whole, whole, exact=True) is None
+    off = (2, rows, {"model.w": torch.tensor([1.0, 2.0 + 1e-6])})
+    assert "model.w: differs by" in chaos.difference(off, whole, exact=True) and chaos.difference(off, whole, exact=False) is None
+    assert chaos.difference((2, rows, {"model.w": torch.tensor([1.0, 2.1])}), whole, exact=False)
+    assert chaos.difference((2, {1: (2.0, 1.0)}, tensors), whole, exact=False).startswith("step 2, 1 losses")
+    result = dict(index=0, faults=["NaN loss"], corruption="model.w", lives=2, bitwise=True, lost_steps=3, unclear_ends=0, hung=0)
+    assert "corruptions: 1" in chaos.table([result]) and f"{'NaN loss':42} {1:6} {0:10}" in chaos.table([result])
