@@ -90,7 +90,8 @@ class ModelConfig:
     use_rmsnorm: bool = True
     wo_shift: bool = False
     learn_sigma: bool = False
-    use_checkpoint: bool = False  # recompute each block's activations in the backward pass
+    use_checkpoint: bool = False  # keep fewer activations, recompute the others in the backward pass
+    checkpoint_policy: Literal["full", "selective"] = "full"  # kept then: only what enters a block; or matrix products and attention too
 
     def resolve(self):
         """Fills the fields left None from the preset."""
