@@ -6,12 +6,16 @@ The activations are those that autograd keeps, to a few percent (a test counts t
 on a GPU.
 """
 import dataclasses
+import gc
 import math
+import os
 
 import torch
+import torch.distributed as dist
 
 from . import images, latents
 from .config import ModelConfig
+from .distributed import local_world_size, world
 from .model import CHECKPOINTING, LightningDiT, SwiGLU, forward_flops
 
 CARDS = (24, 40, 80, 141)  # GB of 1e9 bytes. Cards hold about 6 % more, which is left to the CUDA context, workspaces and fragmentation
@@ -94,7 +98,86 @@ def fitting_table(model, bf16=True, state="fp32"):
     return "\n".join(lines)
 
 
-def print_plan(config, device, shards=1):
+def choose_micro_batch(model, share, mode, bf16, device, state="fp32"):
+    """The largest divisor of `share` images that fits in one forward and backward pass: found by trial on CUDA, by the estimate elsewhere.
+
+    Each process tries alone, so that one that runs out of memory leaves no other waiting for its messages; the smallest answer counts for
+    all. To be called with the whole model, before it is compiled (a trial must not fix shapes) and sharded.
+
+    Args: mode: what choose_parallel said. state: of the optimizer.
+    Returns: (images, how it was found).
+    Raises: torch.OutOfMemoryError where not even one image fits.
+    """
+    sizes = [n for n in range(share, 0, -1) if share % n == 0]
+    shards = {"fsdp": world()[1], "hsdp": local_world_size()}.get(mode, 1)
+    later = training_memory(model, 0, bf16, shards=shards, state=state)
+    if device.type == "cuda":
+        now = training_memory(model, 0, bf16)  # what a trial itself holds of it
+        held = sum(size for name, size in now.items() if name != "EMA" and not name.startswith("optimizer"))
+        total = torch.cuda.get_device_properties(device).total_memory
+        # Room for what is not there yet, and 5 % for fragmentation.
+        ballast = torch.empty(int(max(0, sum(later.values()) - held) + 0.05 * total), dtype=torch.uint8, device=device)
+        size, how = largest_by_trial(sizes, lambda count: _try_pass(model, count, bf16, device)), "by trial"
+        del ballast
+        torch.cuda.empty_cache()
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
+        most = (memory - sum(later.values())) / activation_bytes(model, 2 if bf16 else 4)
+        size, how = next((n for n in sizes if n <= most), 0), "by the estimate"
+    if dist.is_initialized():
+        least = torch.tensor(size, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        size = int(least)
+    if not size:
+        raise torch.OutOfMemoryError("not even one image fits")
+    return size, how
+
+
+def largest_by_trial(sizes, attempt):
+    """The first of `sizes` for which attempt(size) does not raise torch.OutOfMemoryError, else 0. What a failed one held is freed."""
+    for size in sizes:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError:
+            pass  # left before anything else is allocated: the traceback holds the tensors of the failed pass
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0
+
+
+def _try_pass(model, count, bf16, device):
+    """A forward and backward pass of `count` images; leaves no gradients, whatever happens."""
+    x = torch.zeros(count, model.in_channels, model.input_size, model.input_size, device=device)
+    t, y = torch.full((count,), 0.5, device=device), torch.zeros(count, dtype=torch.int64, device=device)
+    training = model.training
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            prediction = model.train()(x, t, y, y.bool())
+        prediction.float().square().sum().backward()
+    finally:
+        model.train(training).zero_grad(set_to_none=True)
+
+
+def out_of_memory_advice(config):
+    """What to change in a configuration that ran out of memory, most harmless first."""
+    half = config.micro_batch // 2 if isinstance(config.micro_batch, int) and config.micro_batch > 1 else None
+    steps = [f"--micro-batch {half} (same result, smaller passes) or auto"] if half else []
+    if config.micro_batch is None:
+        steps.append("--micro-batch auto")
+    if not config.model.use_checkpoint:
+        steps.append("--model.use-checkpoint --model.checkpoint-policy selective")
+    if not config.model.use_checkpoint or config.model.checkpoint_policy == "selective":
+        steps.append("--model.use-checkpoint --model.checkpoint-policy full")
+    if world()[1] > 1 and config.parallel not in ("fsdp", "hsdp"):
+        steps.append("--parallel fsdp")
+    if config.data.resident not in ("none", "ram"):
+        steps.append("--data.resident ram")
+    return "out of memory; in this order: " + "; ".join([*steps, "a GPU with more memory"]) + ". --dry-run prints what fits which GPU"
+
+
+def print_plan(config, device):
     """--dry-run: what this configuration would cost, from shapes alone."""
     data = config.data
     if latents.is_store(data.path):
@@ -106,7 +189,8 @@ def print_plan(config, device, shards=1):
     num_images, data.num_classes = data.num_images or counted, data.num_classes or len(classes)
     with torch.device("meta"):
         model = LightningDiT(**config.model_arguments())
-    bf16, micro, flops = config.use_bf16(device), config.micro_batch or config.batch_size, forward_flops(model)
+    bf16, flops = config.use_bf16(device), forward_flops(model)
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size // world()[1]
     memory = training_memory(model, micro, bf16)
     steps = num_images * (1 - data.val_fraction) / config.batch_size
     print(f"parameters        {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")

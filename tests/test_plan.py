@@ -1,4 +1,6 @@
 """The estimate of memory against what autograd really keeps, and the tables made from it."""
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightningdit import plan
+from lightningdit.config import ConfigError, DiTConfig, from_dict, parse
 from lightningdit.model import CHECKPOINTING, PRESETS, LightningDiT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,3 +103,71 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
 
 def test_the_documented_table_is_the_present_one():
     assert (ROOT / "docs/memory.md").read_text() == plan.document()
+
+
+class Limited(LightningDiT):
+    """A model on a device that holds `most` images."""
+
+    most, tried = 0, []
+
+    def forward(self, x, *arguments):
+        self.tried.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError(f"no room for {len(x)} images")
+        return super().forward(x, *arguments)
+
+
+@pytest.mark.parametrize("most, expected", [(100, 24), (13, 12), (7, 6), (1, 1), (0, 0)])
+def test_the_largest_micro_batch_by_trial(most, expected):
+    model = Limited(**SMALL, hidden_size=16, num_heads=1, depth=1, **LIGHTNING).eval()
+    model.most, model.tried = most, []
+    sizes = [24, 12, 8, 6, 4, 3, 2, 1]
+    cpu = torch.device("cpu")
+    assert plan.largest_by_trial(sizes, lambda count: plan._try_pass(model, count, False, cpu)) == expected
+    assert model.tried == [n for n in sizes if n >= expected]
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_other_errors_of_a_trial_pass_through():
+    def attempt(count):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        plan.largest_by_trial([2, 1], attempt)
+
+
+def test_micro_batch_by_the_estimate(monkeypatch):
+    model, cpu = LightningDiT(**SMALL, hidden_size=16, num_heads=1, depth=1, **LIGHTNING), torch.device("cpu")
+    fixed, each = sum(plan.training_memory(model, 0, False).values()), plan.activation_bytes(model, 4)
+    for room, expected in ((1000, 24), (11.5, 8), (1.5, 1)):
+        monkeypatch.setattr(plan.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": fixed + room * each}.get)
+        assert plan.choose_micro_batch(model, 24, "none", False, cpu) == (expected, "by the estimate")
+    monkeypatch.setattr(plan.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": fixed}.get)
+    with pytest.raises(torch.OutOfMemoryError, match="not even one image"):
+        plan.choose_micro_batch(model, 24, "none", False, cpu)
+
+
+def test_advice_names_what_is_left_to_do():
+    config = DiTConfig(micro_batch=128)
+    assert "--micro-batch 64" in plan.out_of_memory_advice(config) and "selective" in plan.out_of_memory_advice(config)
+    config.model.use_checkpoint, config.micro_batch = True, None
+    assert "--micro-batch auto" in plan.out_of_memory_advice(config) and "policy" not in plan.out_of_memory_advice(config)
+
+
+def test_micro_batch_accepts_numbers_and_auto_only():
+    assert [from_dict(DiTConfig, dict(micro_batch=value)).micro_batch for value in ("auto", 4, None)] == ["auto", 4, None]
+    with pytest.raises(ConfigError, match="micro_batch: got 'half', expected int or auto"):
+        from_dict(DiTConfig, dict(micro_batch="half"))
+    assert parse(DiTConfig, ["--micro-batch", "auto"]).micro_batch == "auto" and parse(DiTConfig, ["--micro-batch", "8"]).micro_batch == 8
+
+
+def test_the_trainer_reports_the_micro_batch_it_chose_and_says_what_to_do_without_memory(tmp_path):
+    small = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 1 --optim.warmup 0 --final-samples 0 "
+             "--sample-num 10 --sample.num-steps 2").split()
+    command = [str(ROOT / "train" / "dit.py"), "--run", str(tmp_path / "run"), *small, "--micro-batch", "auto"]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "micro-batch 16 of 16 images a process, the largest that fits by the estimate" in result.stdout
+    tiny = "import os, runpy, sys; os.sysconf = lambda name: 1; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", tiny, *command, "--device", "cpu"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and "error: out of memory; in this order: --model.use-checkpoint" in result.stderr, result.stderr
