@@ -5,6 +5,7 @@
 An unknown key, a wrong type or an impossible combination raises ConfigError, which names the field, what it got and what it
 expects, before any work starts. `save` writes the resolved configuration, which `load` reads back to the same object.
 """
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -90,7 +91,8 @@ class ModelConfig:
     use_rmsnorm: bool = True
     wo_shift: bool = False
     learn_sigma: bool = False
-    use_checkpoint: bool = False  # recompute each block's activations in the backward pass
+    use_checkpoint: bool = False  # keep fewer activations, recompute the others in the backward pass
+    checkpoint_policy: Literal["full", "selective"] = "full"  # kept then: only what enters a block; or matrix products and attention too
 
     def resolve(self):
         """Fills the fields left None from the preset."""
@@ -213,7 +215,8 @@ class DiTConfig:
     seed: int = 0
     steps: int = 80_000
     batch_size: int = 1024  # images a step, over all processes and micro-batches
-    micro_batch: int | None = None  # images in one forward pass of one process; None: its whole share of the batch
+    # Images in one forward pass of one process. None: its whole share of the batch; auto: the largest divisor of it that fits
+    micro_batch: int | Literal["auto"] | None = None
     compile: bool = False  # torch.compile, block by block
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast with an fp32 residual stream on CUDA, fp32 on CPU
@@ -259,8 +262,8 @@ class DiTConfig:
                      "validate_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         require(self.final_samples >= 0, "final_samples", self.final_samples, "a number >= 0")
-        require(self.micro_batch is None or 0 < self.micro_batch <= self.batch_size and self.batch_size % self.micro_batch == 0,
-                "micro_batch", self.micro_batch, f"a divisor of batch_size = {self.batch_size}, or null")
+        require(self.micro_batch in (None, "auto") or 0 < self.micro_batch <= self.batch_size and self.batch_size % self.micro_batch == 0,
+                "micro_batch", self.micro_batch, f"a divisor of batch_size = {self.batch_size}, auto, or null")
         require(self.data.image_size % self.tokenizer.downsample == 0, "data.image_size", self.data.image_size,
                 f"a multiple of tokenizer.downsample = {self.tokenizer.downsample}")
         require(self.latent_size % self.model.patch_size == 0, "data.image_size", self.data.image_size,
@@ -565,8 +568,17 @@ def _checked(hint, value, name):
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        (hint,) = [arg for arg in args if arg is not type(None)]
-        return _checked(hint, value, name)
+        *others, hint = [arg for arg in args if arg is not type(None)]
+        for other in others:
+            with contextlib.suppress(ConfigError):
+                return _checked(other, value, name)
+        try:
+            return _checked(hint, value, name)
+        except ConfigError:
+            if not others:
+                raise
+            choices = [*(other.__name__ for other in others), *map(str, typing.get_args(hint))]
+            raise ConfigError(f"{name}: got {value!r}, expected {' or '.join(choices)}") from None
     if origin is Literal:
         require(value in args and not isinstance(value, bool), name, value, f"one of {', '.join(map(str, args))}")
         return value

@@ -164,10 +164,11 @@ def choose_parallel(wanted, training_bytes, device):
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     if training_bytes < 0.4 * memory:
         return "ddp"
-    return "hsdp" if size > _local_world_size() else "fsdp"
+    return "hsdp" if size > local_world_size() else "fsdp"
 
 
-def _local_world_size():
+def local_world_size():
+    """Processes on this node, from torchrun's environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -191,7 +192,7 @@ def parallelise(model, mode, device, *, bf16=False):
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **arguments)
     if mode not in PARALLEL[1:]:
         raise ValueError(f"parallel: got {mode!r}, expected one of {', '.join(PARALLEL)}")
-    size, local = dist.get_world_size(), _local_world_size()
+    size, local = dist.get_world_size(), local_world_size()
     if mode == "hsdp" and size % local:
         raise ValueError(f"parallel: got 'hsdp' with {size} processes, {local} on this node, expected as many on every node")
     shape, names = ((size // local, local), ("replicate", "shard")) if mode == "hsdp" else ((size,), ("shard",))

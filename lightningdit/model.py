@@ -5,13 +5,14 @@ flag off it is the plain DiT / SiT (arXiv:2212.09748, arXiv:2401.08740), the pap
 
 B batch, N tokens, D hidden size, H heads, Dh head dim, F MLP width, C latent channels, P patch size, S latent positions a side.
 """
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightningdit_kernels import gated_residual_rms_norm_modulate, rms_norm_modulate, rope_attention, swiglu
 
@@ -28,6 +29,17 @@ PRESETS = {
     f"{size}/{patch_size}": dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size)
     for size, (depth, hidden_size, num_heads) in SIZES.items() for patch_size in (1, 2)
 }
+
+
+# Checkpointing "selective" keeps what these compute, matrix products and attention, and recomputes the rest: norms with modulation and
+# SwiGLU, 10 FLOP or so a value. "full" keeps what goes into a block.
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default,
+            torch.ops.lightningdit.rope_attention.default}
+CHECKPOINTING = ("none", "selective", "full")
+
+
+def _keep_products(context, op, *arguments, **options):
+    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Branch(NamedTuple):
@@ -197,7 +209,7 @@ class LightningDiTBlock(nn.Module):
     returns the same two: the sum then fuses with the norm that follows it, across the block boundary too.
     """
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift):
+    def __init__(self, hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift, checkpointing="none"):
         super().__init__()
         norm = RMSNorm if use_rmsnorm else lambda dim: LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.norm1, self.norm2 = norm(hidden_size), norm(hidden_size)
@@ -205,9 +217,18 @@ class LightningDiTBlock(nn.Module):
         width = int(hidden_size * mlp_ratio)
         self.mlp = SwiGLU(hidden_size, int(2 / 3 * width)) if use_swiglu else Mlp(hidden_size, width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
-        self.wo_shift = wo_shift
+        self.wo_shift, self.checkpointing = wo_shift, checkpointing
 
     def forward(self, x, branch, c, rope=None):
+        # Inside the block, and so inside what is compiled and what FSDP2 gathers weights for.
+        if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
+            return self._forward(x, branch, c, rope)
+        contexts = {}
+        if self.checkpointing == "selective":
+            contexts = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_products))
+        return checkpoint(self._forward, x, branch, c, rope, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+    def _forward(self, x, branch, c, rope):
         if self.wo_shift:
             scale1, gate1, scale2, gate2 = self.adaLN_modulation(c).chunk(4, dim=1)  # (B, D) each
             shift1 = shift2 = None
@@ -245,14 +266,15 @@ class LightningDiT(nn.Module):
         class_dropout_prob: probability of replacing a label by the null label in training.
         learn_sigma: the network emits 2C channels, of which the second half is dropped (kept for old checkpoints).
         use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift: the paper's architecture flags; wo_shift drops the shift in blocks only.
-        use_checkpoint: recompute the activations of each block in the backward pass.
-    Raises: ValueError for a shape that does not divide.
+        use_checkpoint: keep fewer activations of each block and recompute the others in the backward pass.
+        checkpoint_policy: which to keep then; "full": only what goes into the block, "selective": also matrix products and attention.
+    Raises: ValueError for a shape that does not divide, or an unknown policy.
     Source: arXiv:2501.01423, Table 2 for the flags.
     """
 
     def __init__(self, input_size=16, patch_size=1, in_channels=32, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
                  num_classes=1000, class_dropout_prob=0.1, learn_sigma=False, use_qknorm=False, use_swiglu=False, use_rope=False,
-                 use_rmsnorm=False, wo_shift=False, use_checkpoint=False):
+                 use_rmsnorm=False, wo_shift=False, use_checkpoint=False, checkpoint_policy="full"):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size: got {input_size}, expected a multiple of patch_size = {patch_size}")
@@ -262,7 +284,10 @@ class LightningDiT(nn.Module):
         if use_rope and head_dim % 4:
             raise ValueError(f"hidden_size / num_heads: got {head_dim}, expected a multiple of 4 with use_rope")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes, self.learn_sigma, self.use_checkpoint = num_classes, learn_sigma, use_checkpoint
+        if checkpoint_policy not in CHECKPOINTING[1:]:
+            raise ValueError(f"checkpoint_policy: got {checkpoint_policy!r}, expected one of {', '.join(CHECKPOINTING[1:])}")
+        self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        self.checkpointing = checkpoint_policy if use_checkpoint else "none"
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -270,7 +295,8 @@ class LightningDiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, grid_size), requires_grad=False)  # (1, N, D)
         self.feat_rope = RotaryEmbedding(head_dim, grid_size) if use_rope else None
         self.blocks = nn.ModuleList(
-            LightningDiTBlock(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift) for _ in range(depth))
+            LightningDiTBlock(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift, self.checkpointing)
+            for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, use_rmsnorm)
         self.initialize_weights()
 
@@ -305,10 +331,7 @@ class LightningDiT(nn.Module):
         x, branch = self.x_embedder(x) + self.pos_embed, None  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (B, D)
         for block in self.blocks:
-            if self.use_checkpoint and self.training:
-                x, branch = checkpoint(block, x, branch, c, self.feat_rope, use_reentrant=False)
-            else:
-                x, branch = block(x, branch, c, self.feat_rope)
+            x, branch = block(x, branch, c, self.feat_rope)
         x = self.final_layer(x, branch, c)  # (B, N, P * P * out_channels)
         n = S // P
         x = x.view(B, n, n, P, P, self.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, S, S)
@@ -368,32 +391,3 @@ def forward_flops(model):
     flops += 2 * N * model.x_embedder.proj.weight.numel()
     flops += len(model.blocks) * 4 * N * N * model.pos_embed.shape[2]
     return flops
-
-
-def activation_bytes(model, bytes_per_value):
-    """Estimated bytes that one image's forward pass keeps for the backward pass: `bytes_per_value` an activation, fp32 for the residual.
-
-    A token of a block keeps the residual twice (fp32), norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden and MLP out; with
-    `use_checkpoint` only what the block takes in, plus one block that is being recomputed.
-    """
-    N, D = model.pos_embed.shape[1:]
-    mlp = model.blocks[0].mlp
-    width = mlp.w12.out_features + mlp.w3.in_features if isinstance(mlp, SwiGLU) else 2 * mlp.fc1.out_features
-    block = N * (2 * 4 * D + bytes_per_value * (8 * D + width))
-    if model.use_checkpoint:
-        return len(model.blocks) * N * D * (4 + bytes_per_value) + block
-    return len(model.blocks) * block
-
-
-def training_memory(model, images, bf16):
-    """Estimated bytes of training with AdamW on one device, by kind, for forward passes of `images` images."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {
-        "weights": 4 * total,
-        "gradients": 4 * trainable,
-        "optimizer (AdamW)": 8 * trainable,
-        "EMA": 4 * total,
-        "bf16 copies of weights": 2 * trainable if bf16 else 0,
-        f"activations of {images} images": images * activation_bytes(model, 2 if bf16 else 4),
-    }

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "run", "steps", "micro_batch", "compile", "device", "parallel", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
     "sample_num", "validate_every", "final_samples", "sample", "guard", "deterministic", "data.path", "data.cache", "data.workers",
     "data.decoder", "data.num_images", "data.resident", "tokenizer.path",
+    "model.use_checkpoint", "model.checkpoint_policy",
 )
 
 

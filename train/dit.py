@@ -22,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 
-from lightningdit import checkpoint, images, latents, optim
+from lightningdit import checkpoint, latents, optim
 from lightningdit.config import DiTConfig, parse, require
 from lightningdit.distributed import (
     check_compiler,
@@ -39,7 +39,8 @@ from lightningdit.distributed import (
 )
 from lightningdit.guard import Guard
 from lightningdit.log import RunLog, plot_losses
-from lightningdit.model import LightningDiT, forward_flops, training_memory
+from lightningdit.model import LightningDiT, forward_flops
+from lightningdit.plan import choose_micro_batch, out_of_memory_advice, print_plan, training_memory
 from lightningdit.run import Incidents, Rollback, note_configuration, open_run, resume, trainer_state
 from lightningdit.training import (
     draw_batch,
@@ -76,6 +77,8 @@ def main(argv):
                 return train(config, device)
             except Rollback:  # from the last checkpoint on, as if the program had been started again
                 gc.collect()
+            except torch.OutOfMemoryError as problem:
+                raise SystemExit(f"error: {out_of_memory_advice(config)}\n{problem}") from None
 
 
 def train(config, device):
@@ -91,13 +94,15 @@ def train(config, device):
     model = LightningDiT(**config.model_arguments()).to(device)
     if config.init is not None:
         model.load_weights(checkpoint.load_weights(config.init))
+    bf16 = config.use_bf16(device)
+    mode = choose_parallel(config.parallel, sum(training_memory(model, 0, bf16).values()), device)
+    found = None
+    if config.micro_batch == "auto":
+        config.micro_batch, found = choose_micro_batch(model, config.batch_size // size, mode, bf16, device)
     average = optim.frozen_copy(model)
     if config.compile:
         for block in model.blocks:  # one block's graph serves all of them: compile time does not grow with depth
             block.compile()
-    bf16 = config.use_bf16(device)
-    fixed = sum(training_memory(model, 0, bf16).values())
-    mode = choose_parallel(config.parallel, fixed, device)
     forward = parallelise(model, mode, device, bf16=bf16)
     parallelise(average, mode if mode in ("fsdp", "hsdp") else "none", device, bf16=bf16)
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup, average)
@@ -113,6 +118,8 @@ def train(config, device):
     log.say(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_set)} images, "
             f"{len(train_set.classes)} classes, {device.type}, {'bf16' if bf16 else 'fp32'}{', compiled' if config.compile else ''}"
             f"{f', {size} processes ({mode})' if size > 1 else ''}, {f'resuming at step {start}' if start else 'from the beginning'}")
+    if found:
+        log.say(f"micro-batch {config.micro_batch} of {config.batch_size // size} images a process, the largest that fits {found}")
     model.train()
     loader = latents.Loader(train_set, config.batch_size, seed=config.seed, start=start, flip=config.data.flip, rank=rank, world=size,
                             device=device)
@@ -162,31 +169,6 @@ def train(config, device):
         if digits:
             print(f"digits recognised {score:.1%} of {config.final_samples} generated digits are classified as the digit asked for "
                   "(SVC trained on the real ones)")
-    return 0
-
-
-def print_plan(config, device):
-    """--dry-run: what this configuration would cost, from shapes alone."""
-    data = config.data
-    if latents.is_store(data.path):
-        index = latents.read_index(data.path)
-        counted, classes = index["images"], index["plan"]["classes"]
-    else:
-        source = images.open_batches(data, 1, 3).source
-        counted, classes = len(source), source.classes
-    num_images, data.num_classes = data.num_images or counted, data.num_classes or len(classes)
-    with torch.device("meta"):
-        model = LightningDiT(**config.model_arguments())
-    bf16, micro, flops = config.use_bf16(device), config.micro_batch or config.batch_size, forward_flops(model)
-    memory = training_memory(model, micro, bf16)
-    steps = num_images * (1 - data.val_fraction) / config.batch_size
-    print(f"parameters        {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
-    print(f"tokens an image   {model.pos_embed.shape[1]}")
-    print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training")
-    for name, size in memory.items():
-        print(f"memory            {size / 2**30:9.3f} GiB  {name}")
-    print(f"memory            {sum(memory.values()) / 2**30:9.3f} GiB  estimated in all, {'bf16' if bf16 else 'fp32'}")
-    print(f"steps an epoch    {steps:.1f} of {config.batch_size} images; {config.steps} steps are {config.steps / steps:.1f} epochs")
     return 0
 
 
