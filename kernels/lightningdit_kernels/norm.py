@@ -92,7 +92,7 @@ def norm_backward_ref(grad_residual, grad_h, residual, y, gate, scale, weight, b
     by_sample = (grad_h * x_hat).sum(1)
     return (
         dx.to(residual.dtype),
-        None if branch_dtype is None else dy.to(branch_dtype),
+        None if branch_dtype is None else dy.to(branch_dtype, copy=dy is dx),  # results of an operator must not share memory
         None if y is None else (dx * _plus(y, bias, acc)).sum(1).to(gate.dtype),
         (by_sample if weight is None else by_sample * weight.to(acc)).to(scale.dtype),
         None if shift_dtype is None else grad_h.sum(1).to(shift_dtype),

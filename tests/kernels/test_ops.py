@@ -107,11 +107,11 @@ def opcheck(calls, **options):
             torch.library.opcheck(operator, arguments, **options)
 
 
-VARIANTS = [dict(dtype=torch.float32), dict(dtype=torch.float32, least=True), dict(dtype=torch.bfloat16), dict(dtype=torch.float64)]
+VARIANTS = [dict(dtype=dtype, least=least) for dtype in (torch.float32, torch.float64) for least in (False, True)]
 
 
 @each_op
-@pytest.mark.parametrize("variant", VARIANTS, ids=["fp32", "fp32 least", "bf16", "fp64"])
+@pytest.mark.parametrize("variant", [*VARIANTS, dict(dtype=torch.bfloat16)], ids=["fp32", "fp32 least", "fp64", "fp64 least", "bf16"])
 def test_opcheck(op, variant):
     """fp64 is the definition's; schema, fake, autograd and AOT dispatch of every operator that serves the op, forward and backward."""
     opcheck(calls_of(op, **variant).calls)
