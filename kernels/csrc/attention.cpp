@@ -125,7 +125,7 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch {
-  float *q, *grad, *weights, *slopes, *delta, *line, *raw, *dq, *dk, *dv;
+  float *q, *grad, *weights, *slopes, *line, *raw, *dq, *dk, *dv;
   double* sums;
   Panels q_rows, k_rows, grad_rows, k_columns, v_columns;
 
@@ -134,7 +134,6 @@ struct BackwardScratch {
     grad = arena.take(s.padded * s.head_dim);
     weights = arena.take(s.queries * s.padded);
     slopes = arena.take(s.queries * s.padded);
-    delta = arena.take(s.padded);
     line = arena.take(s.head_dim);
     raw = arena.take(s.head_dim);
     dq = arena.take(s.padded * s.width);
@@ -304,7 +303,7 @@ static int forward(const In* qkv, const float* table, const float* bias, const N
 }
 
 template <typename In, typename Out>
-static int backward(const Out* grad, const In* qkv, const Out* out, const float* lse, const float* table, const float* bias,
+static int backward(const Out* grad, const In* qkv, const float* lse, const float* table, const float* bias,
                     const Norm& q_norm, const Norm& k_norm, In* grad_qkv, float* sums, float* scratch, int64_t batch, int64_t heads,
                     const Shape& shape, int threads) {
   const int64_t tokens = shape.tokens, dim = shape.head_dim, all = heads * dim;
@@ -331,11 +330,6 @@ static int backward(const Out* grad, const In* qkv, const Out* out, const float*
       const int64_t offset = (sample * tokens + n) * all + head * dim;
       read(grad + offset, (const float*)nullptr, dim, s.grad + n * dim);
       pack(s.grad + n * dim, n, dim, &s.grad_rows, nullptr);
-      read(out + offset, (const float*)nullptr, dim, s.line);
-      float delta = 0;
-#pragma omp simd reduction(+ : delta)
-      for (int64_t i = 0; i < dim; ++i) delta += s.line[i] * s.grad[n * dim + i];
-      s.delta[n] = delta;
     }
     for (int64_t n = tokens; n < shape.padded; ++n) {
       memset(s.q + n * dim, 0, size_t(dim) * sizeof(float));
@@ -349,10 +343,21 @@ static int backward(const Out* grad, const In* qkv, const Out* out, const float*
       multiply<false>(s.grad + first * dim, dim, s.v_columns, 0, dim, count, s.slopes, shape.padded, false);
       for (int64_t i = 0; i < count; ++i) {
         float *weights = s.weights + i * shape.padded, *slopes = s.slopes + i * shape.padded;
-        const float log_sum = lse[item * tokens + first + i], delta = s.delta[first + i];
-#pragma omp simd
+        const float log_sum = lse[item * tokens + first + i];
+        // The whole row is at hand: its sum makes good the rounding of log_sum, and delta comes from the weights themselves, not
+        // from out, so that the slopes of a row add up to nothing: what rounding leaves of that is what sums over all tokens gather.
+        float sum = 0, delta = 0;
+#pragma omp simd reduction(+ : sum, delta)
         for (int64_t j = 0; j < tokens; ++j) {
           weights[j] = exp_f32(weights[j] * scale - log_sum);
+          sum += weights[j];
+          delta += weights[j] * slopes[j];
+        }
+        const float unit = 1.0f / sum;
+        delta *= unit;
+#pragma omp simd
+        for (int64_t j = 0; j < tokens; ++j) {
+          weights[j] *= unit;
           slopes[j] = weights[j] * (slopes[j] - delta) * scale;
         }
         for (int64_t j = tokens; j < shape.padded; ++j) weights[j] = slopes[j] = 0;
@@ -402,8 +407,8 @@ LIGHTNINGDIT_ATTENTION_BACKWARD(attention_backward) {
   return with_types(qkv_dtype, out_dtype, [&](auto in, auto result) {
     using In = decltype(in);
     using Out = decltype(result);
-    return backward((const Out*)grad, (const In*)qkv, (const Out*)out, lse, table, bias, q_norm, k_norm, (In*)grad_qkv, sums, scratch, batch,
-                    heads, Shape(tokens, head_dim), threads);
+    return backward((const Out*)grad, (const In*)qkv, lse, table, bias, q_norm, k_norm, (In*)grad_qkv, sums, scratch, batch, heads,
+                    Shape(tokens, head_dim), threads);
   });
 }
 

@@ -16,7 +16,7 @@
            int threads)
 
 #define LIGHTNINGDIT_ATTENTION_BACKWARD(name)                                                                             \
-  int name(const void* grad, const void* qkv, const void* out, const float* lse, const float* table, const float* bias,   \
+  int name(const void* grad, const void* qkv, const float* lse, const float* table, const float* bias,                     \
            const float* q_weight, const float* k_weight, const float* q_bias, const float* k_bias, void* grad_qkv,        \
            float* sums, float* scratch, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, float eps,        \
            int center, int qkv_dtype, int out_dtype, int threads)

@@ -72,7 +72,7 @@ static int level = detected_level;
   return baseline::call;
 
 // Raised with every change of a signature, so that a library left over from an older build is refused.
-EXPORT int lightningdit_abi_version() { return 4; }
+EXPORT int lightningdit_abi_version() { return 5; }
 
 EXPORT int lightningdit_level() { return level; }
 
@@ -128,6 +128,6 @@ EXPORT LIGHTNINGDIT_ATTENTION_FORWARD(lightningdit_attention_forward) {
 }
 
 EXPORT LIGHTNINGDIT_ATTENTION_BACKWARD(lightningdit_attention_backward) {
-  DISPATCH(attention_backward(grad, qkv, out, lse, table, bias, q_weight, k_weight, q_bias, k_bias, grad_qkv, sums, scratch, batch, tokens,
+  DISPATCH(attention_backward(grad, qkv, lse, table, bias, q_weight, k_weight, q_bias, k_bias, grad_qkv, sums, scratch, batch, tokens,
                               heads, head_dim, eps, center, qkv_dtype, out_dtype, threads))
 }

@@ -150,7 +150,7 @@ def _attention_backward_cpu(grad, qkv, out, lse, positions, freqs, q_weight, k_w
     sums = qkv.new_zeros((batch, heads, 7, head_dim), dtype=torch.float32)
     if out.numel():
         small = _in_fp32(positions, freqs, bias, q_weight, k_weight, q_bias, k_bias)
-        native.attention_backward(grad.contiguous(), qkv.contiguous(), out, lse, *small, eps, center, grad_qkv, sums)
+        native.attention_backward(grad.contiguous(), qkv.contiguous(), lse, *small, eps, center, grad_qkv, sums)
     by_head = sums.sum(0)
     of_norm = by_head.sum(0)
     gradients = (of_norm[0], of_norm[2], of_norm[1], of_norm[3], by_head[:, 4:].transpose(0, 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of common.h
 LEVELS = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
 MISSING = "native_missing.txt"  # written by setup.py in place of a library that could not be built: why
@@ -18,7 +18,7 @@ _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _SIGNATURES = {
     "lightningdit_attention_scratch": [_size, _size, _int],
     "lightningdit_attention_forward": [_pointer] * 10 + [_size] * 4 + [_float] + [_int] * 4,
-    "lightningdit_attention_backward": [_pointer] * 13 + [_size] * 4 + [_float] + [_int] * 4,
+    "lightningdit_attention_backward": [_pointer] * 12 + [_size] * 4 + [_float] + [_int] * 4,
     "lightningdit_cosine_forward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
     "lightningdit_cosine_backward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
     "lightningdit_distance": [_pointer] * 8 + [_size] * 4 + [_float] * 2 + [_int] * 3,
@@ -131,10 +131,10 @@ def attention_forward(qkv, table, bias, q_weight, k_weight, q_bias, k_bias, eps,
     _run("lightningdit_attention_forward", *map(_address, tensors), *_head_sizes(qkv), eps, center, DTYPES[qkv.dtype], DTYPES[out.dtype])
 
 
-def attention_backward(grad, qkv, out, lse, table, bias, q_weight, k_weight, q_bias, k_bias, eps, center, grad_qkv, sums) -> None:
+def attention_backward(grad, qkv, lse, table, bias, q_weight, k_weight, q_bias, k_bias, eps, center, grad_qkv, sums) -> None:
     """grad_qkv, and sums (B, H, 7, Dh): over tokens, the gradients of q_weight, q_bias, k_weight, k_bias, and of bias for q, k, v."""
-    tensors = grad, qkv, out, lse, table, bias, q_weight, k_weight, q_bias, k_bias, grad_qkv, sums, _attention_scratch(qkv, True)
-    _run("lightningdit_attention_backward", *map(_address, tensors), *_head_sizes(qkv), eps, center, DTYPES[qkv.dtype], DTYPES[out.dtype])
+    tensors = grad, qkv, lse, table, bias, q_weight, k_weight, q_bias, k_bias, grad_qkv, sums, _attention_scratch(qkv, True)
+    _run("lightningdit_attention_backward", *map(_address, tensors), *_head_sizes(qkv), eps, center, DTYPES[qkv.dtype], DTYPES[grad.dtype])
 
 
 def _head_sizes(qkv):
