@@ -146,12 +146,13 @@ class RunLog:
 
         Every process calls it.
         """
-        self._settle()
+        self.settle()
         self.saver.start(step, tensors, state)
         if last:
-            self._settle(last=True)
+            self.settle(last=True)
 
-    def _settle(self, last=False):
+    def settle(self, last=False):
+        """Waits for the save in the background, so that `saved` is what a resumption would find."""
         try:
             self.saved = self.saver.wait() or self.saved
         except OSError as error:
@@ -164,7 +165,7 @@ class RunLog:
 
     def close(self):
         self.flush()
-        self._settle()
+        self.settle()
         self.bar.close()
         self.file.close()
         self.tensorboard.close()
