@@ -96,7 +96,7 @@ class Incidents:
                 held = json.loads(self.path.read_text())
                 self.left_out, self.lr_factor = {int(step) for step in held["left_out"]}, float(held["lr_factor"])
             except (ValueError, KeyError, TypeError, OverflowError) as error:
-                raise ConfigError(f"run: {self.path} is damaged ({type(error).__name__}: {error}); it names the updates that a rollback left "
+                raise ConfigError(f"run: {self.path} is damaged ({type(error).__name__}: {error}); it names updates that rollbacks left "
                                   'out, as {"left_out": [7], "lr_factor": 1.0}; without the file none is') from None
         self.count = len(self.left_out)  # so that a run that only ever goes back comes to an end
 
