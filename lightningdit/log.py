@@ -154,7 +154,7 @@ class RunLog:
             self.settle(last=True)
 
     def settle(self, last=False):
-        """Waits for the save that is under way, so that `saved` is true."""
+        """Waits for the save in the background, so that `saved` is what a resumption would find."""
         try:
             self.saved = self.saver.wait() or self.saved
         except OSError as error:

@@ -96,8 +96,8 @@ class Incidents:
             try:
                 held = json.loads(self.path.read_text())
                 self.left_out, self.lr_factor = {int(step) for step in held["left_out"]}, float(held["lr_factor"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"run: {self.path} is damaged ({type(error).__name__}: {error}); it names the updates that a rollback left "
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                raise ConfigError(f"run: {self.path} is damaged ({type(error).__name__}: {error}); it names updates that rollbacks left "
                                   'out, as {"left_out": [7], "lr_factor": 1.0}; without the file none is') from None
         self.count = len(self.left_out)  # so that a run that only ever goes back comes to an end
 
@@ -122,13 +122,16 @@ class Incidents:
                         kept = f"; its batch could not be saved ({error})"
             log.event(step, incident=reason(verdict), policy=self.policy)
             log.say(f"warning: step {step}: {reason(verdict)}; the update was left out{kept}")
+        if self.policy != "skip" or self.count > self.most:
+            log.settle()
         steps = [step for step, _ in bad]
         log.settle()
         advice = "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it"
         if self.policy == "stop" or self.count > self.most:
             why = "" if self.policy == "stop" else f" These are {self.count} incidents, guard.most is {self.most}."
-            raise SystemExit(f"error: {reason(bad[0][1])} at step {steps[0]}.{why} The update was left out; the last checkpoint is of step "
-                             f"{log.saved}. {advice}; guard.policy says what else to do")
+            raise SystemExit(f"error: {reason(bad[0][1])} at step {steps[0]}.{why} The update was left out; "
+                             f"{f'the last checkpoint is of step {log.saved}' if log.saved else 'there is no checkpoint'}. {advice}; "
+                             "guard.policy says what else to do")
         if self.policy == "rollback":
             self.left_out.update(steps)
             self.lr_factor *= self.factor_each
