@@ -49,7 +49,8 @@ def arguments(run, steps):
 
 def test_preempted_it_saves_requeues_and_goes_on(cluster, tmp_path):
     run = tmp_path / "run"
-    job = subprocess.Popen(["bash", SCRIPT, *arguments(run, 1_000_000)], env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ["bash", SCRIPT, *arguments(run, 1_000_000)]
+    job = subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 180
     while len(read_log(run)) < 5:
         assert job.poll() is None and time.time() < deadline, job.communicate()[0]
