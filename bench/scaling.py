@@ -137,8 +137,8 @@ Of one step, the least images a GPU beside which all of it hides, and the comput
 {table(model)}
 
 Assumptions: {NVLINK / 1e9:.0f} GB/s a GPU and direction inside a node (NVLink 4), one port of {8 * NETWORK / 1e9:.0f} Gbit/s a GPU between
-nodes, {EFFICIENCY:.0%} of either reached; rings over nodes are as fast as all ports of a node together; {HOP * 1e6:.0f} us a hop, n - 1 hops
-for a gather or scatter of a block, 2 log2(n) for an all-reduce (trees; DDP in buckets of 25 MiB, HSDP block by block). Communication
+nodes, {EFFICIENCY:.0%} of either reached; rings over nodes are as fast as all ports of a node together; {HOP * 1e6:.0f} us a hop, n - 1
+hops for a gather or scatter of a block, 2 log2(n) for an all-reduce (trees; DDP in buckets of 25 MiB, HSDP block by block). Communication
 hides perfectly beside the computation of its own pass, and the rest waits. The utilisation is taken as the same at every batch, though
 at few images it falls. Gathered weights outside the blocks, data, checkpoints and stragglers are not counted.
 

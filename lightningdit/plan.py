@@ -13,7 +13,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from . import images, latents
+from . import images, latents, remote
 from .config import ModelConfig
 from .distributed import local_world_size, world
 from .model import CHECKPOINTING, LightningDiT, SwiGLU, forward_flops
@@ -182,8 +182,8 @@ def out_of_memory_advice(config):
 def print_plan(config, device):
     """--dry-run: what this configuration would cost, from shapes alone."""
     data = config.data
-    if latents.is_store(data.path):
-        index = latents.read_index(data.path)
+    if remote.is_url(data.path) or latents.is_store(data.path):
+        index = (remote if remote.is_url(data.path) else latents).read_index(data.path)
         counted, classes = index["images"], index["plan"]["classes"]
     else:
         source = images.open_batches(data, 1, 3).source
