@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 NAME = re.compile(r"step_(\d{7,})$")
 
+UNSHAPED = ("step", "exp_avg_scale", "exp_avg_sq_scale")  # optimizer state of another shape than its parameter
+
 
 class CheckpointError(ValueError):
     """A checkpoint or weight file that is missing, damaged or of another model."""
@@ -262,9 +264,9 @@ def load_trainer(path, model, optimizer, others=None, group="trainer"):
             tensors[key] = others[key]
         elif kind == "rng":
             tensors[key] = torch.empty(about.size, dtype=about.properties.dtype)
-        elif name not in parameters or (kind != "step" and parameters[name].shape != about.size):
+        elif name not in parameters or (kind not in UNSHAPED and parameters[name].shape != about.size):
             raise CheckpointError(f"checkpoint {path}: optimizer state {key} {tuple(about.size)} does not belong to this model")
-        elif kind == "step":
+        elif kind in UNSHAPED:
             tensors[key] = torch.zeros(about.size, dtype=about.properties.dtype, device=parameters[name].device)
         else:  # sharded as its parameter is
             tensors[key] = torch.zeros_like(parameters[name], dtype=about.properties.dtype).detach()

@@ -20,7 +20,7 @@ class Guard:
     """Judges updates and keeps the history that it judges by.
 
     Args:
-        optimizer: one of PyTorch's fused optimizers that know `found_inf`: AdamW, Adam, SGD, Adagrad.
+        optimizer: one of PyTorch's fused optimizers that know `found_inf`: AdamW, Adam, SGD, Adagrad; or one that says `knows_found_inf`.
         threshold: robust deviations above the median that make a spike; None or inf: only non-finite values are bad.
         window: good steps that are remembered; spikes are judged once half of it is full.
         device: where losses live.
@@ -28,7 +28,7 @@ class Guard:
     """
 
     def __init__(self, optimizer, *, threshold=20.0, window=128, device="cpu"):
-        if not all(group.get("fused") for group in optimizer.param_groups):
+        if not getattr(optimizer, "knows_found_inf", all(group.get("fused") for group in optimizer.param_groups)):
             raise ValueError(f"optimizer: got {type(optimizer).__name__} without fused=True, expected fused: it skips on the device")
         threshold = math.inf if threshold is None else threshold
         if not threshold > 0:

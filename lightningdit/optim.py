@@ -3,12 +3,13 @@ import copy
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .distributed import local
 
 
-def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-    """AdamW, fused on CPU and CUDA. Weight decay acts on matrices, not on biases, norms and embeddings.
+def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, state="fp32"):
+    """AdamW, fused on CPU and CUDA, or with 8-bit moments. Weight decay acts on matrices, not on biases, norms and embeddings.
 
     Source: AdamW, arXiv:1711.05101; lr and beta2 of the defaults, arXiv:2501.01423.
     """
@@ -17,7 +18,70 @@ def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
+    if state == "8bit":
+        return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with torchao's arithmetic and 8-bit moments in blocks of 256 values, 2.03 bytes a parameter instead of 8.
+
+    Unlike torchao's own class it leaves an update out, without waiting for the device, where `found_inf` (a scalar on the device) is not 0,
+    and its state is made of plain tensors: step, and exp_avg and exp_avg_sq, or codes and scales of them. Not for sharded parameters.
+
+    Raises: ImportError without torchao; ValueError for sharded parameters.
+    Source: 8-bit optimizers, arXiv:2110.02861; torchao.optim.
+    """
+
+    knows_found_inf = True
+    BLOCK, LEAST = 256, 4096  # smaller tensors, and those that do not divide, keep fp32 moments
+
+    def __init__(self, params, lr, betas, eps, weight_decay):
+        try:
+            from torchao.optim.adam import single_param_adam
+            from torchao.optim.subclass_8bit import OptimState8bit
+        except ImportError as error:
+            raise ImportError(f"optim.state = 8bit needs `pip install torchao`: {error}") from error
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        every = [p for group in self.param_groups for p in group["params"]]
+        if any(isinstance(p, DTensor) for p in every):
+            raise ValueError("optim.state: got '8bit' with sharded parameters, expected fp32, or parallel = ddp")
+        self._quantised, self._tables, self.found_inf = OptimState8bit, {}, None
+        # Dozens of small kernels a parameter without fusion; on CPU, where that costs nothing, it needs no compiler.
+        self._update = torch.compile(single_param_adam, fullgraph=True, dynamic=False) if every[0].is_cuda else single_param_adam
+
+    def _moment(self, p, state, name, signed):
+        """The moment as torchao takes it, around the plain tensors of `state`, which are made at the first step."""
+        if p.numel() < self.LEAST or p.numel() % self.BLOCK:
+            return state.setdefault(name, torch.zeros_like(p))
+        if f"{name}_codes" not in state:
+            zero = self._quantised.zeros(p.shape, signed, self.BLOCK, p.device, dtype=p.dtype)
+            state[f"{name}_codes"], state[f"{name}_scale"] = zero.codes, zero.scale
+        if (signed, p.device) not in self._tables:
+            self._tables[signed, p.device] = self._quantised.zeros((self.BLOCK,), signed, self.BLOCK, p.device).qmap
+        return self._quantised(state[f"{name}_codes"], state[f"{name}_scale"], self._tables[signed, p.device], signed, dtype=p.dtype)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "step" not in state:
+                    state["step"] = torch.zeros((), device=p.device)
+                moments = [self._moment(p, state, "exp_avg", True), self._moment(p, state, "exp_avg_sq", False)]
+                held = [p, *state.values()]
+                before = None if self.found_inf is None else [tensor.clone() for tensor in held]
+                state["step"] += 1
+                lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+                with torch._dynamo.utils.disable_cache_limit():  # one graph for each shape of a parameter, a fixed number
+                    self._update(p.detach(), p.grad, state["step"], *moments, None, lr, *group["betas"], group["weight_decay"],
+                                 group["eps"], True, False)
+                if before is not None:
+                    bad = self.found_inf != 0
+                    for tensor, was in zip(held, before, strict=True):
+                        tensor.copy_(torch.where(bad, was, tensor))
 
 
 def lr_at(step, *, lr, steps, warmup=0, schedule="constant", final_lr_fraction=0.0):

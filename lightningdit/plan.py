@@ -13,7 +13,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from . import images, latents
+from . import images, latents, remote
 from .config import ModelConfig
 from .distributed import local_world_size, world
 from .model import CHECKPOINTING, LightningDiT, SwiGLU, forward_flops
@@ -21,7 +21,7 @@ from .model import CHECKPOINTING, LightningDiT, SwiGLU, forward_flops
 CARDS = (24, 40, 80, 141)  # GB of 1e9 bytes. Cards hold about 6 % more, which is left to the CUDA context, workspaces and fragmentation
 # Shards of the training state.
 LAYOUTS = {"one process, DDP": 1, "FSDP over 2": 2, "FSDP over 8, HSDP in nodes of 8": 8, "FSDP over 64": 64}
-MOMENTS = {"fp32": 8, "8bit": 2.03, "offload": 0}  # bytes a trainable parameter of AdamW's state on the device
+MOMENTS = {"fp32": 8, "8bit": 2 * (1 + 4 / 256)}  # bytes a trainable parameter of AdamW's state
 
 
 def activation_bytes(model, bytes_per_value, checkpointing=None):
@@ -69,7 +69,7 @@ def training_memory(model, count, bf16, *, shards=1, checkpointing=None, state="
         gathered = {"gathered weights and gradients": 2 * (2 * b + 4) * block + 4 * (total - len(model.blocks) * block)}
     return {
         "weights": 4 * total / shards,
-        "gradients": (0 if state == "offload" else 4) * trainable / shards,
+        "gradients": 4 * trainable / shards,
         f"optimizer (AdamW{'' if state == 'fp32' else f', {state}'})": MOMENTS[state] * trainable / shards,
         "EMA": 4 * total / shards,
         **gathered,
@@ -172,6 +172,8 @@ def out_of_memory_advice(config):
         steps.append("--model.use-checkpoint --model.checkpoint-policy full")
     if world()[1] > 1 and config.parallel not in ("fsdp", "hsdp"):
         steps.append("--parallel fsdp")
+    if config.optim.state == "fp32" and world()[1] == 1:
+        steps.append("--optim.state 8bit (a new run)")
     if config.data.resident not in ("none", "ram"):
         steps.append("--data.resident ram")
     return "out of memory; in this order: " + "; ".join([*steps, "a GPU with more memory"]) + ". --dry-run prints what fits which GPU"
@@ -180,8 +182,8 @@ def out_of_memory_advice(config):
 def print_plan(config, device):
     """--dry-run: what this configuration would cost, from shapes alone."""
     data = config.data
-    if latents.is_store(data.path):
-        index = latents.read_index(data.path)
+    if remote.is_url(data.path) or latents.is_store(data.path):
+        index = (remote if remote.is_url(data.path) else latents).read_index(data.path)
         counted, classes = index["images"], index["plan"]["classes"]
     else:
         source = images.open_batches(data, 1, 3).source
@@ -191,7 +193,7 @@ def print_plan(config, device):
         model = LightningDiT(**config.model_arguments())
     bf16, flops = config.use_bf16(device), forward_flops(model)
     micro = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size // world()[1]
-    memory = training_memory(model, micro, bf16)
+    memory = training_memory(model, micro, bf16, state=config.optim.state)
     steps = num_images * (1 - data.val_fraction) / config.batch_size
     print(f"parameters        {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
     print(f"tokens an image   {model.pos_embed.shape[1]}")
@@ -202,7 +204,7 @@ def print_plan(config, device):
           f"checkpointing {model.checkpointing}")
     print(f"steps an epoch    {steps:.1f} of {config.batch_size} images; {config.steps} steps are {config.steps / steps:.1f} epochs")
     print("\nLargest micro-batch by the estimate, checkpointing none / selective / full, bf16; not yet checked on a GPU:\n")
-    print(fitting_table(model, config.precision != "fp32"))
+    print(fitting_table(model, config.precision != "fp32", config.optim.state))
     return 0
 
 

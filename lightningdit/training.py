@@ -6,7 +6,7 @@ on the number of processes. B global batch, b of one process, C latent channels,
 import torch
 import torch.distributed as dist
 
-from . import flow, images, latents, metrics, optim, sampler
+from . import flow, images, latents, metrics, optim, remote, sampler
 from .config import ConfigError, require
 from .distributed import generator_for, world
 from .log import image_grid, save_png
@@ -30,7 +30,9 @@ def open_latents(config, tokenizer, device):
     The processes share the encoding.
     """
     data, path = config.data, config.data.path
-    if not latents.is_store(path):
+    if remote.is_url(path):
+        path = remote.fetch_store(path, data.cache or f"{config.run}/latents", progress=world()[0] == 0)
+    elif not latents.is_store(path):
         require(path is not None or data.image_size == 8, "data.image_size", data.image_size,
                 "8 for the bundled digits; data.path names images of your own")
         batches = images.open_batches(data, config.sample.batch_size, tokenizer.image_channels, device)

@@ -95,10 +95,10 @@ def train(config, device):
     if config.init is not None:
         model.load_weights(checkpoint.load_weights(config.init))
     bf16 = config.use_bf16(device)
-    mode = choose_parallel(config.parallel, sum(training_memory(model, 0, bf16).values()), device)
+    mode = choose_parallel(config.parallel, sum(training_memory(model, 0, bf16, state=config.optim.state).values()), device)
     found = None
     if config.micro_batch == "auto":
-        config.micro_batch, found = choose_micro_batch(model, config.batch_size // size, mode, bf16, device)
+        config.micro_batch, found = choose_micro_batch(model, config.batch_size // size, mode, bf16, device, config.optim.state)
     average = optim.frozen_copy(model)
     if config.compile:
         for block in model.blocks:  # one block's graph serves all of them: compile time does not grow with depth
@@ -106,7 +106,8 @@ def train(config, device):
     forward = parallelise(model, mode, device, bf16=bf16)
     parallelise(average, mode if mode in ("fsdp", "hsdp") else "none", device, bf16=bf16)
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup, average)
-    optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay)
+    optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay,
+                                      config.optim.state)
     guard = Guard(optimizer, threshold=config.guard.threshold, window=config.guard.window, device=device)
     facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes,
                  tokenizer=tokenizer.sha256, data=train_set.plan["data"], image_size=config.data.image_size)
