@@ -302,8 +302,9 @@ def text_table(records: list[dict]) -> list[str]:
     limits, lines = ceilings(records), []
     for record in records:
         for row in record.get("rows", ()):
-            flops = f"{row['tflop_per_s']:8.3g} TFLOP/s" if "tflop_per_s" in row else f"{row['gb_per_s']:8.3g} GB/s"
-            lines.append(f"{record['kind']:12} {record.get('dtype', ''):9} {row['name']:14} {row['median_ms']:10.4g} ms  {flops}")
+            rates = dict(images_per_s="images/s", tflop_per_s="TFLOP/s", gb_per_s="GB/s")
+            rate = next(f"{row[key]:8.3g} {unit}" for key, unit in rates.items() if key in row)
+            lines.append(f"{record['kind']:12} {record.get('dtype', ''):9} {row['name']:14} {row['median_ms']:10.4g} ms  {rate}")
     for record in op_records(records):
         lines.append(f"{record['op']} {record['dtype']} {record['shapes']} {shape_of(record)} on {record['device']}")
         for row in record["contestants"]:

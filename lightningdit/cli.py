@@ -1,6 +1,8 @@
 """The `lightningdit` command: using a trained model.
 
     lightningdit sample --checkpoint runs/digits --classes 3,7 --seed 0 --num 16 --out grid.png
+    lightningdit sample --checkpoint runs/xl --num 50000 --out samples.npz
+    torchrun --nproc-per-node 8 --no-python -- lightningdit sample --checkpoint runs/xl --num 50000 --out samples.npz
     lightningdit export --checkpoint runs/digits --out digits.pt
     lightningdit export-tokenizer --tokenizer vavae.pt --statistics latents_stats.pt --out vavae
     lightningdit evaluate tokenizer --tokenizer digits
@@ -11,21 +13,24 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import torch
 import tyro
 
 from . import config as configuration
 from . import latent_tools
-from .checkpoint import NAME, CheckpointError, latest_checkpoint, load_weights, save_weights
+from .checkpoint import NAME, CheckpointError, latest_checkpoint, load_weights, save_weights, state_sha256
 from .config import DiTConfig
-from .distributed import pick_device
+from .distributed import check_compiler, pick_device, process_group, world
 from .evaluation import evaluate_samples, evaluate_tokenizer
+from .generation import generate, make_labels, output_format
 from .log import image_grid, save_png
 from .model import LightningDiT
+from .pictures import class_interpolation, denoising_strip, guidance_sweep, seed_interpolation
 from .replay import replay
-from .sampler import sample_images
+from .sampler import Prepared, sample_images
+from .sampler import sample as draw
 from .tokenizer.vavae import Tokenizer, load_tokenizer
 
 
@@ -35,46 +40,118 @@ def sample(
     seed: int = 0,
     num: int = 16,
     out: str = "samples.png",
+    format: str | None = None,
+    labels: str = "balanced",
+    show: Literal["images", "strip", "guidance", "seeds", "classes"] = "images",
+    columns: int = 8,
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
     guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_channels: int | None = None,
+    guidance_rescale: float | None = None,
+    guide: str | None = None,
     num_steps: int | None = None,
     shift: float | None = None,
     method: str | None = None,
+    batch_size: int | None = None,
+    shard_size: int = 256,
+    precision: Literal["auto", "fp32", "bf16"] | None = None,
+    compile: bool = False,
     device: str = "auto",
     config: str | None = None,
     tokenizer: str | None = None,
 ) -> int:
-    """Draws a grid of images. Image i depends on its seed (seed + i) and class only, whatever else is drawn with it.
+    """Draws images: a grid, or any number of them into files. Image i depends on seed + i and its class only, whatever else is drawn.
+
+    Files are written in shards; the same command, killed or out of disk space, goes on where it stopped. Under torchrun all processes
+    share the work, and the images are those of one process.
 
     Args:
         checkpoint: a run directory or one of its checkpoints; or official weights (.pt, .safetensors) with --config and --tokenizer.
-        classes: class numbers or names, separated by commas, drawn in turn; empty: all of them.
+        classes: class numbers or names, separated by commas; empty: all of them.
         seed: seed of the first image; the next has the next.
         num: number of images.
-        out: PNG file to write.
-        guidance_scale: as the next three, instead of what the run's configuration says.
+        out: a .png is a grid. An .npz (ADM's, with labels in arr_1) or .zip (PNG files and dataset.json) holds all images; any other name
+            is a folder.
+        format: of a folder: png, npz or zip, the last two one file a shard. Default: png.
+        labels: balanced (the classes in turn), random (by the seed), or a file of them: .npy, or text with one number a line.
+        show: of a grid: images; strip (of each image x_t and the data predicted from it, over time); guidance (each image at several
+            scales); seeds (from one image's noise to that of the next seed); classes (from its class to that of the next image).
+        columns: of strip, seeds and classes.
+        scales: of guidance.
+        guidance_scale: this and the next ones up to batch_size: instead of what the run's configuration says.
+        guidance_interval: from and to which time guidance acts.
+        guidance_channels: so many leading latent channels are guided; 0: all.
+        guidance_rescale: 0 to 1, how far guided outputs get the standard deviation of the conditional ones.
+        guide: autoguidance: a run, or a checkpoint of one, that takes the place of the unconditional output; smaller, or earlier.
         num_steps: intervals of the time grid.
         shift: time shift.
-        method: euler, heun, midpoint, dopri5, sde_euler or sde_heun.
+        method: euler, heun, midpoint, dopri5, ab2, dpmpp_2m, unipc, sde_euler or sde_heun.
+        batch_size: images at once.
+        shard_size: images a shard.
+        precision: instead of the configuration's.
+        compile: torch.compile; on CUDA with CUDA graphs. For files.
         device: auto, cpu or cuda.
         config: a recipe, where the checkpoint is not a run.
         tokenizer: a tokenizer file, a folder of diffusers, or "digits", where the checkpoint is not a run.
     """
     configuration.require(num > 0, "num", num, "a positive number of images")
-    device = pick_device(device)
-    settings, model, decoder, names = load_run(checkpoint, config, tokenizer, device)
-    changes = dict(guidance_scale=guidance_scale, num_steps=num_steps, shift=shift, method=method)
-    for name, value in changes.items():
-        if value is not None:
-            setattr(settings.sample, name, value)
-    settings.sample.validate()
-    chosen = parse_classes(classes, settings.data.num_classes, names)
-    labels = torch.tensor(chosen)[torch.arange(num) % len(chosen)]
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.use_bf16(device)):
-        images = sample_images(model, decoder, labels=labels, seeds=range(seed, seed + num), device=device, progress=True,
-                               **settings.sampling_arguments())
-    save_png(image_grid(images, columns=len(chosen) if 1 < len(chosen) <= 16 else None), out)
-    listed = ", ".join(names[c] if names else str(c) for c in chosen[:20]) + (", ..." if len(chosen) > 20 else "")
-    print(f"{num} images of classes {listed} in {out}")
+    grid, (rank, ranks) = out.endswith(".png"), world()
+    if grid:
+        configuration.require(columns > 1, "columns", columns, "at least 2")
+        configuration.require(format is None, "format", format, "none for a grid, or a folder, .npz or .zip for --out")
+        configuration.require(ranks == 1, "out", out, f"a folder, .npz or .zip for {ranks} processes; one process draws a grid")
+    else:
+        configuration.require(show == "images", "show", show, f"images for {out}; pictures need an --out that ends in .png")
+        output_format(out, format)
+    with process_group(pick_device(device)) as device:
+        if compile:
+            check_compiler(device)
+        settings, model, decoder, names = load_run(checkpoint, config, tokenizer, device)
+        changes = dict(guidance_scale=guidance_scale, guidance_interval=guidance_interval, guidance_channels=guidance_channels or None,
+                       guidance_rescale=guidance_rescale, num_steps=num_steps, shift=shift, method=method, batch_size=batch_size)
+        for name, value in changes.items():
+            if value is not None or name == "guidance_channels" and guidance_channels == 0:
+                setattr(settings.sample, name, value)
+        settings.precision = precision or settings.precision
+        settings.sample.validate(), settings.validate()
+        chosen = parse_classes(classes, settings.data.num_classes, names)
+        drawn = make_labels(labels, num, chosen, seed)
+        arguments = settings.sampling_arguments()
+        weak = load_guide(guide, settings, decoder, tokenizer, device) if guide else None
+        bf16 = settings.use_bf16(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            if grid:
+                chosen_images = dict(labels=drawn.tolist(), seeds=range(seed, seed + num), device=device, guide=weak, **arguments)
+                if show == "images":
+                    images = sample_images(model, decoder, progress=True, **chosen_images)
+                    row = len(chosen) if labels == "balanced" and 1 < len(chosen) <= 16 else None
+                else:
+                    draws = dict(strip=denoising_strip, seeds=seed_interpolation, classes=class_interpolation)
+                    if show == "guidance":
+                        images = guidance_sweep(model, decoder, scales=scales, **chosen_images)
+                    else:
+                        images = draws[show](model, decoder, columns=columns, **chosen_images)
+                    row, images = images.shape[1], images.flatten(0, 1)
+                save_png(image_grid(images, columns=row), out)
+            else:
+                plan = arguments | dict(checkpoint=state_sha256(model.state_dict()), guide=weak and state_sha256(weak.state_dict()),
+                                        tokenizer=decoder.sha256, device=device.type, bf16=bf16, compile=compile)
+                if device.type == "cpu":
+                    del plan["batch_size"]  # elsewhere batches of other shapes round differently
+                ready = dict(batch_size=arguments["batch_size"], num_steps=arguments["num_steps"], device=device, compile=compile,
+                             autocast=torch.bfloat16 if bf16 else None, fixed_times=arguments["method"] != "dopri5")
+                guided = arguments["guidance_scale"] != 1
+                model = Prepared(model, drawn, settings.data.num_classes, guided=guided and not guide, **ready)
+                weak = weak and Prepared(weak, drawn, settings.data.num_classes, guided=False, **ready)
+                whole_batch = arguments | dict(device=device, guide=weak, batch_size=None)
+                generate(lambda labels, seeds: draw(model, labels=labels, seeds=seeds, **whole_batch),
+                         decoder.decode_uint8, out, drawn, seed=seed, plan=plan, format=format, batch_size=arguments["batch_size"],
+                         shape=(settings.data.image_size, settings.data.image_size, decoder.image_channels), shard_size=shard_size,
+                         device=device, rank=rank, world=ranks, progress=rank == 0)
+    if rank == 0:
+        listed = ", ".join(names[c] if names else str(c) for c in chosen[:20]) + (", ..." if len(chosen) > 20 else "")
+        print(f"{num} images of classes {listed} in {out}")
     return 0
 
 
@@ -143,6 +220,17 @@ def load_run(path, recipe=None, tokenizer=None, device="cpu"):
     model = LightningDiT(**settings.model_arguments()).to(device).eval()
     model.load_weights(load_weights(path, "ema"))
     return settings, model, decoder, names
+
+
+def load_guide(path, settings, decoder, tokenizer, device):
+    """The EMA model of a run that guides another one (autoguidance). Raises: ValueError if it speaks of other latents or outputs."""
+    theirs, model, own_decoder, _ = load_run(path, None, tokenizer, device)
+    for name, got, expected in (("tokenizer", own_decoder.sha256, decoder.sha256),
+                                ("data.num_classes", theirs.data.num_classes, settings.data.num_classes),
+                                ("flow.path", theirs.flow.path, settings.flow.path),
+                                ("flow.prediction", theirs.flow.prediction, settings.flow.prediction)):
+        configuration.require(got == expected, f"guide: {name} of {path}", got, f"{expected} as of the checkpoint")
+    return model
 
 
 def parse_classes(text, num_classes, names):

@@ -83,7 +83,7 @@ class Writer:
             raise ValueError(f"{self.path} is neither empty nor a latent store (it holds {foreign[0]}); choose another folder")
         else:
             before = self.plan
-            _write_json(plan_file, self.plan)
+            write_json(plan_file, self.plan)
         if changes := _differences(before, self.plan):
             raise ValueError(f"{self.path} holds {what} of something else; choose another folder, remove it, or undo\n  "
                              + "\n  ".join(changes))
@@ -112,7 +112,7 @@ class Writer:
             raise ValueError(f"{_shard_name(number)}: latents that are not finite; a higher precision of the encoder may help")
         file, about = self.path / _shard_name(number), header("latents", store=plan_id(self.plan), shard=number)
         save_weights(file, dict(moments=moments, labels=labels, indices=indices), metadata=about)
-        _write_json(self.path / _record_name(number), dict(
+        write_json(self.path / _record_name(number), dict(
             images=len(labels), bad=[list(map(str, pair)) for pair in bad], size=file.stat().st_size, sha256=sha256(file),
             sums=channel_sums(moments[:, 0], self.plan["parts"])))
 
@@ -142,7 +142,7 @@ class Writer:
             index = dict(format=FORMAT, version=VERSION, images=sum(shard["images"] for shard in shards), plan=self.plan,
                          statistics=self.statistics(), normalisation=normalisation,
                          bad=[pair for record in records for pair in record["bad"]], shards=shards)
-            _write_json(self.path / "index.json", index | dict(sha256=digest(index)))
+            write_json(self.path / "index.json", index | dict(sha256=digest(index)))
         for leftover in [self.path / "plan.json", *self.path.glob("shard_*.json"), *self.path.glob(".partial_*")]:
             leftover.unlink(missing_ok=True)
 
@@ -512,7 +512,8 @@ def _parse(file):
     return content
 
 
-def _write_json(file, content):
+def write_json(file, content):
+    """Writes JSON atomically: whatever happens, the file is the old one or the new one."""
     partial = file.with_name(f".partial_{file.name}")
     with partial.open("w", encoding="utf-8") as stream:
         json.dump(content, stream, indent=1)

@@ -219,21 +219,22 @@ class LightningDiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
         self.wo_shift, self.checkpointing = wo_shift, checkpointing
 
-    def forward(self, x, branch, c, rope=None):
+    def forward(self, x, branch, c, rope=None, modulation=None):
         # Inside the block, and so inside what is compiled and what FSDP2 gathers weights for.
         if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
-            return self._forward(x, branch, c, rope)
+            return self._forward(x, branch, c, rope, modulation)
         contexts = {}
         if self.checkpointing == "selective":
             contexts = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_products))
-        return checkpoint(self._forward, x, branch, c, rope, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return checkpoint(self._forward, x, branch, c, rope, modulation, use_reentrant=False, preserve_rng_state=False, **contexts)
 
-    def _forward(self, x, branch, c, rope):
+    def _forward(self, x, branch, c, rope, modulation):
+        modulation = self.adaLN_modulation(c) if modulation is None else modulation
         if self.wo_shift:
-            scale1, gate1, scale2, gate2 = self.adaLN_modulation(c).chunk(4, dim=1)  # (B, D) each
+            scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=1)  # (B, D) each
             shift1 = shift2 = None
         else:
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x, h = add_and_norm(self.norm1, x, branch, scale1, shift1)
         x, h = add_and_norm(self.norm2, x, Branch(*self.attn(h, rope), gate1), scale2, shift2)
         y, bias = self.mlp(h)
@@ -250,8 +251,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x, branch, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def forward(self, x, branch, c, modulation=None):
+        shift, scale = (self.adaLN_modulation(c) if modulation is None else modulation).chunk(2, dim=1)
         _, h = add_and_norm(self.norm_final, x, branch, scale, shift)
         return self.linear(h)
 
@@ -315,11 +316,17 @@ class LightningDiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, y, drop_labels=None):
+    def modulations(self, t, y):
+        """All adaLN modulations at times t (U,) for labels y (U,): (U, M), the blocks' one after another, then the final layer's."""
+        c = self.t_embedder(t) + self.y_embedder(y)
+        return torch.cat([layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)], dim=1)
+
+    def forward(self, x, t, y, drop_labels=None, modulations=None):
         """
         Args:
             x: (B, C, S, S) noisy latents. t: (B,) times, 0 noise and 1 data. y: (B,) int64 labels.
             drop_labels: (B,) bool, True where the null label replaces y. None: drawn at random in training, nowhere in evaluation.
+            modulations: (B, M), rows of `self.modulations(t, y)` computed before, in the place of t and y; for sampling.
         Returns: (B, C, S, S) prediction.
         """
         B, S, P = x.shape[0], self.input_size, self.patch_size
@@ -329,10 +336,14 @@ class LightningDiT(nn.Module):
             raise ValueError(f"t, y: got shapes {tuple(t.shape)} and {tuple(y.shape)}, expected ({B},) each")
         # Under bf16 autocast the patches are bf16 and pos_embed is fp32, so the residual stream is fp32 from here to the final layer.
         x, branch = self.x_embedder(x) + self.pos_embed, None  # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (B, D)
-        for block in self.blocks:
-            x, branch = block(x, branch, c, self.feat_rope)
-        x = self.final_layer(x, branch, c)  # (B, N, P * P * out_channels)
+        c, given = None, [None] * (len(self.blocks) + 1)
+        if modulations is None:
+            c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (B, D)
+        else:
+            given = modulations.split([layer.adaLN_modulation[-1].out_features for layer in (*self.blocks, self.final_layer)], dim=1)
+        for block, modulation in zip(self.blocks, given[:-1], strict=True):
+            x, branch = block(x, branch, c, self.feat_rope, modulation)
+        x = self.final_layer(x, branch, c, given[-1])  # (B, N, P * P * out_channels)
         n = S // P
         x = x.view(B, n, n, P, P, self.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, S, S)
         return x[:, : self.in_channels]

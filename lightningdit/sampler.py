@@ -41,7 +41,7 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
 
     Args:
         model: model(x, t, y) -> (B, C, H, W), given x (B, C, H, W) in `dtype`, t (B,) fp32 and y (B,) int64. A module runs in
-            evaluation mode and gets its mode back. Autocast, where wanted, is the caller's.
+            evaluation mode and gets its mode back. Autocast, where wanted, is the caller's. Or a `Prepared` one, for many images.
         labels: n integers in [0, num_classes]; num_classes is the null label of unconditional sampling.
         seeds: n integers in [0, 2^32), see NoiseStream.
         latent_shape: (C, H, W).
@@ -93,6 +93,9 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
             chosen = list(range(start, min(start + batch_size, n)))
             filled = chosen + chosen[-1:] * (padded_rows(batch_size, device) - len(chosen))
             noise = NoiseStream([seeds[i] for i in filled], latent_shape, device, state_dtype)
+            for each in (model, guide):
+                if isinstance(each, Prepared):
+                    each.begin([labels[i] for i in filled])
             predict = GuidedModel(model, torch.tensor([labels[i] for i in filled], device=device), **guidance)
             if method in SDE_METHODS:
                 x = integrate_sde(predict, noise(), grid, noise, callback=callback, **options)
@@ -359,10 +362,102 @@ class GuidedModel:
         return mixed if self.channels is None else torch.cat([mixed, cond[:, self.channels :]], dim=1)
 
     def _run(self, name, model, x, t, labels):
-        output = model(x.to(self.dtype or x.dtype), torch.full((len(x),), t, dtype=torch.float32, device=x.device), labels)
+        x_model = x.to(self.dtype or x.dtype)
+        if isinstance(model, Prepared):
+            output = model(x_model, t, labels)
+        else:
+            output = model(x_model, torch.full((len(x),), t, dtype=torch.float32, device=x.device), labels)
         if output.shape != x.shape:
             raise ValueError(f"{name}: got an output of shape {tuple(output.shape)}, expected {tuple(x.shape)}")
         return output.to(x.dtype)
+
+
+class Prepared:
+    """A LightningDiT made ready to draw many images; stands in the place of the model in `sample`, whose settings it must be told.
+
+    - adaLN's layers run once for each distinct (t, label), not once a row: for all labels of the job where the table over all times stays
+      under `table_bytes`, so that later batches only look up; else, step by step, for the labels of the batch. These layers
+      then see other row counts than inside the model: outputs agree to the rounding of the type they run in. The row counts are the
+      same in all batches of a job (on CPUs also multiples of 8), so an image still does not depend on its company.
+    - With autocast to bf16 the linear layers' weights are rounded to bf16 once, not in each pass: same numbers, half the memory. The
+      model that was given is changed.
+    - compile: torch.compile, block by block. On CUDA each batch shape (inside and outside the guidance interval) also becomes one
+      CUDA graph.
+
+    Args:
+        model: LightningDiT in evaluation mode, on `device`, not sharded.
+        labels: all labels that the job will draw. num_classes: the null label, included if guided (by the unconditional output).
+        batch_size, num_steps: as for `sample`. autocast: the type that the caller's autocast computes in, or None.
+        fixed_times: False for dopri5, whose times never come again.
+    """
+
+    def __init__(self, model, labels, num_classes, *, batch_size, num_steps, guided, device="cpu", autocast=None, compile=False,
+                 fixed_times=True, table_bytes=2**30):
+        if not hasattr(model, "modulations"):
+            raise ValueError(f"model: got {type(model).__name__}, expected a LightningDiT, whose modulations can be computed beforehand")
+        self.model, self.device, self.graphs = model, torch.device(device), {}
+        self.null = [num_classes] if guided else []
+        distinct = sorted(set(_integers("labels", labels, num_classes)) | set(self.null))
+        times = 2 * num_steps + 2  # of Heun and of midpoint, and an SDE's last step
+        bytes_each = 2 if autocast is not None else 4
+        values = sum(layer.adaLN_modulation[-1].out_features for layer in (*model.blocks, model.final_layer))
+        self.whole_job = fixed_times and times * (len(distinct) + 7) * values * bytes_each <= table_bytes
+        self.rows = math.ceil((len(distinct) if self.whole_job else min(batch_size + 1, len(distinct))) / 8) * 8
+        self.place = torch.zeros(num_classes + 1, dtype=torch.long, device=self.device)
+        if self.whole_job:
+            self._choose(distinct)
+        if autocast is not None:
+            for module in model.modules():
+                if type(module) is torch.nn.Linear:
+                    module.weight.data = module.weight.data.to(autocast)
+        if compile:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        self.use_graphs = compile and self.device.type == "cuda"
+
+    def begin(self, labels):
+        """Tells the labels of the batch that comes."""
+        if not self.whole_job:
+            self._choose(sorted(set(labels) | set(self.null)))
+
+    def _choose(self, distinct):
+        self.y = torch.tensor(distinct + distinct[-1:] * (self.rows - len(distinct)), device=self.device)
+        self.place[self.y[: len(distinct)]] = torch.arange(len(distinct), device=self.device)
+        self.table = {}
+
+    def __call__(self, x, t, y):
+        """x (B, C, H, W), t a Python float, y (B,) int64 -> (B, C, H, W)."""
+        if t not in self.table:
+            if not self.whole_job and len(self.table) > 1:  # Heun comes back to the last time only
+                del self.table[next(iter(self.table))]
+            self.table[t] = self.model.modulations(torch.full((self.rows,), t, device=self.device), self.y)
+        modulations = self.table[t][self.place[y]]
+        return self._replay(x, y, modulations) if self.use_graphs else self._run(x, y, modulations)
+
+    def _run(self, x, y, modulations):
+        return self.model(x, torch.empty(len(x), device=x.device), y, modulations=modulations)  # t is in the modulations
+
+    def _replay(self, x, y, modulations):
+        if len(x) not in self.graphs:
+            inputs = tuple(tensor.clone() for tensor in (x, y, modulations))
+            kind = x.device.type
+            # Casts that autocast keeps must not live in a graph's memory.
+            with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(3):  # compilation, tuning of kernels, workspaces
+                        self._run(*inputs)
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    output = self._run(*inputs)
+            self.graphs[len(x)] = graph, inputs, output
+        graph, inputs, output = self.graphs[len(x)]
+        for kept, new in zip(inputs, (x, y, modulations), strict=True):
+            kept.copy_(new)
+        graph.replay()
+        return output.clone()  # the next replay overwrites it, and a multistep solver still needs it
 
 
 def _deviation(x):

@@ -8,7 +8,6 @@
 Mean and standard deviation lie in the file beside the weights: they are never guessed.
 """
 
-import hashlib
 import json
 import numbers
 import os
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lightningdit.checkpoint import save_weights
+from lightningdit.checkpoint import save_weights, state_sha256
 from lightningdit.images import MODES
 from lightningdit.tokenizer import formats
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
@@ -117,11 +116,7 @@ class Tokenizer(nn.Module):
     @property
     def sha256(self):
         """Hash of weights and statistics, for provenance: latents of one tokenizer must not meet another's statistics."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return state_sha256(self.state_dict())
 
     def save(self, path):
         """Writes a .safetensors file with the official weight names; configuration and statistics are in its metadata. Atomic."""

@@ -1,0 +1,158 @@
+"""Images a second from noise to pixels: ours as `lightningdit sample` runs it, against the official script's way of doing it.
+
+    pytest bench/bench_sampling.py --benchmark-only --results bench/results/sampling_cpu.json
+
+The official way: fp32 (with TF32 on GPUs), the unconditional half at every step, batches of 4, and a list of the states of all steps, as
+torchdiffeq keeps them. It runs here on the same model and kernels, so that only the way of sampling differs. Before timing, each
+contestant must draw the latents of the official way: in fp32 to 1e-3 of their spread, in bf16 to 5e-2.
+"""
+
+import contextlib
+import os
+
+import torch
+
+from bench.harness import PRESETS, Timer, gpu_state, interleave, rounds_for, summary, synchronize
+from lightningdit.generation import Decoder
+from lightningdit.model import SIZES, LightningDiT
+from lightningdit.sampler import Prepared, initial_noise, sample, time_grid
+from lightningdit.tokenizer.vavae import load_tokenizer
+
+# The paper's 64 epochs: 249 steps, scale 10 on 3 channels from t = 0.10 on, shift 0.3. On CPUs fewer steps, in which the share of guided
+# ones is the same, and the digits' tokenizer.
+PAPER = dict(guidance_scale=10.0, guidance_interval=(0.10, 1.0), guidance_channels=3, shift=0.3)
+STEPS = {"cuda": 249, "cpu": 10}
+IMAGES = {"cuda": 256, "cpu": 32}
+OFFICIAL_BATCH = 4
+
+
+def official(model, labels, seeds, latent_shape, num_classes, num_steps, shift, guidance_scale, guidance_interval, guidance_channels,
+             device):
+    """Both halves in every step, the weaker one for nothing below the interval, and all states kept until the batch is done."""
+    latents = []
+    for start in range(0, len(labels), OFFICIAL_BATCH):
+        rows = slice(start, start + OFFICIAL_BATCH)
+        x = initial_noise(seeds[rows], latent_shape, device).repeat(2, 1, 1, 1)
+        y = torch.tensor(labels[rows], device=device)
+        y, trajectory, grid = torch.cat([y, torch.full_like(y, num_classes)]), [x], time_grid(num_steps, shift)
+        for t, h in zip(grid[:-1].to(device), grid.diff().to(device), strict=True):
+            half = x[: len(x) // 2]
+            output = model(torch.cat([half, half]), t.expand(len(x)), y)
+            cond, weak = output[:, :guidance_channels].chunk(2)
+            mixed = cond if t < guidance_interval[0] else weak + guidance_scale * (cond - weak)  # waits for the device
+            x = x + h * torch.cat([torch.cat([mixed, mixed]), output[:, guidance_channels:]], dim=1)
+            trajectory.append(x)
+        latents.append(torch.stack(trajectory)[-1].chunk(2)[0])
+    return latents
+
+
+def build(shapes, device):
+    """(model, labels, latent shape, decode) of a preset: random weights, since speed does not depend on them."""
+    torch.manual_seed(0)
+    tiny, xl = shapes == "tiny", shapes in ("xl", "b")
+    depth, width, heads = (1, *PRESETS["tiny"][:2]) if tiny else SIZES[shapes.upper()]
+    if device == "cpu" and not tiny:
+        depth = 4
+    latent_shape = (32, 16, 16) if xl else (4, 4, 4)
+    model = LightningDiT(input_size=latent_shape[1], in_channels=latent_shape[0], hidden_size=width, depth=depth, num_heads=heads,
+                         num_classes=1000 if xl else 10, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=True).to(device).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    if xl and device == "cuda":
+        from lightningdit.tokenizer.autoencoder import AutoencoderKL
+        from lightningdit.tokenizer.vavae import PRESETS as TOKENIZERS
+        from lightningdit.tokenizer.vavae import Tokenizer
+
+        tokenizer = Tokenizer(AutoencoderKL(**TOKENIZERS["f16d32"]), torch.zeros(32), torch.ones(32)).to(device).eval()
+    else:
+        tokenizer = None if xl else load_tokenizer("digits", device=device)
+    return model, latent_shape, tokenizer.decode_uint8 if tokenizer else None
+
+
+def contestants(model, decode, latent_shape, device, count, num_steps):
+    """By name: a function that draws and decodes all images and returns the latents."""
+    labels, seeds, num_classes = [i % model.num_classes for i in range(count)], list(range(count)), model.num_classes
+    settings = dict(PAPER, latent_shape=latent_shape, num_classes=num_classes, num_steps=num_steps, device=device)
+    decode = decode or (lambda latents: latents.mul(40).add(128).clamp(0, 255).to(torch.uint8))
+
+    def as_official():
+        latents = official(model, labels, seeds, **settings)
+        for batch in latents:
+            decode(batch).cpu()
+        return torch.cat(latents)
+
+    def ours(drawn_by, batch_size, bf16=False):
+        decoder, latents = Decoder(decode, torch.device(device)), []
+        precision = torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        with precision:
+            for start in range(0, count, batch_size):
+                rows = slice(start, start + batch_size)
+                latents.append(sample(drawn_by, labels=labels[rows], seeds=seeds[rows], **settings))
+                list(decoder(latents[-1], len(latents[-1])))
+            list(decoder.finish())
+        return torch.cat(latents)
+
+    def prepare(batch_size, bf16=False, compile=False):
+        copy = LightningDiT(**model_arguments(model)).to(device).eval()
+        copy.load_state_dict(model.state_dict())
+        return Prepared(copy, labels, num_classes, batch_size=batch_size, num_steps=num_steps, guided=True, device=device,
+                        autocast=torch.bfloat16 if bf16 else None, compile=compile)
+
+    large, found = min(count, 128 if device == "cuda" else 32), {}
+    found["official way, fp32, batch 4"] = as_official
+    found["ours, fp32, batch 4"] = lambda: ours(model, OFFICIAL_BATCH)
+    found[f"ours, fp32, batch {large}"] = lambda: ours(model, large)
+    ready = prepare(large)
+    found[f"ours, fp32, batch {large}, prepared"] = lambda: ours(ready, large)
+    if device == "cuda":  # a CPU without bf16 units only loses
+        half, compiled = prepare(large, True), prepare(large, True, True)
+        found[f"ours, bf16, batch {large}, prepared"] = lambda: ours(half, large, True)
+        found[f"ours, bf16, batch {large}, compiled, CUDA graphs"] = lambda: ours(compiled, large, True)
+    return found
+
+
+def model_arguments(model):
+    block = model.blocks[0]
+    return dict(input_size=model.input_size, in_channels=model.in_channels, hidden_size=model.pos_embed.shape[2],
+                depth=len(model.blocks), num_heads=block.attn.num_heads, num_classes=model.num_classes, use_swiglu=True, use_rope=True,
+                use_rmsnorm=True, wo_shift=True)
+
+
+def bench_sampling(benchmark, settings, shapes):
+    device, dry = settings.device, settings.shapes == ("tiny",)
+    model, latent_shape, decode = build(shapes.partition("/")[0], device)
+    count, num_steps = (8, 4) if dry else (IMAGES[device], STEPS[device])
+    torch.backends.cuda.matmul.allow_tf32 = True  # as the official script
+    with torch.no_grad():
+        runs = contestants(model, decode, latent_shape, device, count, num_steps)
+        truth, rows, timers = runs["official way, fp32, batch 4"](), [], {}
+        for name, run in runs.items():
+            difference = float((run() - truth).abs().max() / truth.std())
+            row = dict(name=name, status="ok", max_difference=difference)
+            rows.append(row)
+            tolerance = 5e-2 if "bf16" in name else 1e-3
+            if not difference <= tolerance:
+                row |= dict(status="incorrect", reason=f"differs by {difference:.2g} > {tolerance} of the spread")
+                continue
+
+            def timed(i, run=run):
+                run()
+                synchronize(device)
+
+            timers[name] = Timer(timed, 1, "cpu", settings.sample_ms)  # by the wall clock on GPUs too
+        samples = interleave(timers, 1 if dry else rounds_for(timers, settings), benchmark, 0)
+    for row in rows:
+        if row["name"] in samples:
+            one = summary(samples[row["name"]], dict(bytes=0, flops=0), samples[next(iter(timers))])
+            del one["gb_per_s"]  # images are what is counted here
+            row |= one | dict(images_per_s=round(1e3 * count / one["median_ms"], 2))
+    record = dict(kind="sampling", case=shapes, device=device, count=count, num_steps=num_steps, depth=len(model.blocks),
+                  decoded=decode is not None, load=os.getloadavg()[0], rows=[row for row in rows if row["status"] == "ok"],
+                  left_out=[row for row in rows if row["status"] != "ok"], **PAPER)
+    if device == "cuda":
+        record |= dict(after=gpu_state())
+    benchmark.extra_info.update(record)
+    settings.record(record)
+    assert not record["left_out"], record["left_out"]
+
