@@ -42,8 +42,8 @@ from lightningdit.log import environment, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 20, 3  # updates of a run; updates between two checkpoints
-TINY = ("--model.depth 1 --model.hidden-size 16 --model.num-heads 2 --batch-size 8 --optim.warmup 2 --optim.schedule constant --log-every 2 "
-        f"--sample-every 1000 --validate-every 1000 --sample-num 1 --sample.num-steps 1 --final-samples 0 --steps {STEPS} "
+TINY = ("--model.depth 1 --model.hidden-size 16 --model.num-heads 2 --batch-size 8 --optim.warmup 2 --optim.schedule constant "
+        f"--log-every 2 --sample-every 1000 --validate-every 1000 --sample-num 1 --sample.num-steps 1 --final-samples 0 --steps {STEPS} "
         f"--checkpoint-every {EVERY}").split()
 NAN_STEPS = (5, 13)  # updates whose loss is NaN in some runs; 1 is the first update
 RTOL, ATOL = 2e-4, 2e-5  # between numbers of processes: sums in another order, amplified by 20 steps of Adam
@@ -57,10 +57,11 @@ PRELOAD = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "t
 class Fault:
     """What happens to one process of a life.
 
-    kind:  "kill" (SIGKILL), "signal", "write" (fails with `number`, as the `length` - 1 writes after it), "full" (files of more than `number`
-           bytes are refused, for `length` steps), "nan" and "spike" (of the loss, times `number`; whenever the update is done, or with
-           `once`, a path, the first time only).
-    where: "step" (before update `n`, from 1 on), "save" (the n-th write of the thread that saves), "log" (the n-th of all other writes).
+    kind:  "kill" (SIGKILL), "signal", "write" (fails with `number`, as the `length` - 1 writes after it), "full" (files of more than
+           `number` bytes are refused, for `length` steps), "nan" and "spike" (of the loss, times `number`; whenever the update is done,
+           or with `once`, a path, the first time only).
+    where: "step" (before update `n`, from 1 on), "save" (the n-th write of the thread that saves), "log" (the n-th of all other writes);
+           with `path`, only writes to paths that contain it count.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Fault:
     number: int = 0
     length: int = 1
     once: str | None = None
+    path: str = ""
 
 
 class Hooks:
@@ -99,7 +101,7 @@ class Hooks:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
                     if self.step == fault.n:
                         self.note(fault)
-                if fault.kind in ("kill", "signal") and fault.n == self.step:
+                if fault.kind in ("kill", "signal") and fault.n == self.step and first_time(fault.once):
                     self.strike(fault)
         return self.draw_batch(*arguments)
 
@@ -128,10 +130,14 @@ class Hooks:
         where = "save" if threading.current_thread().name == "checkpoint" else "log"
         self.counts[where] += 1
         for fault in self.faults[where]:
-            if fault.kind == "write" and fault.n <= self.counts[where] < fault.n + fault.length:
+            n = self.counts[where]
+            if fault.path:
+                self.counts[fault.path] += fault.path in path
+                n = self.counts[fault.path] if fault.path in path else 0
+            if fault.kind == "write" and fault.n <= n < fault.n + fault.length:
                 self.note(fault, path=path)
                 raise OSError(fault.number, os.strerror(fault.number), path)
-            if fault.kind in ("kill", "signal") and fault.n == self.counts[where]:
+            if fault.kind in ("kill", "signal") and fault.n == n:
                 self.strike(fault, path=path)
 
     def strike(self, fault, **more):
@@ -198,8 +204,8 @@ class Life:
             port = free.getsockname()[1]
         self.processes = []
         for rank in range(processes):
-            variables = dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank % per_node, LOCAL_WORLD_SIZE=per_node, MASTER_ADDR="127.0.0.1",
-                             MASTER_PORT=port)
+            variables = dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank % per_node, LOCAL_WORLD_SIZE=per_node,
+                             MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             own = [fault for fault in faults if fault.rank % processes == rank]
             process = server().Process(target=live, args=(list(map(str, arguments)), {k: str(v) for k, v in variables.items()}, own,
                                                           str(self.outputs[rank]), str(self.journals[rank])))
@@ -338,8 +344,8 @@ class Campaign:
             settings.add((world, mode if world > 1 else "none"))
             last = lives >= faulty
             faults, after = ([Fault("nan", n=n) for n in nans], None) if last else self.plan(rng, world, nans, run)
-            life = Life([*self.arguments, "--run", run, "--parallel", mode, "--guard.policy", policy], self.folder / "lives" / run.name, world,
-                        faults=faults)
+            life = Life([*self.arguments, "--run", run, "--parallel", mode, "--guard.policy", policy], self.folder / "lives" / run.name,
+                        world, faults=faults)
             if after is not None:
                 with contextlib.suppress(TimeoutError):
                     multiprocessing.connection.wait([p.sentinel for p in life.processes], timeout=after)
@@ -411,7 +417,8 @@ def table(results):
                  f"{sum(not r['bitwise'] for r in results)}")
     lines.append(f"steps done twice or more: {sum(lost)} of {STEPS * len(results)}, at most {max(lost)} in a run, "
                  f"{sum(lost) / max(1, lives - len(results)):.1f} a lost life (a checkpoint every {EVERY})")
-    lines.append(f"ends without a clear message: {sum(r['unclear_ends'] for r in results)}; processes that hung: {sum(r['hung'] for r in results)}")
+    lines.append(f"ends without a clear message: {sum(r['unclear_ends'] for r in results)}; lives with a process that hung: "
+                 f"{sum(r['hung'] for r in results)}")
     lines.append(f"corruptions: {sum(r['corruption'] is not None for r in results)}")
     return "\n".join(lines)
 

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_short_campaign(tmp_path):
     out = tmp_path / "chaos.json"
-    result = subprocess.run([sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", "--out", str(out)], capture_output=True, text=True,
-                            cwd=ROOT, env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels")])))
+    command = [sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", "--out", str(out)]
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     runs = json.loads(out.read_text())["runs"]
     assert runs and all(run["corruption"] is None and not run["hung"] and not run["unclear_ends"] for run in runs), result.stdout

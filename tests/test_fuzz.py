@@ -21,7 +21,8 @@ FUZZ = settings(max_examples=MANY, deadline=None, derandomize=MANY < 100,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 SCALARS = (st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=12)
            | st.sampled_from(["auto", "digits", "XL/1", "nan", "1e-4", "", [], {}]))
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+                      max_leaves=6)
 CLASSES = (DiTConfig, VAVAEConfig, EncodeConfig)
 
 
