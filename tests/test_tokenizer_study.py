@@ -97,7 +97,9 @@ def test_too_few_images(tars, tmp_path):
 
 def test_a_script_is_interrupted_at_the_deadline(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
-    saves = "import pathlib, time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pathlib.Path('saved').touch()\n"
+    saves = ("import pathlib, signal, time\n"
+             "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored\n"
+             "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pathlib.Path('saved').touch()\n")
     (tmp_path / "train" / "slow.py").write_text(saves)
     (tmp_path / "train" / "bad.py").write_text("raise SystemExit(7)")
     monkeypatch.setattr(tokenizer_study, "ROOT", tmp_path)

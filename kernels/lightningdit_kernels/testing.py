@@ -115,7 +115,8 @@ def truth_and_bounds(
     """What eager gives in fp64 on the same (already rounded) inputs, and how far from it an op may be, by output and gradient.
 
     The bound is 2 * err(eager in the inputs' dtype) + tiny; err is the largest absolute difference; tiny is four units in the last
-    place of the largest true value.
+    place of the largest true value. Where there are margins, the gradient jumps as a pair crosses one, and a cosine in fp32 may lie on
+    either side: what margins 8 units of fp32 lower and higher change is added.
     """
     doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     truth = values_and_gradients(eager, doubled, frozen, cotangents)
@@ -125,6 +126,11 @@ def truth_and_bounds(
         if true.numel():
             tiny = 4 * torch.finfo(plain[name].dtype).eps * true.abs().max().item()
             bounds[name] = 2 * (plain[name].double() - true).abs().max().item() + tiny
+    if margins := [name for name in inputs if name.endswith("margin")]:
+        shift = 8 * torch.finfo(torch.float32).eps
+        sides = [values_and_gradients(eager, doubled | {name: inputs[name] + side for name in margins}, frozen, cotangents)
+                 for side in (-shift, shift)]
+        bounds = {name: bound + (sides[0][name] - sides[1][name]).abs().max().item() for name, bound in bounds.items()}
     return truth, bounds
 
 
