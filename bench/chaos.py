@@ -88,19 +88,21 @@ class Hooks:
         sys.addaudithook(self.before_write)
 
     def note(self, fault, **more):
-        os.write(self.journal, (json.dumps(dict(kind=fault.kind, where=fault.where, step=self.step, **more)) + "\n").encode())
+        with without_limit():
+            os.write(self.journal, (json.dumps(dict(kind=fault.kind, where=fault.where, step=self.step, **more)) + "\n").encode())
 
     def before_step(self, *arguments):
         if arguments[-1] != slice(None):  # not the batch of an incident, drawn once more
             self.step, self.draws = arguments[4] + 1, self.draws + 1
-            os.pwrite(self.steps, f"{self.draws} {self.step} {self.counts['save']} {self.counts['log']}".ljust(40).encode(), 0)
+            with without_limit():
+                os.pwrite(self.steps, f"{self.draws} {self.step} {self.counts['save']} {self.counts['log']}".ljust(40).encode(), 0)
             for fault in self.faults["step"]:
                 if fault.kind == "full" and self.step in (fault.n, fault.n + fault.length):
                     limit = fault.number if self.step == fault.n else resource.RLIM_INFINITY
                     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # write() fails, as on a full disk
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
                     if self.step == fault.n:
                         self.note(fault)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
                 if fault.kind in ("kill", "signal") and fault.n == self.step and first_time(fault.once):
                     self.strike(fault)
         return self.draw_batch(*arguments)
@@ -145,6 +147,17 @@ class Hooks:
         os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else fault.number)
 
 
+@contextlib.contextmanager
+def without_limit():
+    """The campaign's own files are not on the disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def first_time(marker):
     """True for faults without a marker, and once for each of the others, whatever process asks."""
     try:
@@ -156,15 +169,21 @@ def first_time(marker):
 
 
 def live(arguments, variables, faults, output, journal):
-    """In a forked process: train/dit.py as if the shell had started it."""
+    """In a forked process: train/dit.py as if the shell had started it. `output` is a pipe, which no full disk silences."""
     os.environ.update(variables)
     for stream in (1, 2):
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, stream)
+        os.dup2(output.fileno(), stream)
     sys.stdin = open(os.devnull)
     sys.argv = [str(ROOT / "train" / "dit.py"), *arguments]
     Hooks(faults, arguments[arguments.index("--run") + 1], journal)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def collect(end, path):
+    """In a thread: writes what comes out of a pipe to a file, until nobody can write to the pipe any more."""
+    with end, open(path, "wb") as file:
+        while data := os.read(end.fileno(), 65536):
+            file.write(data)
 
 
 _server = None
@@ -202,15 +221,20 @@ class Life:
         self.journals = [folder / f"{number:03d}.journal.{rank}" for rank in range(processes)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.processes = []
+        self.processes, self.readers = [], []
         for rank in range(processes):
             variables = dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank % per_node, LOCAL_WORLD_SIZE=per_node,
                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             own = [fault for fault in faults if fault.rank % processes == rank]
+            end, output = server().Pipe(duplex=False)
             process = server().Process(target=live, args=(list(map(str, arguments)), {k: str(v) for k, v in variables.items()}, own,
-                                                          str(self.outputs[rank]), str(self.journals[rank])))
+                                                          output, str(self.journals[rank])))
             process.start()
+            output.close()
+            reader = threading.Thread(target=collect, args=(end, self.outputs[rank]))
+            reader.start()
             self.processes.append(process)
+            self.readers.append(reader)
 
     def wait(self, timeout=PATIENCE_S):
         """Exit codes when all have ended; None for those that hung and were killed.
@@ -227,9 +251,14 @@ class Life:
                     process.terminate()
             if time.monotonic() > deadline:
                 self.kill()
-                return [None if process in alive else process.exitcode for process in self.processes]
+                codes = [None if process in alive else process.exitcode for process in self.processes]
+                break
             multiprocessing.connection.wait([process.sentinel for process in alive], timeout=0.5)
-        return [process.exitcode for process in self.processes]
+        else:
+            codes = [process.exitcode for process in self.processes]
+        for reader in self.readers:
+            reader.join()
+        return codes
 
     def kill(self):
         for process in self.processes:
