@@ -141,7 +141,9 @@ def test_training_on_a_store_is_training_on_its_images(photos, undisturbed, tmp_
     for where in ("none", "ram"):
         run = tmp_path / where
         torch.manual_seed(0)
-        assert train(run, "--data.path", undisturbed, "--data.resident", where) == expected and not (run / "latents").exists()
+        got = train(run, "--data.path", undisturbed, "--data.resident", where)
+        # Not bitwise: batches lie at other addresses, by whose alignment matrix products may round (seen once in a gradient norm, 7e-8).
+        assert torch.tensor(got).allclose(torch.tensor(expected), rtol=1e-6) and not (run / "latents").exists()
     cached = next((tmp_path / "images" / "latents").iterdir())
     assert len(LatentStore(cached).blocks) == 1 and json.loads((cached / "index.json").read_text())["images"] == 149
 
