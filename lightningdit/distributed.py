@@ -192,7 +192,9 @@ def parallelise(model, mode, device, *, bf16=False):
         return model
     if mode == "ddp":
         arguments = dict(device_ids=[device.index]) if device.type == "cuda" else {}
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **arguments)
+        # Without find_unused_parameters DDP lays its messages out anew after the first update of each start; sums over more than two
+        # processes then round differently, and a resumed run is not bitwise the same (tests/test_train_distributed.py).
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True, **arguments)
     if mode not in PARALLEL[1:]:
         raise ValueError(f"parallel: got {mode!r}, expected one of {', '.join(PARALLEL)}")
     size, local = dist.get_world_size(), local_world_size()

@@ -81,6 +81,16 @@ def test_a_sharded_checkpoint_goes_on_on_any_number_of_processes(live, sharded, 
     assert difference(outcome(run), outcome(sharded), exact) is None
 
 
+def test_four_replicas_go_on_bitwise(live, tmp_path):
+    """Sums over more than two processes depend on where in a message a gradient travels, which DDP must not change on its way."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    live(whole, processes=4)
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step_0000008")
+    assert "resuming at step 4" in live(run, processes=4).text()
+    assert difference(outcome(run), outcome(whole), exact=True) is None
+
+
 def test_export_of_a_sharded_checkpoint_is_one_official_file(alone, sharded, tmp_path):
     assert len(list((sharded / "checkpoints" / "step_0000008" / "model").iterdir())) == 2
     states = []
