@@ -26,7 +26,7 @@ def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, st
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW that makes the update in the host's memory, where its moments live: 8 bytes a parameter less on the device, 16 more on the host.
+    """AdamW that updates in the host's memory, where its moments live: 8 bytes a parameter less on the device, 16 more on the host.
 
     A step waits for the backward pass and fetches all gradients, as they are after clipping; while it works on one parameter, the next
     gradients and the last weights travel on a stream of their own. The device waits for the weights, the host does not. Where

@@ -150,7 +150,8 @@ def test_the_update_on_the_host_of_a_gpu(tmp_path):
     for ours, theirs, begin in zip(model.parameters(), results["fp32"][0].parameters(), initial.parameters(), strict=True):
         assert (ours - theirs).norm() < 1e-2 * (theirs - begin).norm()  # where a gradient is near 0, Adam amplifies its rounding
 
-    path = checkpoint.save_checkpoint(tmp_path, 20, dict(model=model.state_dict(), trainer=checkpoint.trainer_tensors(model, optimizer)), {})
+    tensors = dict(model=model.state_dict(), trainer=checkpoint.trainer_tensors(model, optimizer))
+    path = checkpoint.save_checkpoint(tmp_path, 20, tensors, {})
     train("cpu", range(20, 25), model, optimizer)
     other, fresh = train("cpu", [40])
     checkpoint.load_into(path, "model", other.state_dict())
