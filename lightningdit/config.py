@@ -151,7 +151,8 @@ class OptimConfig:
     warmup: int = 0  # steps of linear warm-up
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to lr * final_lr_fraction at the last step
     final_lr_fraction: float = 0.0
-    state: Literal["fp32", "8bit"] = "fp32"  # AdamW's moments; 8bit: torchao's, a quarter of the memory, for one process or ddp
+    # AdamW's moments. 8bit: torchao's, a quarter of the memory, for one process or ddp; cpu: fp32 in the host's memory, updated there
+    state: Literal["fp32", "8bit", "cpu"] = "fp32"
     clip_grad_norm: float | None = None
     ema: float = 0.9999
     ema_warmup: bool = False  # decay min(ema, (1 + step) / (10 + step)): the average forgets the initial weights sooner
@@ -273,8 +274,8 @@ class DiTConfig:
         channels, latent_channels = self.sample.guidance_channels, self.tokenizer.latent_channels
         require(channels is None or channels <= latent_channels, "sample.guidance_channels", channels,
                 f"at most tokenizer.latent_channels = {latent_channels}")
-        require(self.optim.state == "fp32" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
-                f"fp32 with parallel = {self.parallel}: sharded moments are small, and blocks of 8-bit ones would not survive resharding")
+        require(self.optim.state != "8bit" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
+                f"fp32 or cpu with parallel = {self.parallel}: blocks of 8-bit moments would not survive resharding")
         require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup,
                 f"fewer than steps = {self.steps}")
 

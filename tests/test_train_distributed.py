@@ -81,6 +81,18 @@ def test_a_sharded_checkpoint_goes_on_on_any_number_of_processes(live, sharded, 
     assert difference(outcome(run), outcome(sharded), exact) is None
 
 
+def test_moments_on_the_host_change_nothing_and_may_come_and_go(live, sharded, tmp_path):
+    """A sharded run with the state of AdamW on the CPU from the beginning, and after a resumption only."""
+    run = tmp_path / "run"
+    live(run, "--optim.state", "cpu", processes=2, mode="fsdp")
+    assert difference(outcome(run), outcome(sharded), exact=True) is None
+    for state in ("fp32", "cpu"):
+        shutil.rmtree(run / "checkpoints" / "step_0000008")
+        assert "resuming at step 4" in live(run, "--optim.state", state, processes=2, mode="fsdp").text()
+        assert difference(outcome(run), outcome(sharded), exact=True) is None
+    assert "optim.state: 'cpu' -> '8bit'" in live(run, "--optim.state", "8bit", code=1).text()
+
+
 def test_four_replicas_go_on_bitwise(live, tmp_path):
     """Sums over more than two processes depend on where in a message a gradient travels, which DDP must not change on its way."""
     whole, run = tmp_path / "whole", tmp_path / "run"
