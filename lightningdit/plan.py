@@ -198,9 +198,10 @@ def print_plan(config, device):
     micro = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size // world()[1]
     memory = training_memory(model, micro, bf16, state=config.optim.state)
     steps = num_images * (1 - data.val_fraction) / config.batch_size
+    passes = 5 if config.flow.model_guidance else 3  # a backward pass is two forward ones; guidance is two more, of the average weights
     print(f"parameters        {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
     print(f"tokens an image   {model.pos_embed.shape[1]}")
-    print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training")
+    print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {passes * flops / 1e9:.2f} G in training")
     for name, size in memory.items():
         print(f"memory            {size / 2**30:9.3f} GiB  {name}")
     print(f"memory            {sum(memory.values()) / 2**30:9.3f} GiB  estimated in all on one GPU, {'bf16' if bf16 else 'fp32'}, "
