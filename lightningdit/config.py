@@ -93,6 +93,7 @@ class ModelConfig:
     learn_sigma: bool = False
     use_checkpoint: bool = False  # keep fewer activations, recompute the others in the backward pass
     checkpoint_policy: Literal["full", "selective"] = "full"  # kept then: only what enters a block; or matrix products and attention too
+    bf16_residual: bool = False  # under bf16 autocast keep the residual stream in bf16, not fp32; docs/levers.md
 
     def resolve(self):
         """Fills the fields left None from the preset."""
@@ -144,7 +145,9 @@ class FlowConfig:
 
 @dataclass
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' attention and MLP matrices, adamw for the rest; docs/levers.md
     lr: float = 2e-4
+    muon_momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -159,6 +162,8 @@ class OptimConfig:
     def validate(self):
         require(self.lr > 0, "optim.lr", self.lr, "a positive number")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(0 <= self.muon_momentum < 1, "optim.muon_momentum", self.muon_momentum, "a number in [0, 1)")
+        require(self.name == "adamw" or self.state == "fp32", "optim.state", self.state, f"fp32 with optim.name = {self.name}")
         require(self.eps > 0, "optim.eps", self.eps, "a positive number")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "a number >= 0")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "a number of steps >= 0")
@@ -246,6 +251,11 @@ class DiTConfig:
     def use_bf16(self, device):
         return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
 
+    def check_device(self, device):
+        """ConfigError where this device cannot do what the configuration asks for."""
+        require(not self.model.bf16_residual or self.use_bf16(device), "model.bf16_residual", True,
+                f"false, or precision = bf16: precision = {self.precision} is fp32 on {device.type}")
+
     def model_arguments(self):
         """Keyword arguments of LightningDiT."""
         arguments = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model) if f.name != "size"}
@@ -273,6 +283,9 @@ class DiTConfig:
         channels, latent_channels = self.sample.guidance_channels, self.tokenizer.latent_channels
         require(channels is None or channels <= latent_channels, "sample.guidance_channels", channels,
                 f"at most tokenizer.latent_channels = {latent_channels}")
+        require(self.optim.name == "adamw" or self.parallel not in ("fsdp", "hsdp"), "optim.name", self.optim.name,
+                f"adamw with parallel = {self.parallel}: Muon needs whole matrices")
+        require(not self.model.bf16_residual or self.precision != "fp32", "model.bf16_residual", True, "false with precision = fp32")
         require(self.optim.state == "fp32" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
                 f"fp32 with parallel = {self.parallel}: sharded moments are small, and blocks of 8-bit ones would not survive resharding")
         require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightningdit_kernels import gated_residual_rms_norm_modulate, rms_norm_modulate, rope_attention, swiglu
+from lightningdit_kernels.library import result_dtype
 
 # Depth, hidden size, heads. Sources: DiT for S, B, L and XL, the official code for 1p0B and 1p6B.
 SIZES = {
@@ -269,13 +270,15 @@ class LightningDiT(nn.Module):
         use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift: the paper's architecture flags; wo_shift drops the shift in blocks only.
         use_checkpoint: keep fewer activations of each block and recompute the others in the backward pass.
         checkpoint_policy: which to keep then; "full": only what goes into the block, "selective": also matrix products and attention.
+        bf16_residual: keep the residual stream in the autocast dtype, not in fp32. Nothing changes without autocast.
     Raises: ValueError for a shape that does not divide, or an unknown policy.
     Source: arXiv:2501.01423, Table 2 for the flags.
     """
 
     def __init__(self, input_size=16, patch_size=1, in_channels=32, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
                  num_classes=1000, class_dropout_prob=0.1, learn_sigma=False, use_qknorm=False, use_swiglu=False, use_rope=False,
-                 use_rmsnorm=False, wo_shift=False, use_checkpoint=False, checkpoint_policy="full"):
+                 use_rmsnorm=False, wo_shift=False, use_checkpoint=False, checkpoint_policy="full",
+                 bf16_residual=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size: got {input_size}, expected a multiple of patch_size = {patch_size}")
@@ -287,7 +290,7 @@ class LightningDiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         if checkpoint_policy not in CHECKPOINTING[1:]:
             raise ValueError(f"checkpoint_policy: got {checkpoint_policy!r}, expected one of {', '.join(CHECKPOINTING[1:])}")
-        self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        self.num_classes, self.learn_sigma, self.bf16_residual = num_classes, learn_sigma, bf16_residual
         self.checkpointing = checkpoint_policy if use_checkpoint else "none"
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -336,6 +339,8 @@ class LightningDiT(nn.Module):
             raise ValueError(f"t, y: got shapes {tuple(t.shape)} and {tuple(y.shape)}, expected ({B},) each")
         # Under bf16 autocast the patches are bf16 and pos_embed is fp32, so the residual stream is fp32 from here to the final layer.
         x, branch = self.x_embedder(x) + self.pos_embed, None  # (B, N, D)
+        if self.bf16_residual:
+            x = x.to(result_dtype(x))
         c, given = None, [None] * (len(self.blocks) + 1)
         if modulations is None:
             c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (B, D)

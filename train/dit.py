@@ -68,6 +68,7 @@ def main(argv):
     with process_group(pick_device(config.device)) as device:
         if dry_run:
             return print_plan(config, device)
+        config.check_device(device)
         if config.compile:
             check_compiler(device)
         if config.deterministic:
@@ -107,7 +108,7 @@ def train(config, device):
     parallelise(average, mode if mode in ("fsdp", "hsdp") else "none", device, bf16=bf16)
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup, average)
     optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay,
-                                      config.optim.state)
+                                      config.optim.state, config.optim.name, config.optim.muon_momentum)
     guard = Guard(optimizer, threshold=config.guard.threshold, window=config.guard.window, device=device)
     facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes,
                  tokenizer=tokenizer.sha256, data=train_set.plan["data"], image_size=config.data.image_size)
