@@ -57,6 +57,7 @@ def live_bytes(model, count, bf16):
     dict(hidden_size=128, num_heads=4, depth=8, **LIGHTNING),
     dict(hidden_size=72, num_heads=1, depth=6, use_qknorm=True, **LIGHTNING),  # XL's heads
     dict(hidden_size=64, num_heads=4, depth=8, use_rope=True, wo_shift=True),  # the plain DiT
+    dict(hidden_size=64, num_heads=4, depth=8, bf16_residual=True, **LIGHTNING),
 ])
 def test_activations_are_those_that_autograd_keeps(shape, bf16, checkpointing):
     """The slope over the number of images: weights, their bf16 copies and gradients do not depend on it."""
