@@ -163,8 +163,8 @@ class FlowConfig:
 
 @dataclass
 class OptimConfig:
-    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' attention and MLP matrices, adamw for the rest; docs/levers.md
     lr: float = 2e-4
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' attention and MLP matrices, adamw for the rest; docs/levers.md
     muon_momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
