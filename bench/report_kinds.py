@@ -73,7 +73,7 @@ class Contest:
         known = {"name", "status", "median_ms", "p20_ms", "p80_ms", "rounds", "speedup", "speedup_low", "speedup_high"}
         known |= {"images_per_s", "samples_per_second"}  # they follow from the time
         more = list(dict.fromkeys(key for row in record["rows"] for key, value in row.items() if key not in known and is_number(value)))
-        header = ["", "ms: median (p20-p80)", self.unit, f"times {first['name']}", *(key.replace("_", " ") for key in more)]
+        header = ["", "ms: median (p20-p80)", self.unit, f"times {first['name']}", *(UNITS.get(key, key.replace("_", " ")) for key in more)]
         rows = []
         for row in record["rows"]:
             spread = f"{number(row['median_ms'])} ({number(row['p20_ms'])}-{number(row['p80_ms'])})"
@@ -83,6 +83,10 @@ class Contest:
         out = [f"{row['name']} ({cell(row.get('reason', row['status']))})" for row in record.get("left_out", ())]
         title = f"#### {self.what(record)}, {self.shape(record)}"
         return [title, "", *markdown(header, rows), "", *([f"Left out: {'; '.join(out)}.", ""] if out else [])]
+
+
+UNITS = dict(gb_per_s="GB/s", tflop_per_s="TFLOP/s", peak_mib="peak MiB", mfu="MFU", first_call_s="first call, s",
+             first_step_s="first step, s")
 
 
 def is_number(value: object) -> bool:
@@ -107,7 +111,12 @@ CONTESTS = {
                       lambda r: "image decoding", lambda r: f"{r['case']}, {r['count']} images",
                       "count", "images/s", "(pillow|dali)", "(DataLoader|torchvision)"),
 }
-OPS, OPS_COMMAND = ("op", "copy", "gemm", "model_gemms"), "make bench, make bench-gpu"
+OPS = ("op", "copy", "gemm", "model_gemms")
+COMMANDS = {  # by kind of record: topic, and what measures it
+    "op": ("Kernels", "make bench, make bench-gpu"),
+    "growth": ("Training", "pytest bench/bench_growth.py --benchmark-only --results bench/results/growth_cpu.json"),
+    "check": ("Regressions", "python bench/check.py --update"),
+} | {kind: (contest.topic, contest.command) for kind, contest in CONTESTS.items()}
 
 
 def bars(records: list[dict]):
@@ -165,11 +174,44 @@ def overlay_part(record: dict) -> Part:
     return Part("Training", [f"#### Losses overlaid, {shape}", "", line, ""], [row], {suffix: draw})
 
 
+def growth_part(run: dict, records: list[dict]) -> Part:
+    """How a step's time and memory grow along each axis: exponents fitted again to the points."""
+    from bench import bench_growth
+
+    records = sorted(records, key=lambda record: bench_growth.AXES.index(record["axis"]))
+    rows, lines = [], []
+    for record in records:
+        base = ", ".join(f"{name} {value}" for name, value in record["base"].items() if name != record["axis"])
+        span = f"{record['axis']} {record['points'][0]['value']} to {record['points'][-1]['value']}, {base}"
+        fits = bench_growth.fits(record["points"])
+        for key, what in (("median_ms", "time"), ("peak_mib", "memory")):
+            words = {name: f"exponent {one[key]['exponent']:.2f}" for name, one in fits.items()}
+            for name, one in ((name, one[key]) for name, one in fits.items()):
+                interval = f"{one['low']:.2f} to {one['high']:.2f}"
+                lines.append([record["axis"], what, name, f"{one['exponent']:.2f} ({interval})", f"{one['last']:.2f}", span])
+                if name.startswith("ours"):
+                    peer = ", ".join(f"{other}: {word}" for other, word in words.items() if other != name)
+                    title = f"growth of a training step's {what} with {record['axis']}"
+                    rows.append(Row(title, span, words[name], f"{interval} (95 %)", peer))
+    header = ["axis", "of", "", "exponent (95 %)", "between the last two points", "span"]
+    title = "#### Growth of the training step: exponents of power laws, fitted to all points"
+    return Part("Training", [title, "", *markdown(header, lines), ""], rows, {"": lambda: bench_growth.figure(run)})
+
+
+def check_part(records: list[dict]) -> Part:
+    """The baseline of bench/check.py: times as ratios to a reference that was measured beside them."""
+    rows = [[record["name"], number(record["median_ms"]), f"{statistics.median(record['ratios']):.3g}"] for record in records]
+    line = "`make bench-check` compares with these ratios, and fails for a loss."
+    row = Row("baseline of `make bench-check`: time in units of a reference measured beside it", f"{len(records)} ops and stages, small",
+              f"{min(float(one[2]) for one in rows):.3g} to {max(float(one[2]) for one in rows):.3g}")
+    return Part("Regressions", [line, "", *markdown(["case", "ms: median", "times the reference"], rows), ""], [row])
+
+
 def harness_parts(name: str, run: dict) -> list[Part]:
     """Of a file of harness records, by topic. ValueError for another schema, an unknown kind of records, or summaries that lie."""
     if run.get("schema") != SCHEMA:
         raise ValueError(f"{name} has schema {run.get('schema')!r}, expected {SCHEMA!r}")
-    known = {*OPS, "loss_overlay", *CONTESTS}
+    known = {*OPS, "loss_overlay", "growth", "check", *CONTESTS}
     if strange := {record["kind"] for record in run["results"]} - known:
         raise ValueError(f"{name} holds records of kind {min(strange)!r}, expected {', '.join(sorted(known))}")
     parts, by_kind = [], collections.defaultdict(list)
@@ -178,6 +220,10 @@ def harness_parts(name: str, run: dict) -> list[Part]:
     for kind, records in by_kind.items():
         if kind == "loss_overlay":
             parts += [overlay_part(record) for record in records]
+        elif kind == "growth":
+            parts.append(growth_part(run, records))
+        elif kind == "check":
+            parts.append(check_part(records))
         elif kind == "op":
             for record in records:
                 if record["kind"] == "op":
@@ -279,6 +325,54 @@ def chaos_parts(name: str, content: dict) -> list[Part]:
     return [Part("Faults", ["#### Faults in training", "", *table, "", closing, ""], [row])]
 
 
+def fuzz_parts(name: str, content: dict) -> list[Part]:
+    """bench/fuzz.py: damaged checkpoints, archives and images."""
+    kinds = content["kinds"]
+    count, failed = sum(sum(outcomes.values()) for outcomes in kinds.values()), content["failed"]
+    value = "FAILED" if failed else "none crashed, no damage was accepted"
+    row = Row("damaged files read by the library", f"{count:,} inputs of {len(kinds)} kinds", value, f"seed {content['seed']}", short=True)
+    table = [[kind, f"{sum(outcomes.values()):,}", ", ".join(f"{outcome} {times:,}" for outcome, times in outcomes.items())]
+             for kind, outcomes in kinds.items()]
+    lines = ["#### Damaged input", "", *markdown(["kind of input", "inputs", "outcomes"], table), "", f"{value}.", ""]
+    return [Part("Faults", lines, [row])]
+
+
+HEADLINES = ("alignment", "all")  # comparisons that the README has
+
+
+def convergence_parts(name: str, content: dict) -> list[Part]:
+    """bench/convergence.py: from DiT to LightningDiT on aligned latents; speed-ups computed again from the curves."""
+    from bench import convergence
+
+    content, rows = content | dict(speedups=convergence.comparisons(content["runs"])), []
+    for key, title, baseline, _, paper in convergence.COMPARISONS:
+        for axis, what in (("images", "images seen"), ("seconds", "seconds of training")) if key in content["speedups"] else ():
+            found = content["speedups"][key][axis]
+            seeds = f"{len(found['per_seed'])} seeds" if len(found["per_seed"]) > 1 else "one seed"
+            spread = seeds if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f} (95 %, {seeds})"
+            peer = f"{convergence.ROWS[baseline].title}: final distance {convergence.cell(convergence.finals(content)[baseline])}"
+            peer += f"; the paper: {paper}" if paper else ""
+            rows.append(Row(f"speed-up of convergence in {what}: {title}", f"{content['data']}, {content['settings']['images']:,} images",
+                            convergence.speedup_cell(found), spread, peer, found["mean"], short=axis == "images" and key in HEADLINES))
+    drawn = {suffix: lambda suffix=suffix: convergence.figures(content)[suffix] for suffix in ("ladder", "alignment")}
+    return [Part("Convergence", [*convergence.report(content), ""], rows, drawn)]
+
+
+def lever_parts(name: str, content: dict) -> list[Part]:
+    """bench/levers.py: options beyond bf16 and AdamW; summarised again from the raw rows."""
+    from bench import levers
+
+    content, rows = content | dict(summary=levers.summarise(content)), []
+    for one in content["summary"]:
+        speed = [f"{number(one['images_per_s'])} images/s"] if one["speed"] else []
+        value = "; ".join([*speed, f"validation loss {one['difference']:+.4f}", f"recommendation: {one['recommendation']}"])
+        rows.append(Row(f"option: {one['lever']}", f"{content['size']}, {one['precision']}", value,
+                        f"{one['low']:.3f} to {one['high']:.3f} x (95 %)" if one["speed"] else "", f"AdamW: loss {one['baseline']:.4f}",
+                        one["speed"]))
+    return [Part("Training", ["#### Options beyond bf16 and AdamW", "", *levers.report(content), ""], rows,
+                 {"": lambda: levers.figure(content)})]
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """Files PREFIX_*.json: what they say, and the command that makes one. ValueError from `parts` for a file that is not what it seems."""
@@ -290,14 +384,19 @@ class Kind:
 
 HARNESS = Kind(harness_parts, "")
 KINDS = dict(
-    kernels=HARNESS, step=HARNESS, sampling=HARNESS, latents=HARNESS, images=HARNESS,
+    kernels=HARNESS, step=HARNESS, growth=HARNESS, sampling=HARNESS, latents=HARNESS, images=HARNESS, check=HARNESS,
     demo=Kind(demo_parts, "python bench/demo.py", "Training"),
     spin=Kind(spin_parts, "by hand", "Training"),
+    levers=Kind(lever_parts, "python bench/levers.py", "Training"),
     solvers=Kind(solver_parts, "python bench/solvers.py", "Sampling"),
     tokenizer_study=Kind(study_parts, "python bench/tokenizer_study.py --publish", "Tokenizers"),
+    convergence=Kind(convergence_parts, "make convergence", "Convergence"),
     chaos=Kind(chaos_parts, "make chaos", "Faults"),
+    fuzz=Kind(fuzz_parts, "make fuzz", "Faults"),
 )  # fmt: skip
-TOPICS = ("Kernels", "Training", "Sampling", "Data", "Tokenizers", "Faults")
+# What a GPU is for, by kind of record or prefix of a file: as long as no such file was made on one, the pages say so.
+FOR_GPUS = ("convergence", "training_step", "growth", "levers", "op", "sampling", "tokenizer_study", "images")
+TOPICS = ("Convergence", "Training", "Kernels", "Sampling", "Tokenizers", "Data", "Faults", "Regressions")
 
 
 def kind_of(name: str) -> str:

@@ -61,8 +61,10 @@ def percent(value: float | None, of: float | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """0.996 is a loss, and does not read 1.00."""
-    return "" if ratio is None else f"{ratio:.3g} x" if ratio < 100 else f"{ratio:.0f} x"
+    """Three digits; four just below 1, so that a loss does not read 1."""
+    if ratio is None:
+        return ""
+    return f"{ratio:.0f} x" if ratio >= 100 else f"{ratio:.4g} x" if 0.995 <= ratio < 1 else f"{ratio:.3g} x"
 
 
 def geometric_mean(values: list[float]) -> float:

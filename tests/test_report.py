@@ -86,6 +86,12 @@ DEMO = ABOUT | dict(what="embedded default, digits", load_before=0.5, runs=[
     for command, wall_s, recognised in (("python train/dit.py ", 60.0, 0.99), ("python train/dit.py --compile", 80.0, 1.0))])  # fmt: skip
 
 
+FUZZ = dict(seed=3, examples=10, inputs=30, failed=False, wall_s=1.0, environment=ABOUT,
+            kinds=dict(checkpoint=dict(refused=18, unchanged=2), tar=dict(refused=10)))
+CHECK = file(*(dict(kind="check", name=name, median_ms=ms, ratios=[ratio, 9 * ratio, ratio], operators=[])
+               for name, ms, ratio in (("swiglu", 4.0, 0.5), ("encode", 50.0, 25.0))), load=1.0)
+
+
 def write(folder, **files):
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
@@ -242,6 +248,23 @@ def test_studies_by_hand():
     assert "| 10 | 20 % | 40 % |  |  | **5 %** |" in report.results_page({"solvers_a.json": SOLVERS})
 
 
+def test_damage_and_regressions_by_hand():
+    (fuzz,) = rows(FUZZ, "fuzz_a.json")
+    assert (fuzz.shape, fuzz.value) == ("30 inputs of 2 kinds", "none crashed, no damage was accepted")
+    assert rows(FUZZ | dict(failed=True), "fuzz_a.json")[0].value == "FAILED"
+    assert "| checkpoint | 20 | refused 18, unchanged 2 |" in report.results_page({"fuzz_a.json": FUZZ})
+    (check,) = rows(CHECK, "check_a.json")
+    assert (check.shape, check.value) == ("2 ops and stages, small", "0.5 to 25")
+    assert "| encode | 50 | 25 |" in report.results_page({"check_a.json": CHECK})
+
+
+def test_what_only_a_gpu_can_tell_is_named():
+    """As long as a file is from a CPU; a file from a GPU ends it."""
+    line = f"- training_step: {UNMEASURED}"
+    assert line in report.results_page({"step_a.json": file(training_step())})
+    assert line not in report.results_page({"step_a.json": file(training_step(), **GPU)})
+
+
 def test_goals_are_measured_on_gpus_only():
     """The same records, made on a CPU, meet no goal."""
     attention = op_record("rope_attention", dtype="bfloat16", shapes="xl", width=1152, heads=16)
@@ -266,9 +289,9 @@ def test_nothing_measured(tmp_path):
     page = report.results_page({})
     for goal in report.GOALS:
         assert f"| {goal.what} | {goal.goal} | {UNMEASURED} |  |" in page
-    commands = ["op", *report_kinds.CONTESTS, *(prefix for prefix, kind in report_kinds.KINDS.items() if kind.command)]
-    assert page.count("- Not yet measured: `") == len(commands)
-    assert len(report.short_table({}).splitlines()) == 4  # header, everything on a GPU, the audit
+    commands = [*report_kinds.COMMANDS, *(prefix for prefix, kind in report_kinds.KINDS.items() if kind.command)]
+    assert page.count(": not yet measured (`") == len(commands)
+    assert len(report.short_table({}).splitlines()) == 5  # header, everything on a GPU, convergence, the audit
     (tmp_path / "README.md").write_text("a <!-- results demo -->old<!-- /results --> b <!-- results op swiglu --><!-- /results -->\n")
     (tmp_path / "docs").mkdir()
     regions = "<!-- results origin kernels -->\n<!-- /results -->\n<!-- results study --><!-- /results -->\n"
