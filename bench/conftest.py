@@ -103,7 +103,7 @@ def pytest_terminal_summary(terminalreporter, config):
     settings = getattr(config, "lightningdit_bench", None)
     if settings is None or not settings.records:
         return
-    from bench.report import text_table
+    from bench.report_kernels import text_table
 
     terminalreporter.section("medians of interleaved rounds")
     for line in text_table(settings.records):
