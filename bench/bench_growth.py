@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 from bench import step  # noqa: E402
 from bench.harness import Timer, gpu_state, interleave, quantile, rounds_for, short, synchronize  # noqa: E402
+from lightningdit.plan import largest_by_trial  # noqa: E402
 
 HEAD_DIM = 64
 AXES = ("batch", "tokens", "width", "depth")
@@ -46,17 +46,17 @@ def measure(point: dict[str, int], settings) -> list[dict]:
     trainer = step.Trainer(config, device)
     batch, timers, rows = trainer.batch(), {}, []
     for one in CONTESTANTS:
-        try:
-            model = trainer.build(one)
-
-            def run(i, model=model):
-                trainer.step(model, batch)
-                synchronize(device)
-
-            timers[one.name] = Timer(run, 1, "cpu", settings.sample_ms)
-            rows.append(dict(name=one.name, peak_mib=short(trainer.peak_mib(model, batch))))
-        except torch.OutOfMemoryError:
+        model = trainer.build(one)
+        if not largest_by_trial([config.batch_size], lambda _, model=model: trainer.step(model, batch)):
             rows.append(dict(name=one.name, reason="out of memory"))
+            continue
+
+        def run(i, model=model):
+            trainer.step(model, batch)
+            synchronize(device)
+
+        timers[one.name] = Timer(run, 1, "cpu", settings.sample_ms)
+        rows.append(dict(name=one.name, peak_mib=short(trainer.peak_mib(model, batch))))
     samples = interleave(timers, rounds_for(timers, settings), warmup_s=min(1.0, settings.warmup_s))
     for row in rows:
         if times := samples.get(row["name"]):
@@ -131,6 +131,7 @@ def figure(run: dict):
             values = [point["value"] for point in record["points"]]
             axes.set_xticks(values, list(map(str, values)), fontsize=7)
             axes.set_xticks([], minor=True)
+            axes.tick_params(axis="y", which="both", labelsize=7)
             axes.legend(fontsize=6, loc="upper left")
         grid[0, column].set_title(f"at {others}", fontsize=7)
     plot.suptitle(f"Training step, exponents of growth with 95 % interval: {run.get('gpu') or run['cpu']}, {run['date'][:10]}", fontsize=9)

@@ -30,7 +30,7 @@ from lightningdit_kernels.testing import random_tensor
 REFERENCE = "reference eager"
 GEMM = dict(cuda=8192, cpu=1024)
 STEPS_A_SAMPLE = dict(cuda=5, cpu=1)
-COLD = dict(cuda=("reference compiled", "ours compiled"), cpu=("ours compiled",))  # whose first step is timed in a fresh process
+COLD = ("reference compiled", "ours compiled")  # whose first step is timed in a fresh process
 OVERLAY_STEPS = dict(cuda=300, cpu=60)
 # Of the mean difference of the two loss curves to the mean loss: rounding grows from step to step, and more in bf16.
 OVERLAY_TOLERANCE = 0.01
@@ -73,7 +73,7 @@ def prepare(trainer, gate, contestant, device, official):
         seen = ran(lambda: trainer.step(model, batch, skip=True), device)
         if not official:
             contestant.prove(seen, device)
-        row |= dict(peak_mib=round(trainer.peak_mib(model, batch), 1), ran=[one for one in seen if "::" in one][:16])
+        row |= dict(peak_mib=round(trainer.peak_mib(model, batch), 1), ran=[one for one in seen if one.startswith("lightningdit::")])
         return model, batch, row
     except AssertionError as error:
         return None, None, row | dict(status="incorrect", reason=str(error))
@@ -94,20 +94,23 @@ def product(device, dtype, size):
 
 
 @pytest.fixture(autouse=True)
-def static_shapes():
-    """As in training, where a batch has one size: after a halved batch torch.compile would else allow for any."""
+def compiler(tmp_path, monkeypatch):
+    """Caches that only the first steps in fresh processes filled, and shapes that are fixed, as in training, where a batch has one size."""
+    for name in step.CACHES:
+        monkeypatch.setenv(name, str(tmp_path / name))
     torch.compiler.reset()
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         yield
 
 
-def bench_step(benchmark, settings, shapes, request):
+@pytest.mark.parametrize("part", ["ladder", "kernels"])
+def bench_step(benchmark, settings, shapes, part, request):
     device, tiny = settings.device, shapes.startswith("tiny")
     if serving("swiglu", device) == "reference":
         pytest.skip("no kernels of ours here: ours is the reference")
-    official = request.config.getoption("--official")
-    chosen = [one for one in step.contestants(device) if not settings.only or one.name in settings.only]
-    cold = {one.name: step.first_step(one.name, shapes, device) for one in chosen if one.name in COLD[device]}
+    official = request.config.getoption("--official") if part == "ladder" else None
+    chosen = [one for one in step.contestants(device)[part] if not settings.only or one.name in settings.only]
+    cold = {one.name: step.first_step(one.name, shapes, device) for one in chosen if part == "ladder" and one.name in COLD}
     trainer = step.Trainer(step.configure(shapes, device), device)
     config, gate, runs, rows = trainer.config, Gate(trainer), {}, []
     for one in [*chosen, *[step.Contestant("official", compiled=True)] * (official is not None)]:
@@ -120,7 +123,7 @@ def bench_step(benchmark, settings, shapes, request):
         rows.append(row | cold.get(one.name, {}))
         if model is not None:
             runs[one.name] = model, batch
-    if official is None:
+    if official is None and part == "ladder":
         rows.append(dict(name="official", status="unavailable", reason="needs --official PATH, a checkout of the official code"))
     gate.of.cache_clear()
     gc.collect()
@@ -155,8 +158,8 @@ def bench_step(benchmark, settings, shapes, request):
             row |= dict(mfu=short(one["tflop_per_s"] / PEAK_TFLOPS))
     model = dict(depth=config.model.depth, width=config.model.hidden_size, heads=config.model.num_heads, tokens=config.latent_size**2)
     model |= dict(parameters=sum(p.numel() for p in trainer.model.parameters()), flops_per_image=flops)
-    record = dict(kind="training_step", case=shapes, device=device, dtype=str(dtype).removeprefix("torch."), batch=config.batch_size,
-                  model=model, product=dict(size=size, tflop_per_s=gemm["tflop_per_s"]), load=os.getloadavg()[0],
+    record = dict(kind="training_step", case=shapes, part=part, device=device, dtype=str(dtype).removeprefix("torch."),
+                  batch=config.batch_size, model=model, product=dict(size=size, tflop_per_s=gemm["tflop_per_s"]), load=os.getloadavg()[0],
                   rows=[row for row in rows if row["status"] == "ok"], left_out=[row for row in rows if row["status"] != "ok"],
                   samples_ms={name: list(map(short, times)) for name, times in samples.items()})
     if device == "cuda":
@@ -187,7 +190,7 @@ def bench_overlay(benchmark, settings, shapes):
     config.tokenizer.latent_channels, config.data.num_classes, config.optim.lr = 4, 10, 5e-4
     latents, labels = digit_latents(side, device)
     names = [f"{who} {'compiled' if device == 'cuda' else 'eager'}" for who in ("reference", "ours")]
-    curves, found = {}, {one.name: one for one in step.contestants(device)}
+    curves, found = {}, {one.name: one for one in step.contestants(device)["ladder"]}
 
     def run():
         for name in names:

@@ -584,7 +584,8 @@ def pool(records: list[dict]) -> list[dict]:
     """
     groups = {}
     for record in records:
-        key = tuple(str(record.get(name)) for name in ("kind", "op", "shapes", "dtype", "tokens"))
+        names = ("kind", "op", "shapes", "dtype", "tokens", "case", "part", "axis", "resident")
+        key = tuple(str(record.get(name)) for name in names)
         groups.setdefault(key, []).append(record)
     return [_pooled(group) if len(group) > 1 and group[0]["kind"] == "op" else group[0] for group in groups.values()]
 

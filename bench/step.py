@@ -12,11 +12,9 @@ import functools
 import importlib
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +39,9 @@ from lightningdit_kernels.testing import DEFINITIONS  # noqa: E402
 RECIPE = ROOT / "train" / "configs" / "lightningdit_xl_64ep.yaml"
 KERNELS = dict(norm=("rms_norm_modulate", "gated_residual_rms_norm_modulate"), attention=("rope_attention",), swiglu=("swiglu",))
 ALL = tuple(KERNELS)
-CPU_DEPTH = 2
+CPU_DEPTH, CPU_SHARE = 2, 8  # the depth, and by how much batches are smaller than those of single ops
 # Relative: of the loss, and of each parameter's gradient in L2 norm. Reached in fp32; in bf16 twice the error of eager PyTorch is allowed.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 GATE_IMAGES = 8  # in one forward pass of the fp32 truth
 
 
@@ -102,17 +100,19 @@ def _linear_with_bias(layer, x):
     return layer(x), None
 
 
-def contestants(device: str) -> list[Contestant]:
-    """The ladder. Kernels are switched off one by one where ours is fastest: compiled on CUDA, in eager mode on a CPU."""
-    found = [Contestant("reference eager", ALL), Contestant("reference compiled", ALL, True), Contestant("ours eager"),
-             Contestant("ours compiled", (), True)]
-    base = found[3 if device == "cuda" else 2]
-    found += [Contestant(f"{base.name} without {kernel}", (kernel,), base.compiled) for kernel in KERNELS]
-    return found + [Contestant("ours compiled with triton attention", (), True, "triton")] * (device == "cuda")
+def contestants(device: str) -> dict[str, list[Contestant]]:
+    """By part. "ladder": from the official graph to ours. "kernels": ours with each switched off where it is fastest, compiled on CUDA and
+    in eager mode on a CPU."""
+    ladder = [Contestant("reference eager", ALL), Contestant("reference compiled", ALL, True), Contestant("ours eager"),
+              Contestant("ours compiled", (), True)]
+    base = ladder[3 if device == "cuda" else 2]
+    kernels = [ladder[0], base, *(Contestant(f"{base.name} without {kernel}", (kernel,), base.compiled) for kernel in KERNELS)]
+    kernels += [Contestant("ours compiled with triton attention", (), True, "triton")] * (device == "cuda")
+    return dict(ladder=ladder, kernels=kernels)
 
 
 def configure(shapes: str, device: str, **more) -> configuration.DiTConfig:
-    """The paper's recipe at a preset of the harness ("xl/N1024/B16"): depth 2 on CPUs, and as many tokens in a batch whatever N is.
+    """The paper's recipe at a preset of the harness ("xl/N1024/B16"), smaller on CPUs; as many tokens in a batch whatever N is.
 
     Args: more: depth, width, heads, tokens, batch in place of the preset's.
     Raises: ValueError for tokens that make no square.
@@ -122,7 +122,7 @@ def configure(shapes: str, device: str, **more) -> configuration.DiTConfig:
     sizes |= dict(depth=1 if preset == "tiny" else CPU_DEPTH if device == "cpu" else SIZES[preset.upper()][0],
                   tokens=sizes["rows"] * sizes["columns"])
     if "/B" not in shapes and preset != "tiny":
-        sizes["batch"] = max(1, sizes["batch"] * 256 // sizes["tokens"])
+        sizes["batch"] = max(1, sizes["batch"] * 256 // sizes["tokens"] // (CPU_SHARE if device == "cpu" else 1))
     sizes |= more
     side = round(sizes["tokens"] ** 0.5)
     if side**2 != sizes["tokens"]:
@@ -190,11 +190,13 @@ class Trainer:
 
     def step(self, model, batch, skip: bool = False) -> torch.Tensor:
         """One update; returns its loss. skip: leave weights and moments as they are, at the same cost."""
-        loss = self.backward(model, batch)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self.guard.judge(loss, norm, skip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = self.backward(model, batch)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            self.guard.judge(loss, norm, skip)
+            self.optimizer.step()
+        finally:  # of a backward that ran out of memory, too
+            self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.done)
         self.done += 1
         return loss
@@ -266,15 +268,16 @@ def official_model(path: Path, config: configuration.DiTConfig) -> torch.nn.Modu
 # The first step
 
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
 def first_step(contestant: str, shapes: str, device: str) -> dict:
-    """Seconds from the start of a fresh process, without anything compiled before, to the end of its first step.
+    """Seconds from the start of a fresh process to the end of its first step. The environment's CACHES say what it finds compiled before.
 
     Returns: {"first_step_s"}, or {"first_step_failed": reason}.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        caches = {name: os.path.join(cache, name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        command = [sys.executable, __file__, "--shapes", shapes, "--device", device, "--contestant", contestant, "--begun"]
-        done = subprocess.run([*command, repr(time.time())], capture_output=True, text=True, check=False, env=os.environ | caches)
+    command = [sys.executable, __file__, "--shapes", shapes, "--device", device, "--contestant", contestant, "--begun", repr(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return dict(first_step_failed=(done.stderr.strip().splitlines() or ["no message"])[-1][:200])
     return json.loads(done.stdout.splitlines()[-1])
@@ -287,7 +290,7 @@ def main() -> None:
     parser.add_argument("--contestant", required=True)
     parser.add_argument("--begun", type=float, default=time.time(), help="seconds since 1970 at which the process was started")
     options = parser.parse_args()
-    found = {one.name: one for one in contestants(options.device)}
+    found = {one.name: one for one in contestants(options.device)["ladder"]}
     if options.contestant not in found:
         parser.error(f"--contestant is {options.contestant!r}, expected one of {', '.join(found)}")
     trainer = Trainer(configure(options.shapes, options.device), options.device)
