@@ -6,7 +6,7 @@
 One axis varies, the others stay; heads are 64 channels wide. The step is that of train/dit.py (bench/step.py), in eager mode, so that no
 point has to be compiled: fp32 on a CPU, bf16 autocast on a GPU. An exponent is the slope of a least-squares line through the logarithms,
 with the 95 % interval that its residuals give; "last" is the slope between the two largest points, which fixed costs blur least.
-Memory is what a step allocates at most, on a CPU above weights, optimizer and average, on a GPU with them.
+Memory is what a step allocates at most on top of weights, optimizer and average.
 """
 
 import argparse

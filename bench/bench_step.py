@@ -7,6 +7,8 @@ A step is that of train/dit.py (bench/step.py). Before it is timed a contestant 
 gradient, in fp32 to LOSS_TOLERANCE and GRADIENT_TOLERANCE, in bf16 to twice the error of the eager reference in bf16; and a profile must
 show the kernels that are switched on and no others. A batch that does not fit a contestant is halved for it; speed-ups are per image.
 FLOPs are the model's, three times the forward's. Matrix products take turns with the steps: "of product" is of their rate in this run.
+Peak memory is what a step allocates on top of weights, optimizer and average, which all share (state_mib). The first step is timed in a
+fresh process with empty compiler caches; the first call, which finds them as that process left them, is the model's and step's in this one.
 """
 
 import functools
@@ -29,9 +31,9 @@ from lightningdit_kernels.testing import random_tensor
 
 REFERENCE = "reference eager"
 GEMM = dict(cuda=8192, cpu=1024)
-STEPS_A_SAMPLE = dict(cuda=5, cpu=1)
+STEPS_A_SAMPLE, PRODUCTS = dict(cuda=5, cpu=1), dict(cuda=20, cpu=1)
 COLD = ("reference compiled", "ours compiled")  # whose first step is timed in a fresh process
-OVERLAY_STEPS = dict(cuda=300, cpu=60)
+OVERLAY_STEPS, OVERLAY_BATCH = dict(cuda=300, cpu=60), dict(cuda=128, cpu=32)
 # Of the mean difference of the two loss curves to the mean loss: rounding grows from step to step, and more in bf16.
 OVERLAY_TOLERANCE = 0.01
 
@@ -83,14 +85,16 @@ def prepare(trainer, gate, contestant, device, official):
         return None, None, row | dict(status="failed", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
 
 
-def product(device, dtype, size):
-    a, b = (random_tensor(size, size, seed=seed).to(device, dtype) for seed in (1, 2))
+def products(device, dtype, size):
+    """So many products that waiting for them costs nothing, and their FLOPs."""
+    (a, b), count = (random_tensor(size, size, seed=seed).to(device, dtype) for seed in (1, 2)), PRODUCTS[device]
 
     def run(i):
-        a @ b
+        for _ in range(count):
+            a @ b
         synchronize(device)
 
-    return run
+    return run, 2 * count * size**3
 
 
 @pytest.fixture(autouse=True)
@@ -136,14 +140,15 @@ def bench_step(benchmark, settings, shapes, part, request):
 
         return Timer(run, 1, "cpu", settings.sample_ms)  # by the wall clock on GPUs too
 
-    assert REFERENCE in runs, f"{REFERENCE} is not timed, and nothing without it: {rows[0]}"
+    assert REFERENCE in runs, f"{REFERENCE} is not timed, and nothing without it: {rows[:1]}"
     flops, per_sample = 3 * forward_flops(trainer.model), 1 if tiny else STEPS_A_SAMPLE[device]
     size, dtype = 64 if tiny else GEMM[device], torch.bfloat16 if trainer.bf16 else torch.float32
-    timers = {name: timed(name) for name in runs} | {"product": Timer(product(device, dtype, size), 1, "cpu", settings.sample_ms)}
+    multiply, product_flops = products(device, dtype, size)
+    timers = {name: timed(name) for name in runs} | {"product": Timer(multiply, 1, "cpu", settings.sample_ms)}
     monitor, states = Monitor() if device == "cuda" else None, []
     rounds = rounds_for(timers, settings)
     samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe=monitor and (lambda: states.append(monitor.sample())))
-    gemm = summary(samples["product"], dict(bytes=0, flops=2 * size**3), samples["product"])
+    gemm = summary(samples["product"], dict(bytes=0, flops=product_flops), samples["product"])
     samples = {name: [ms / per_sample for ms in times] for name, times in samples.items() if name != "product"}
     reference_batch = next(row["batch"] for row in rows if row["name"] == REFERENCE)
     for row in rows:
@@ -158,6 +163,7 @@ def bench_step(benchmark, settings, shapes, part, request):
             row |= dict(mfu=short(one["tflop_per_s"] / PEAK_TFLOPS))
     model = dict(depth=config.model.depth, width=config.model.hidden_size, heads=config.model.num_heads, tokens=config.latent_size**2)
     model |= dict(parameters=sum(p.numel() for p in trainer.model.parameters()), flops_per_image=flops)
+    model |= dict(state_mib=round(trainer.state_mib(), 1))
     record = dict(kind="training_step", case=shapes, part=part, device=device, dtype=str(dtype).removeprefix("torch."),
                   batch=config.batch_size, model=model, product=dict(size=size, tflop_per_s=gemm["tflop_per_s"]), load=os.getloadavg()[0],
                   rows=[row for row in rows if row["status"] == "ok"], left_out=[row for row in rows if row["status"] != "ok"],
@@ -186,8 +192,8 @@ def bench_overlay(benchmark, settings, shapes):
     """The losses of training with the reference and with ours from the same weights on the same batches; both compiled on CUDA."""
     device, tiny = settings.device, shapes.startswith("tiny")
     steps, side = (4 if tiny else OVERLAY_STEPS[device]), 16 if device == "cuda" else 4
-    config = step.configure(shapes, device, tokens=side * side)
-    config.tokenizer.latent_channels, config.data.num_classes, config.optim.lr = 4, 10, 5e-4
+    config = step.configure(shapes, device, tokens=side * side, batch=2 if tiny else OVERLAY_BATCH[device])
+    config.tokenizer.latent_channels, config.data.num_classes = 4, 10
     latents, labels = digit_latents(side, device)
     names = [f"{who} {'compiled' if device == 'cuda' else 'eager'}" for who in ("reference", "ours")]
     curves, found = {}, {one.name: one for one in step.contestants(device)["ladder"]}

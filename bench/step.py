@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder al
 import torch  # noqa: E402
 
 import lightningdit.model  # noqa: E402
-from bench.harness import COMPILED, Case, cpu_peak_mib, synchronize  # noqa: E402
+from bench.harness import COMPILED, Case, cpu_peak_mib, nbytes, synchronize  # noqa: E402
 from bench.providers import EAGER  # noqa: E402
 from lightningdit import config as configuration  # noqa: E402
 from lightningdit import optim  # noqa: E402
@@ -201,14 +201,21 @@ class Trainer:
         self.done += 1
         return loss
 
+    def state_mib(self) -> float:
+        """Of weights, buffers, average and moments."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.average.model.parameters(), *self.average.model.buffers()]
+        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+        return nbytes(*tensors) / 2**20
+
     def peak_mib(self, model, batch) -> float:
-        """Of one step: on CUDA all that is allocated, weights and optimizer included; on a CPU what the step allocates on top of them."""
+        """The most that one step allocates at once, on top of what was there before."""
         if self.device.type == "cpu":
             return cpu_peak_mib(lambda: self.step(model, batch, skip=True))
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         self.step(model, batch, skip=True)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def gradients(self, model, batch, **options) -> dict[str, torch.Tensor]:
         """The loss and every gradient, which are gone from the parameters afterwards."""
