@@ -17,13 +17,15 @@ COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v c
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
 GPU_PY = PYTHONPATH=.:kernels $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help setup demo test lint audit bench chaos fuzz report assets test-gpu bench-gpu clean
+.PHONY: help setup demo test lint audit bench bench-check growth chaos fuzz report assets test-gpu bench-gpu clean
 
 help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
 	@echo "demo       train on the bundled digits and draw some; ARGS='--steps 100' adds flags"
 	@echo "test       all tests      lint   ruff      audit   the machine code of the Triton kernels, without a GPU"
 	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
+	@echo "bench-check      fails where an op or a stage is over 15 % slower than bench/results/check_cpu.json; ARGS=--update rewrites that"
+	@echo "growth     how a training step's time and memory grow with batch, tokens, width and depth"
 	@echo "chaos      100 trainings that are killed, starved and damaged, and must end as if nothing had been; ARGS='--runs 20 --seed 1'"
 	@echo "fuzz       some thousand damaged configurations, checkpoints, latent stores and images; ARGS='--examples 1000 --seed 1'"
 	@echo "assets     remake the bundled tokenizer"
@@ -54,6 +56,12 @@ audit: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+bench-check: $(READY)
+	$(PY) bench/check.py $(ARGS)
+
+growth: $(READY)
+	$(PY) -m pytest bench/bench_growth.py --benchmark-only --device cpu --results bench/results/growth_cpu.json $(ARGS)
 
 chaos: $(READY)
 	$(PY) bench/chaos.py --out bench/results/chaos_cpu.json $(ARGS)
