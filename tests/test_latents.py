@@ -19,6 +19,7 @@ from lightningdit.distributed import generator_for, seed_for
 from lightningdit.images import TensorBatches, digits
 from lightningdit.latents import LatentStore, Loader, Writer, batch_indices, batch_views, make_plan, spans
 from lightningdit.tokenizer.vavae import Tokenizer, latent_statistics
+from lightningdit_kernels import native
 
 SHAPE = (3, 2, 4)  # C, h, w
 
@@ -97,7 +98,11 @@ def test_seed_rule_mixes():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("shard_size", [7, 100])
-def test_gather_is_what_was_written_whatever_the_shards(tmp_path, dtype, shard_size):
+@pytest.mark.parametrize("library", [True, False])
+def test_gather_is_what_was_written_whatever_the_shards(tmp_path, monkeypatch, dtype, shard_size, library):
+    if library and not native.available:
+        pytest.skip(native.about)
+    monkeypatch.setattr(native, "available", library)
     moments = random_moments(25)
     store = write(tmp_path / "s", moments, torch.arange(25) % 3, shard_size, dtype=dtype)
     assert len(store.blocks) == (4 if shard_size == 7 else 1) and store.classes == ["class 0", "class 1", "class 2"]
@@ -111,6 +116,19 @@ def test_gather_is_what_was_written_whatever_the_shards(tmp_path, dtype, shard_s
         part = held.subset(torch.tensor([3, 20, 24])).subset(torch.tensor([2, 0]))
         assert torch.equal(part.gather(torch.tensor([0, 1])), moments.to(expected)[[24, 3], 0]) and part.labels.tolist() == [0, 0]
     assert store.resident("auto").in_memory and store.resident("none") is store
+    assert store.gather(indices[:0]).shape == (0, *expected.shape[1:])
+    for bad in (torch.tensor([25]), torch.tensor([-1])):
+        with pytest.raises(IndexError):
+            store.gather(bad)
+
+
+def test_gather_keeps_to_its_memory(numbered):
+    store, row = numbered[1], numbered[0][0, 0].numel()
+    with pytest.raises(IndexError, match="views: got 0 to 2, expected 0 to 1"):
+        store.gather(torch.tensor([0, 24]), torch.tensor([0, 2]))
+    for out in (torch.empty(2, row), torch.empty(3, row, dtype=torch.float64), torch.empty(row, 3).T):
+        with pytest.raises(ValueError, match=f"out: got .*expected contiguous torch.float32 .3, {row}."):
+            store.gather(torch.arange(3), out=out)
 
 
 def test_split_is_disjoint_complete_and_repeatable(numbered):
@@ -375,6 +393,12 @@ def test_the_loader_says_what_it_cannot_do_and_passes_errors_on(numbered, tmp_pa
             next(loader)
     loader.close()
     assert not loader.thread.is_alive()
+
+
+def test_batches_of_a_set_in_memory_share_one_buffer(numbered):
+    """Fresh memory for each would cost more in page faults than the copying."""
+    loader = Loader(numbered[1].resident("ram"), 10, seed=0)
+    assert loader.thread is None and next(loader)[0].data_ptr() == next(loader)[0].data_ptr()
 
 
 # The official format
