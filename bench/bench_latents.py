@@ -2,13 +2,13 @@
 
     pytest bench/bench_latents.py --benchmark-only --results bench/results/latents_cpu.json
 
-One sample is a batch of a pass, all of whose batches are of images in random order: an epoch of ours, by a new Loader with its thread and
-fresh buffers; some batches of "per sample", which for each image opens its file, slices latents or mirror image and the label, normalises
-by channel, and stacks: in this process, or in the workers of PyTorch's DataLoader, which stay from pass to pass.
+One sample is a batch of a pass, all of whose batches are of images in random order: four epochs of ours, by a new Loader with its thread
+and fresh buffers; some batches of "per sample", which for each image opens its file, slices latents or mirror image and the label,
+normalises by channel, and stacks: in this process, or in the workers of PyTorch's DataLoader, which stay from pass to pass.
 
 "samples" holds the official content, 4-byte samples of the posterior, and both must deliver the same values; ours leaves normalising to
 the training device, unless "normalised" (in place). "fp32" and "bf16" are posterior moments, twice the values, from which the training
-device draws; "and draw" draws on the CPU. "first epoch" opens the store anew: each page of the files that is touched faults once.
+device draws; "drawn" draws on the CPU. "first epoch" is one, of a store opened anew: each page of the files faults once.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SEED = 0
 
 
 def official_files(folder, images, files):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for number in range(files):
         tensors = {name: torch.randn(images // files, *SHAPE) for name in ("latents", "latents_flip")}
         tensors["labels"] = torch.zeros(images // files, dtype=torch.int64)
@@ -73,41 +73,42 @@ class PerSample(torch.utils.data.Dataset):
             yield tuple(map(torch.stack, zip(*pairs, strict=True)))
 
 
-def epoch(store, batch, finish=lambda moments: moments):
-    """One epoch of ours."""
+def ours(store, count, batch, finish=lambda moments: moments):
+    """`count` batches of a new Loader."""
     with contextlib.closing(Loader(store, batch, seed=SEED)) as loader:
-        for _ in range(len(store) // batch):
+        for _ in range(count):
             moments, labels = next(loader)
             yield finish(moments), labels
 
 
 def assert_same_latents(data, store, batch, normalise):
     """Both bring the same images and mirror images as the same numbers."""
-    for step, (latents, labels) in enumerate(epoch(store, batch, normalise)):
+    for step, (latents, labels) in enumerate(ours(store, 3, batch, normalise)):
         places = batch_indices(step, batch, len(store), SEED).tolist(), batch_views(step, batch, len(store), 2, SEED).tolist()
         expected = [torch.stack(column) for column in zip(*map(data.read, *places), strict=True)]
         assert torch.equal(latents, expected[0]) and torch.equal(labels, expected[1])
-        if step == 2:
-            return
 
 
 @pytest.mark.parametrize("resident", ["none", "ram"])
-def bench_latents(benchmark, settings, tmp_path, resident):
+def bench_latents(benchmark, settings, tmp_path_factory, resident):
     tiny, workers = settings.shapes == ("tiny",), os.cpu_count() or 1
-    images, files, batch = (64, 2, 8) if tiny else (8192, 8, 256)
-    official_files(tmp_path / "official", images, files)
-    import_official(str(tmp_path / "official"), str(tmp_path / "samples"))
-    for dtype in ("fp32", "bf16"):
-        moments_store(tmp_path / dtype, images, files, dtype)
-    stores = {name: LatentStore(tmp_path / name).resident(resident) for name in ("samples", "fp32", "bf16")}
+    images, files, batch = (64, 2, 8) if tiny else (4096, 8, 256)
+    folder = tmp_path_factory.getbasetemp() / "latents"  # the same for both
+    if not folder.is_dir():
+        official_files(folder / "official", images, files)
+        import_official(str(folder / "official"), str(folder / "samples"))
+        for dtype in ("fp32", "bf16"):
+            moments_store(folder / dtype, images, files, dtype)
+    stores = {name: LatentStore(folder / name).resident(resident) for name in ("samples", "fp32", "bf16")}
     (mean, std), noise = (torch.linspace(*ends, SHAPE[0]).view(1, -1, 1, 1) for ends in ((-1, 1), (1, 2))), torch.randn(batch, *SHAPE)
-    data = PerSample(sorted((tmp_path / "official").glob("*.safetensors")), images // files, mean, std)
+    data = PerSample(sorted((folder / "official").glob("*.safetensors")), images // files, mean, std)
 
     def normalise(latents):
         return latents.sub_(mean).div_(std)
 
     assert_same_latents(data, stores["samples"], batch, normalise)
-    few, whole = min(4, images // batch), images // batch
+    epoch = images // batch
+    few, many = min(4, epoch), 4 * epoch
     sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=4 * few * batch)
     by_workers = torch.utils.data.DataLoader(data, batch, sampler=sampler, num_workers=workers, persistent_workers=True)
     # By name: batches of a pass, what starts one, bytes of a row.
@@ -115,13 +116,11 @@ def bench_latents(benchmark, settings, tmp_path, resident):
               f"per sample, DataLoader, {workers} workers": (4 * few, lambda: by_workers, noise[0].nbytes)}
     for name, store in stores.items():
         row_bytes = store.blocks[0][0].nbytes
-        passes[name] = (whole, lambda store=store: epoch(store, batch), row_bytes)
+        finished = ("normalised", normalise) if name == "samples" else ("drawn", lambda moments: draw(moments, noise))
+        passes[name] = (many, lambda store=store: ours(store, many, batch), row_bytes)
         if resident == "none":
-            passes[f"{name}, first epoch"] = (whole, lambda name=name: epoch(LatentStore(tmp_path / name), batch), row_bytes)
-        if name == "samples":
-            passes[f"{name}, normalised"] = (whole, lambda store=store: epoch(store, batch, normalise), row_bytes)
-        else:
-            passes[f"{name} and draw"] = (whole, lambda store=store: epoch(store, batch, lambda moments: draw(moments, noise)), row_bytes)
+            passes[f"{name}, first epoch"] = (epoch, lambda name=name: ours(LatentStore(folder / name), epoch, batch), row_bytes)
+        passes[f"{name}, {finished[0]}"] = (many, lambda store=store, do=finished[1]: ours(store, many, batch, do), row_bytes)
 
     def one_pass(count, start):
         got = sum(len(labels) for _, labels in start())
