@@ -497,10 +497,17 @@ def test_bad_official_folders_are_refused(tmp_path):
     official_folder(tmp_path / "official", channels=5)
     refuse("got one of 4 latent channels, expected 5", "--tokenizer", "digits")
     torch.save(dict(mean=Touch(tmp_path / "harm"), std=1), tmp_path / "official" / "latents_stats.pt")
-    refuse("torch.load(weights_only=True) finds no mean and std")
+    refuse("torch.load(weights_only=True) refuses it: besides tensors it holds posix.mkdir")
     assert not (tmp_path / "harm").exists()
-    torch.save(dict(mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1)), tmp_path / "official" / "latents_stats.pt")
-    refuse("got statistics of 3 channels, expected 5")
+    for mean, std in ((torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)), (torch.zeros(5), torch.tensor([1.0, 1, 1, 1, 0])),
+                      (torch.full((5,), torch.nan), torch.ones(5))):
+        torch.save(dict(mean=mean, std=std), tmp_path / "official" / "latents_stats.pt")
+        refuse("expected 5 finite numbers each, deviations above 0")
+    torch.save([1], tmp_path / "official" / "latents_stats.pt")
+    refuse("latents_stats.pt holds no tensors 'mean' and 'std'")
+    for damage in (b"", b"PK\3\4", b"\x80\2junk"):
+        (tmp_path / "official" / "latents_stats.pt").write_bytes(damage)
+        refuse("latents_stats.pt: torch.load(weights_only=True) refuses it")
     file = tmp_path / "official" / "latents_rank01_shard000.safetensors"
     whole = load_file(file)
     save_file(whole | dict(latents_flip=whole["latents_flip"][:-1]), file)
