@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .checkpoint import save_weights
 from .distributed import generator_for
+from .images import MAX_CLASSES
 from .latents import DTYPES, LatentStore, Writer, channel_sums, combine, digest, draw, make_plan, normalisation_of, renormalise, spans
 from .tokenizer.formats import read_statistics
 from .tokenizer.vavae import Tokenizer
@@ -120,8 +121,9 @@ def _official_header(file):
     if names[:1] != ["latents"] or len(shapes[0]) != 4 or labels.ndim != 1 or any(shape != expected for shape in shapes):
         raise ValueError(f"{file}: got {dict(zip(names, shapes, strict=True))} and labels {tuple(labels.shape)}, expected latents "
                          "(k, C, h, w), optionally latents_flip of that shape, and labels (k,)")
-    if not len(labels) or labels.min() < 0:
-        raise ValueError(f"{file}: got {len(labels)} images, labels from {labels.min() if len(labels) else None}; expected some, from 0")
+    if not len(labels) or not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        found = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no images"
+        raise ValueError(f"{file}: got {found}, expected some, with labels from 0 to below {MAX_CLASSES}")
     return (len(labels), len(names), *shapes[0][1:]), labels
 
 

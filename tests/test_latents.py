@@ -512,6 +512,9 @@ def test_bad_official_folders_are_refused(tmp_path):
     whole = load_file(file)
     save_file(whole | dict(latents_flip=whole["latents_flip"][:-1]), file)
     refuse("expected latents (k, C, h, w)")
+    for label in (-1, 10**12):
+        save_file(whole | dict(labels=torch.full_like(whole["labels"], label)), file)
+        refuse(f"got labels {label} to {label}, expected some, with labels from 0 to below 1000000")
     file.write_bytes(file.read_bytes()[:-100])
     refuse("not a whole official file of latents")
 
