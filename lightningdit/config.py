@@ -8,6 +8,7 @@ expects, before any work starts. `save` writes the resolved configuration, which
 import contextlib
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -627,9 +628,14 @@ def load(cls, path):
 
 
 def save(config, path):
-    """Writes every field of `config` as YAML, in the order of the dataclass."""
+    """Writes every field of `config` as YAML, in the order of the dataclass. Whatever happens, the file is the old one or the new one."""
     values = dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+    partial = Path(path).with_name(f".partial_{Path(path).name}")
+    with partial.open("w", encoding="utf-8") as stream:
+        yaml.safe_dump(values, stream, sort_keys=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
 
 
 def differences(old, new, ignore=(), name=""):

@@ -13,6 +13,7 @@ from . import checkpoint
 from .config import ConfigError, DiTConfig, differences, load, require, save
 from .distributed import wait_for_all
 from .guard import reason
+from .latents import write_json
 from .log import write_environment
 from .tokenizer.vavae import Tokenizer
 
@@ -126,7 +127,6 @@ class Incidents:
         if self.policy != "skip" or self.count > self.most:
             log.settle()
         steps = [step for step, _ in bad]
-        log.settle()
         advice = "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it"
         if self.policy == "stop" or self.count > self.most:
             why = "" if self.policy == "stop" else f" These are {self.count} incidents, guard.most is {self.most}."
@@ -138,9 +138,7 @@ class Incidents:
             self.lr_factor *= self.factor_each
             wait_for_all()
             if log.writes:
-                partial = self.path.with_suffix(".partial")
-                partial.write_text(json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor)))
-                partial.replace(self.path)
+                write_json(self.path, dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor))
             wait_for_all()
             log.say(f"going back to step {log.saved}; steps {', '.join(map(str, sorted(self.left_out)))} will be left out, the learning "
                     f"rate is {self.lr_factor:g} of the planned one")

@@ -1,4 +1,6 @@
 """Configuration: one default each, YAML over it, command line over that, and errors that name the field."""
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,23 @@ CONFIGS = Path(__file__).parent.parent / "train" / "configs"
 
 def parse(*argv, recipe=None):
     return configuration.parse(DiTConfig, argv, recipe=recipe)
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """As on a full disk, which refuses bytes, not names: a resumption writes config.yaml anew, and must not cost the run."""
+    path = tmp_path / "config.yaml"
+    configuration.save(DiTConfig(steps=3), path)
+    before = path.read_bytes()
+
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # the kernel refuses all further bytes of a file
+        with pytest.raises(OSError):
+            configuration.save(DiTConfig(steps=4), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
 
 
 def test_layers_override_each_other(tmp_path):
