@@ -26,9 +26,10 @@ OFFLOADED = 16  # bytes a trainable parameter on the host with the state on the 
 
 
 def activation_bytes(model, bytes_per_value, checkpointing=None):
-    """Estimated most bytes that one image takes in a forward and backward pass: `bytes_per_value` an activation, fp32 for the residual.
+    """Estimated most bytes that one image takes in a forward and backward pass: `bytes_per_value` an activation, fp32 for the residual
+    (or `bytes_per_value`, with bf16_residual).
 
-    A token of a block keeps the residual twice (fp32), norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden and MLP out, and some
+    A token of a block keeps the residual twice, norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden and MLP out, and some
     fp32 statistics; an image the modulation. With checkpointing some of it for all blocks, and the rest for the one that is recomputed.
 
     Args: checkpointing: "none", "selective" or "full" instead of the model's own.
@@ -39,17 +40,17 @@ def activation_bytes(model, bytes_per_value, checkpointing=None):
 def _activations(model, bytes_per_value, checkpointing):
     """Bytes of an image: (kept from the forward pass on, what one block's backward pass recomputes and its gradients)."""
     L, (N, D), b = len(model.blocks), model.pos_embed.shape[1:], bytes_per_value
-    block = model.blocks[0]
+    block, r = model.blocks[0], b if model.bf16_residual else 4  # r: bytes a value of the residual
     swiglu = isinstance(block.mlp, SwiGLU)
     packed, hidden = (block.mlp.w12.out_features, block.mlp.w3.in_features) if swiglu else 2 * (block.mlp.fc1.out_features,)
     modulation = b * (block.adaLN_modulation[1].out_features + D)
     statistics = 4 * (block.attn.num_heads + 2)  # of the softmax, of the two norms
-    whole = N * (2 * 4 * D + b * (8 * D + packed + hidden) + statistics) + modulation
-    entrance = N * D * (4 + b) + modulation  # residual and branch
+    whole = N * (2 * r * D + b * (8 * D + packed + hidden) + statistics) + modulation
+    entrance = N * D * (r + b) + modulation  # residual and branch
     products = N * (b * (5 * D + packed) + 4 * block.attn.num_heads) + modulation  # qkv, attention, proj, MLP in; the branch is MLP out
     kept = {"none": whole, "selective": entrance + products - modulation, "full": entrance}[checkpointing]
-    ends = N * D * (4 + b) + N * b * model.final_layer.linear.out_features  # the final norm, the output
-    in_flight = N * (D * (4 + b) + b * hidden)  # gradients of residual, branch and MLP hidden
+    ends = N * D * (r + b) + N * b * model.final_layer.linear.out_features  # the final norm, the output
+    in_flight = N * (D * (r + b) + b * hidden)  # gradients of residual, branch and MLP hidden
     return L * kept + ends, whole - kept + in_flight
 
 
@@ -198,9 +199,10 @@ def print_plan(config, device):
     micro = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size // world()[1]
     memory = training_memory(model, micro, bf16, state=config.optim.state)
     steps = num_images * (1 - data.val_fraction) / config.batch_size
+    passes = 5 if config.flow.model_guidance else 3  # a backward pass is two forward ones; guidance is two more, of the average weights
     print(f"parameters        {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
     print(f"tokens an image   {model.pos_embed.shape[1]}")
-    print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training")
+    print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {passes * flops / 1e9:.2f} G in training")
     for name, size in memory.items():
         print(f"memory            {size / 2**30:9.3f} GiB  {name}")
     print(f"memory            {sum(memory.values()) / 2**30:9.3f} GiB  estimated in all on one GPU, {'bf16' if bf16 else 'fp32'}, "

@@ -20,7 +20,7 @@ from .tokenizer.vavae import Tokenizer
 # What may change between a run and its resumption; anything else would make it another run.
 MAY_CHANGE = (
     "run", "steps", "micro_batch", "compile", "device", "parallel", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
-    "sample_num", "validate_every", "final_samples", "sample", "guard", "deterministic", "data.path", "data.cache", "data.workers",
+    "sample_num", "validate_every", "final_samples", "sample", "score", "guard", "deterministic", "data.path", "data.cache", "data.workers",
     "data.decoder", "data.num_images", "data.resident", "tokenizer.path",
     "model.use_checkpoint", "model.checkpoint_policy",
 )
