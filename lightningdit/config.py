@@ -319,8 +319,8 @@ class DiTConfig:
 
     def _unsharded(self):
         """[(field, its value, what it may be with sharded weights)] of the options that need whole ones."""
-        options = (("optim.name", self.optim.name, "muon", "adamw"), ("model.batch_adaln", self.model.batch_adaln, True, "false"),
-                   ("precision", self.precision, "fp8", "bf16"))
+        options = (("optim.name", self.optim.name, "muon", "adamw"), ("optim.state", self.optim.state, "8bit", "fp32 or cpu"),
+                   ("model.batch_adaln", self.model.batch_adaln, True, "false"), ("precision", self.precision, "fp8", "bf16"))
         return [(name, got, expected) for name, got, unsharded, expected in options if got == unsharded]
 
     def resolve(self):
@@ -352,8 +352,6 @@ class DiTConfig:
             require(not any(n % 16 for n in (self.model.hidden_size, width, tokens)), "precision", "fp8", "bf16: float8 products need "
                     f"multiples of 16; model.hidden_size is {self.model.hidden_size}, the MLP's width {width}, tokens an image {tokens}")
         require(not self.model.bf16_residual or self.precision != "fp32", "model.bf16_residual", True, "false with precision = fp32")
-        require(self.optim.state != "8bit" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
-                f"fp32 or cpu with parallel = {self.parallel}: blocks of 8-bit moments would not survive resharding")
         dropout = self.model.class_dropout_prob
         require(not self.flow.model_guidance or dropout > 0, "model.class_dropout_prob", dropout,
                 "more than 0 with flow.model_guidance: without dropped labels there is no unconditional velocity")

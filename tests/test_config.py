@@ -82,6 +82,8 @@ def test_bad_yaml(tmp_path, text, message):
     ("--sample.guidance-channels 64", "at most tokenizer.latent_channels = 32"),
     ("--flow.prediction noise", "flow.cosine_loss: got True, expected false"),
     ("--data.val-fraction 1", "data.val_fraction: got 1.0, expected a fraction in [0, 1)"),
+    ("--optim.state 8bit --parallel fsdp", "optim.state: got '8bit', expected fp32 or cpu with parallel = fsdp"),
+    ("--optim.state cpu --optim.name muon", "optim.state: got 'cpu', expected fp32 with optim.name = muon"),
     ("--config nowhere.yaml", "no file nowhere.yaml"),
     ("--config", "--config needs a file"),
 ])
