@@ -1,5 +1,6 @@
 """What a run leaves behind while it trains: log.jsonl, TensorBoard files, loss.png, a progress bar and environment.json."""
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -46,6 +47,24 @@ def _version(name):
         return None
 
 
+class LogError(OSError):
+    """A run cannot write its log any more: says which, why, and what is safe."""
+
+
+def _naming(method):
+    """The method of a RunLog, whose OSErrors, which say no more than "no space left", become LogErrors."""
+    @functools.wraps(method)
+    def write(log, *arguments, **options):
+        try:
+            return method(log, *arguments, **options)
+        except LogError:
+            raise
+        except OSError as error:
+            raise LogError(f"could not write the log of {log.path.parent}: {error}; {log.whole()}") from None
+
+    return write
+
+
 class RunLog:
     """One JSON line a step in run/log.jsonl, fetched from the device every `every` steps so that no step waits for the device.
 
@@ -85,6 +104,7 @@ class RunLog:
             self.flush()
         self.bar.update()
 
+    @_naming
     def flush(self):
         """Writes the pending steps. Returns the means of their values, for the caller to judge."""
         if not self.pending:
@@ -115,6 +135,7 @@ class RunLog:
         self.pending, self.since = [], time.perf_counter()
         return means
 
+    @_naming
     def event(self, step, **values):
         """A line of its own, for what does not happen every step: validation, a checkpoint, a picture, a failed save."""
         self.flush()
@@ -125,6 +146,7 @@ class RunLog:
                 self.tensorboard.add_scalar(name, value, step)
         self.since = time.perf_counter()
 
+    @_naming
     def score(self, step, values):
         """An event with what scoring.Scorer measured, beside the images seen and the seconds of training so far; draws run/score.png."""
         self.event(step, images=step * self.images_per_step, seconds=round(self.seconds, 3), **values)
@@ -132,6 +154,7 @@ class RunLog:
             plot_scores(self.path.parent)
         self.since = time.perf_counter()
 
+    @_naming
     def image(self, step, name, picture):
         """Puts an (H, W, 3) uint8 array into TensorBoard."""
         self.tensorboard.add_image(name, picture, step, dataformats="HWC")
@@ -169,13 +192,17 @@ class RunLog:
         try:
             self.saved = self.saver.wait() or self.saved
         except OSError as error:
-            text = f"could not save step {self.saver.saving}: {error}; " + (
-                f"the checkpoint of step {self.saved} is whole" if self.saved else "there is no earlier checkpoint")
+            text = f"could not save step {self.saver.saving}: {error}; {self.whole()}"
             if last:
                 raise SystemExit(f"error: {text}") from None
             self._write(dict(step=self.saver.saving, error=text))
             self.say(f"warning: {text}; training goes on")
 
+    def whole(self):
+        """In words, the newest whole checkpoint."""
+        return f"the checkpoint of step {self.saved} is whole" if self.saved else "there is no earlier checkpoint"
+
+    @_naming
     def close(self):
         self.flush()
         self.settle()
