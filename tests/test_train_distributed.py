@@ -304,7 +304,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_gpu_is_never_waited_for_between_two_lines_of_the_log(tmp_path, resident):
     """Five whole updates of two micro-batches, with clipping, without a synchronising call; the counter itself is tried on one."""
     arguments = [*TINY, "--log-every", 10, "--steps", 10, "--micro-batch", 4, "--checkpoint-every", 100, "--optim.clip-grad-norm", 1.0,
-                 "--data.resident", resident, "--device", "cuda", "--run", tmp_path / "run"]
+                 "--model.hidden-size", 64, "--data.resident", resident, "--device", "cuda", "--run", tmp_path / "run"]
     command = [sys.executable, "-c", COUNTED, ROOT / "train" / "dit.py", *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=live_environment())
     assert result.returncode == 0, result.stderr
