@@ -25,7 +25,7 @@ help:
 	@echo "test       all tests      lint   ruff      audit   the machine code of the Triton kernels, without a GPU"
 	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
 	@echo "chaos      100 trainings that are killed, starved and damaged, and must end as if nothing had been; ARGS='--runs 20 --seed 1'"
-	@echo "fuzz       some thousand damaged configurations, checkpoints, latent stores and images; ARGS='--examples 1000 --seed 1'"
+	@echo "fuzz       10,000 damaged configurations, checkpoints, latent stores and images; ARGS='--examples 5000 --seed 1'"
 	@echo "assets     remake the bundled tokenizer"
 	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
 	@echo "clean      remove what builds and tests left (not .venv, not runs)"
