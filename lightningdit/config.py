@@ -8,7 +8,6 @@ expects, before any work starts. `save` writes the resolved configuration, which
 import contextlib
 import dataclasses
 import difflib
-import os
 import types
 import typing
 import warnings
@@ -20,6 +19,7 @@ import torch
 import tyro
 import yaml
 
+from .checkpoint import write_text
 from .model import PRESETS
 
 
@@ -706,14 +706,9 @@ def load(cls, path):
 
 
 def save(config, path):
-    """Writes every field of `config` as YAML, in the order of the dataclass. Whatever happens, the file is the old one or the new one."""
+    """Writes every field of `config` as YAML, in the order of the dataclass, atomically."""
     values = dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
-    partial = Path(path).with_name(f".partial_{Path(path).name}")
-    with partial.open("w", encoding="utf-8") as stream:
-        yaml.safe_dump(values, stream, sort_keys=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def differences(old, new, ignore=(), name=""):

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .checkpoint import Saver
+from .checkpoint import Saver, write_text
 from .guard import LEFT_OUT
 
 
@@ -37,7 +37,7 @@ def environment(device):
 
 def write_environment(run, device):
     """run/environment.json: the `environment`."""
-    (Path(run) / "environment.json").write_text(json.dumps(environment(device), indent=1))
+    write_text(Path(run) / "environment.json", json.dumps(environment(device), indent=1))
 
 
 def _version(name):
@@ -83,9 +83,7 @@ class RunLog:
         if self.writes:
             kept = [line for line in read_log(run) if line["step"] <= start]
             self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             plot_scores(run)
         self.file = self.path.open("a") if self.writes else _Silent()
         self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start) if self.writes else _Silent()

@@ -13,7 +13,6 @@ from . import checkpoint
 from .config import ConfigError, DiTConfig, differences, load, require, save
 from .distributed import wait_for_all
 from .guard import reason
-from .latents import write_json
 from .log import write_environment
 from .tokenizer.vavae import Tokenizer
 
@@ -138,7 +137,7 @@ class Incidents:
             self.lr_factor *= self.factor_each
             wait_for_all()
             if log.writes:
-                write_json(self.path, dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor))
+                checkpoint.write_text(self.path, json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor)))
             wait_for_all()
             log.say(f"going back to step {log.saved}; steps {', '.join(map(str, sorted(self.left_out)))} will be left out, the learning "
                     f"rate is {self.lr_factor:g} of the planned one")

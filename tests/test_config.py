@@ -24,12 +24,12 @@ def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path):
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # the kernel refuses all further bytes of a file
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=f"could not write {path}: "):
             configuration.save(DiTConfig(steps=4), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_layers_override_each_other(tmp_path):

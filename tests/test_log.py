@@ -62,6 +62,7 @@ def test_a_term_that_comes_later_and_a_value_that_is_not_finite(tmp_path):
     assert list((tmp_path / "second").iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 def test_a_log_that_cannot_be_written_says_so_and_what_is_safe(tmp_path):
     """The kernel refuses further bytes of a file: of log.jsonl or of TensorBoard's, whose thread dies of it; both name the run."""
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
