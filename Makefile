@@ -27,7 +27,7 @@ help:
 	@echo "bench-check      fails where an op or a stage is over 15 % slower than bench/results/check_cpu.json; ARGS=--update rewrites that"
 	@echo "growth     how a training step's time and memory grow with batch, tokens, width and depth"
 	@echo "chaos      100 trainings that are killed, starved and damaged, and must end as if nothing had been; ARGS='--runs 20 --seed 1'"
-	@echo "fuzz       some thousand damaged configurations, checkpoints, latent stores and images; ARGS='--examples 1000 --seed 1'"
+	@echo "fuzz       10,000 damaged configurations, checkpoints, latent stores and images; ARGS='--examples 5000 --seed 1'"
 	@echo "assets     remake the bundled tokenizer"
 	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
 	@echo "clean      remove what builds and tests left (not .venv, not runs)"
