@@ -35,7 +35,8 @@ def open_run(config, tokenizer, device):
     if (run / "config.yaml").is_file():
         before = load(DiTConfig, run / "config.yaml")
         config.data.num_classes = config.data.num_classes or before.data.num_classes
-        if changes := differences(before, config, ignore=MAY_CHANGE):
+        same_state = ("optim.state",) if {before.optim.state, config.optim.state} <= {"fp32", "cpu"} else ()  # in another place
+        if changes := differences(before, config, ignore=MAY_CHANGE + same_state):
             raise ConfigError(f"run: {run} holds a run of another configuration; choose another --run, or undo\n  " + "\n  ".join(changes))
         trained_on = Tokenizer.load(run / "tokenizer.safetensors").sha256
         require(tokenizer.sha256 == trained_on, "tokenizer.path", f"{config.tokenizer.path}, SHA-256 {tokenizer.sha256[:16]}...",

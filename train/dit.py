@@ -39,7 +39,7 @@ from lightningdit.distributed import (
 )
 from lightningdit.guard import Guard
 from lightningdit.log import RunLog, plot_losses
-from lightningdit.model import LightningDiT, forward_flops
+from lightningdit.model import LightningDiT, forward_flops, to_float8
 from lightningdit.plan import choose_micro_batch, out_of_memory_advice, print_plan, training_memory
 from lightningdit.run import Incidents, Rollback, note_configuration, open_run, resume, trainer_state
 from lightningdit.scoring import open_scorer
@@ -69,6 +69,7 @@ def main(argv):
     with process_group(pick_device(config.device)) as device:
         if dry_run:
             return print_plan(config, device)
+        config.check_device(device)
         if config.compile:
             check_compiler(device)
         if config.deterministic:
@@ -102,6 +103,8 @@ def train(config, device):
     if config.micro_batch == "auto":
         config.micro_batch, found = choose_micro_batch(model, config.batch_size // size, mode, bf16, device, config.optim.state)
     average = optim.frozen_copy(model)
+    if config.precision == "fp8":
+        to_float8(model)
     if config.compile:
         for block in model.blocks:  # one block's graph serves all of them: compile time does not grow with depth
             block.compile()
@@ -109,7 +112,7 @@ def train(config, device):
     parallelise(average, mode if mode in ("fsdp", "hsdp") else "none", device, bf16=bf16)
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup, average)
     optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay,
-                                      config.optim.state)
+                                      config.optim.state, config.optim.name, config.optim.muon_momentum)
     guard = Guard(optimizer, threshold=config.guard.threshold, window=config.guard.window, device=device)
     facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes,
                  tokenizer=tokenizer.sha256, data=train_set.plan["data"], image_size=config.data.image_size)
@@ -119,7 +122,7 @@ def train(config, device):
 
     log = RunLog(run, start, config.steps, config.log_every, config.batch_size, forward_flops(model), rank, config.keep_checkpoints)
     log.say(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_set)} images, "
-            f"{len(train_set.classes)} classes, {device.type}, {'bf16' if bf16 else 'fp32'}{', compiled' if config.compile else ''}"
+            f"{len(train_set.classes)} classes, {device.type}, {config.precision_on(device)}{', compiled' if config.compile else ''}"
             f"{f', {size} processes ({mode})' if size > 1 else ''}, {f'resuming at step {start}' if start else 'from the beginning'}")
     if found:
         log.say(f"micro-batch {config.micro_batch} of {config.batch_size // size} images a process, the largest that fits {found}")
