@@ -276,6 +276,7 @@ def plot_scores(run):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     unit, name = max(((s, name) for s, name in ((1, "seconds"), (60, "minutes"), (3600, "hours"))
                       if s == 1 or 2 * s < max(record["seconds"] for records in scores.values() for record in records)))
@@ -285,9 +286,12 @@ def plot_scores(run):
         for axis, key, scale in zip(axes, ("images", "seconds"), (1, unit), strict=True):
             axis.plot([record[key] / scale for record in records], values, ".-", label=f"{metric}, {samples:,} samples")
     axes[0].set(xlabel="images seen", ylabel="Frechet distance, EMA weights")
+    axes[0].xaxis.set_major_formatter(EngFormatter())
     axes[1].set(xlabel=f"time of training, {name}")
     for axis in axes:
         axis.set(yscale="log", xlim=(0, None))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}"), axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     figure.tight_layout()
