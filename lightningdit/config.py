@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -132,8 +133,15 @@ class FlowConfig:
     time_std: float = 1.0
     time_shift: float = 1.0  # t' = s t / (1 + (s - 1) t)
     time_switch_step: int | None = None  # from this step on t is drawn uniformly
+    model_guidance: float = 0.0  # w of flow.model_guidance: trained so, sampled without guidance, guided by 1 / (1 - w). 0: none
+    model_guidance_start: int = 0  # steps before it begins
+    model_guidance_interval: tuple[float, float] = (0.0, 1.0)  # times t in which it acts
     train_eps: float | None = None  # None: 0 for velocity on linear and gvp, else as the path needs
     sample_eps: float | None = None
+
+    def guides(self, step):
+        """Whether model guidance acts in update `step` (0-based)."""
+        return self.model_guidance > 0 and step >= self.model_guidance_start
 
     def validate(self):
         require(self.time_std > 0, "flow.time_std", self.time_std, "a positive number")
@@ -142,6 +150,12 @@ class FlowConfig:
                 "a step, or null")
         require(not self.cosine_loss or self.prediction == "velocity", "flow.cosine_loss", self.cosine_loss,
                 f"false with flow.prediction = {self.prediction} (the cosine loss is defined on velocities)")
+        require(0 <= self.model_guidance < 1, "flow.model_guidance", self.model_guidance, "a number in [0, 1); 0 is none")
+        require(not self.model_guidance or self.prediction == "velocity", "flow.model_guidance", self.model_guidance,
+                f"0 with flow.prediction = {self.prediction} (it is defined on velocities)")
+        require(self.model_guidance_start >= 0, "flow.model_guidance_start", self.model_guidance_start, "a number of steps >= 0")
+        low, high = self.model_guidance_interval
+        require(0 <= low <= high <= 1, "flow.model_guidance_interval", self.model_guidance_interval, "0 <= low <= high <= 1")
         for name in ("train_eps", "sample_eps"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 0.5, f"flow.{name}", value, "a number in [0, 0.5), or null")
@@ -158,7 +172,8 @@ class OptimConfig:
     warmup: int = 0  # steps of linear warm-up
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to lr * final_lr_fraction at the last step
     final_lr_fraction: float = 0.0
-    state: Literal["fp32", "8bit"] = "fp32"  # AdamW's moments; 8bit: torchao's, a quarter of the memory, for one process or ddp
+    # AdamW's moments. 8bit: torchao's, a quarter of the memory, for one process or ddp; cpu: fp32 in the host's memory, updated there
+    state: Literal["fp32", "8bit", "cpu"] = "fp32"
     clip_grad_norm: float | None = None
     ema: float = 0.9999
     ema_warmup: bool = False  # decay min(ema, (1 + step) / (10 + step)): the average forgets the initial weights sooner
@@ -218,6 +233,24 @@ class SampleConfig:
 
 
 @dataclass
+class ScoreConfig:
+    """How good the EMA weights' samples are, measured while training goes on; see scoring.py. Samples are drawn as `sample` says."""
+
+    every: int = 0  # steps between two scores; the last step has one too. 0: none
+    num: int = 5_000  # samples
+    num_steps: int | None = None  # of the sampler; None: sample.num_steps
+    extractor: str = "inception"  # whose features are compared: inception, dinov2, timm:MODEL, digits, or a small encoder's file
+    weights: str | None = None  # file with the extractor's weights; None: its download, or the cache of that
+    # ADM's .npz or images; None: the images that are trained on. Their statistics are kept where the latents are (data.cache)
+    reference: str | None = None
+
+    def validate(self):
+        require(self.every >= 0, "score.every", self.every, "a number of steps, or 0 for none")
+        require(self.num >= 2, "score.num", self.num, "at least 2 samples")
+        require(self.num_steps is None or self.num_steps > 0, "score.num_steps", self.num_steps, "a positive number, or null")
+
+
+@dataclass
 class DiTConfig:
     """One run of train/dit.py. The defaults are the paper's; recipes are in train/configs."""
 
@@ -248,6 +281,7 @@ class DiTConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     @property
     def latent_size(self):
@@ -274,6 +308,9 @@ class DiTConfig:
 
     def sampling_arguments(self):
         """Keyword arguments of sampler.sample, apart from the labels, the seeds and the device."""
+        if self.flow.model_guidance and self.sample.guidance_scale != 1:
+            warnings.warn(f"sample.guidance_scale: got {self.sample.guidance_scale}, expected 1: the model has learnt its guidance "
+                          f"(flow.model_guidance = {self.flow.model_guidance}) and is guided twice", stacklevel=1)
         arguments = {f.name: getattr(self.sample, f.name) for f in dataclasses.fields(self.sample) if f.name != "seed"}
         latent_shape = (self.tokenizer.latent_channels, self.latent_size, self.latent_size)
         return arguments | dict(latent_shape=latent_shape, num_classes=self.data.num_classes, path=self.flow.path,
@@ -314,8 +351,11 @@ class DiTConfig:
             require(not any(n % 16 for n in (self.model.hidden_size, width, tokens)), "precision", "fp8", "bf16: float8 products need "
                     f"multiples of 16; model.hidden_size is {self.model.hidden_size}, the MLP's width {width}, tokens an image {tokens}")
         require(not self.model.bf16_residual or self.precision != "fp32", "model.bf16_residual", True, "false with precision = fp32")
-        require(self.optim.state == "fp32" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
-                f"fp32 with parallel = {self.parallel}: sharded moments are small, and blocks of 8-bit ones would not survive resharding")
+        require(self.optim.state != "8bit" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
+                f"fp32 or cpu with parallel = {self.parallel}: blocks of 8-bit moments would not survive resharding")
+        dropout = self.model.class_dropout_prob
+        require(not self.flow.model_guidance or dropout > 0, "model.class_dropout_prob", dropout,
+                "more than 0 with flow.model_guidance: without dropped labels there is no unconditional velocity")
         require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup,
                 f"fewer than steps = {self.steps}")
 

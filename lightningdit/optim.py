@@ -4,14 +4,16 @@ import math
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from .distributed import local
 
 
 def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, state="fp32", name="adamw", muon_momentum=0.95):
-    """AdamW, fused on CPU and CUDA, or with 8-bit moments, or with Muon for the matrices of the blocks. Weight decay acts on matrices, not
-    on biases, norms and embeddings.
+    """AdamW, fused on CPU and CUDA, or with Muon for the matrices of the blocks. Weight decay acts on matrices, not on biases, norms and
+    embeddings.
 
+    Args: state: of the moments: "fp32"; "8bit", see AdamW8bit; "cpu", see OffloadedAdamW.
     Source: AdamW, arXiv:1711.05101; lr and beta2 of the defaults, arXiv:2501.01423.
     """
     decayed, plain, matrices = [], [], {}
@@ -26,7 +28,68 @@ def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, st
         return MuonAdamW(matrices, groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=muon_momentum)
     if state == "8bit":
         return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return (OffloadedAdamW if state == "cpu" else torch.optim.AdamW)(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW that updates in the host's memory, where its moments live: 8 bytes a parameter less on the device, 16 more on the host.
+
+    A step waits for the backward pass and fetches all gradients, as they are after clipping; while it works on one parameter, the next
+    gradients and the last weights travel on a stream of their own. The device waits for the weights, the host does not. Where
+    `found_inf` is not 0 it does nothing. Names and shapes of the state are AdamW's: a run may go on with either class, and sharded
+    parameters have sharded moments.
+
+    This is the scheme of torchao's CPUOffloadOptimizer, and not that class: its gradients leave in the backward pass, before they are
+    clipped and judged; its weights on the host are those of its construction, whatever checkpoint is loaded later; and it takes neither
+    sharded parameters nor, for tests, those of a CPU, which are copied here as a device's are.
+    """
+
+    state_device = torch.device("cpu")  # for whoever loads the state
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        cuda = local(self.param_groups[0]["params"][0]).is_cuda
+        self.found_inf, self._host, self._stream = None, {}, torch.cuda.Stream() if cuda else None
+
+    def _on_host(self, p):
+        """The copies of this process's part of a parameter and its gradient; the weights are fetched if somebody else has changed them."""
+        weights = local(p)
+        weights_there, grad_there, version = self._host.get(p, (None, None, None))
+        if weights_there is None:
+            weights_there, grad_there = (torch.empty(weights.shape, dtype=p.dtype, pin_memory=weights.is_cuda) for _ in range(2))
+        if version != weights._version:
+            weights_there.copy_(weights, non_blocking=True)
+        self._host[p] = weights_there, grad_there, weights._version
+        return weights_there, grad_there
+
+    @torch.no_grad()
+    def step(self):
+        if self.found_inf is not None and self.found_inf.item():
+            return
+        fetched = []
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        weights, grad = self._on_host(p)
+                        grad.copy_(local(p.grad), non_blocking=True)
+                        fetched.append((group, p, weights, grad, self._stream.record_event() if self._stream else None))
+            for group, p, weights, grad, arrival in fetched:
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state |= {name: torch.zeros_like(p, device=self.state_device).detach() for name in ("exp_avg", "exp_avg_sq")}
+                if arrival:
+                    arrival.synchronize()
+                adamw([weights], [grad], [local(state["exp_avg"])], [local(state["exp_avg_sq"])], [], [state["step"]], fused=True,
+                      amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
+                      **{name: group[name] for name in ("lr", "weight_decay", "eps")})
+                local(p).copy_(weights, non_blocking=True)
+                self._host[p] = weights, grad, local(p)._version
+        if self._stream:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class AdamW8bit(torch.optim.Optimizer):

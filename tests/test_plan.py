@@ -87,6 +87,7 @@ def test_training_memory_by_layout_and_optimizer_state():
     outside = parameters - 28 * block
     assert sum(sharded.values()) == pytest.approx(20 * parameters / 8 + 2 * (2 + 2 + 4) * block + 4 * outside, rel=1e-3)
     assert sum(plan.training_memory(model, 0, True, state="8bit").values()) < sum(whole.values()) - 5.9 * parameters
+    assert sum(plan.training_memory(model, 0, True, state="cpu").values()) == pytest.approx((4 + 4 + 4 + 2) * parameters, rel=1e-3)
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
@@ -152,6 +153,9 @@ def test_advice_names_what_is_left_to_do():
     assert "--micro-batch 64" in plan.out_of_memory_advice(config) and "selective" in plan.out_of_memory_advice(config)
     config.model.use_checkpoint, config.micro_batch = True, None
     assert "--micro-batch auto" in plan.out_of_memory_advice(config) and "policy" not in plan.out_of_memory_advice(config)
+    assert "--optim.state cpu (slower steps); --optim.state 8bit" in plan.out_of_memory_advice(config)
+    config.optim.state = "cpu"
+    assert "optim.state" not in plan.out_of_memory_advice(config)
 
 
 def test_micro_batch_accepts_numbers_and_auto_only():
@@ -163,7 +167,7 @@ def test_micro_batch_accepts_numbers_and_auto_only():
 
 def test_the_trainer_reports_the_micro_batch_it_chose_and_says_what_to_do_without_memory(tmp_path):
     small = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 1 --optim.warmup 0 --final-samples 0 "
-             "--sample-num 10 --sample.num-steps 2").split()
+             "--score.every 0 --sample-num 10 --sample.num-steps 2").split()
     command = [str(ROOT / "train" / "dit.py"), "--run", str(tmp_path / "run"), *small, "--micro-batch", "auto"]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
