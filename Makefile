@@ -17,7 +17,7 @@ COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v c
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
 GPU_PY = PYTHONPATH=.:kernels $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help setup demo test lint audit bench chaos fuzz report assets test-gpu bench-gpu clean
+.PHONY: help setup demo test lint audit bench chaos levers fuzz report assets test-gpu bench-gpu clean
 
 help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
@@ -26,6 +26,7 @@ help:
 	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
 	@echo "chaos      100 trainings that are killed, starved and damaged, and must end as if nothing had been; ARGS='--runs 20 --seed 1'"
 	@echo "fuzz       some thousand damaged configurations, checkpoints, latent stores and images; ARGS='--examples 1000 --seed 1'"
+	@echo "levers     the options beyond bf16 and AdamW, each against the training without it: docs/levers.md"
 	@echo "assets     remake the bundled tokenizer"
 	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
 	@echo "clean      remove what builds and tests left (not .venv, not runs)"
@@ -60,6 +61,10 @@ chaos: $(READY)
 
 fuzz: $(READY)
 	$(PY) bench/fuzz.py --out bench/results/fuzz_cpu.json $(ARGS)
+
+# bf16 residual, Muon, batched adaLN, split-K, float8, each against the training without it.
+levers: $(READY)
+	$(PY) bench/levers.py $(ARGS)
 
 assets: $(READY)
 	$(PY) train/vavae.py --tokenizer-out lightningdit/assets/digits_tokenizer.safetensors --encoder-out lightningdit/assets/digits_encoder.safetensors $(ARGS)
