@@ -258,6 +258,7 @@ def load_trainer(path, model, optimizer, others=None, group="trainer"):
     Raises: CheckpointError when the state is of another model.
     """
     parameters, others, tensors = dict(model.named_parameters()), others or {}, {}
+    device = getattr(optimizer, "state_device", None)  # None: that of the parameter
     for key, about in _sizes(path, group).items():
         kind, _, name = key.partition(".")
         if key in others:
@@ -267,9 +268,9 @@ def load_trainer(path, model, optimizer, others=None, group="trainer"):
         elif name not in parameters or (kind not in UNSHAPED and parameters[name].shape != about.size):
             raise CheckpointError(f"checkpoint {path}: optimizer state {key} {tuple(about.size)} does not belong to this model")
         elif kind in UNSHAPED:
-            tensors[key] = torch.zeros(about.size, dtype=about.properties.dtype, device=parameters[name].device)
+            tensors[key] = torch.zeros(about.size, dtype=about.properties.dtype, device=device or parameters[name].device)
         else:  # sharded as its parameter is
-            tensors[key] = torch.zeros_like(parameters[name], dtype=about.properties.dtype).detach()
+            tensors[key] = torch.zeros_like(parameters[name], dtype=about.properties.dtype, device=device).detach()
     load_into(path, group, others | tensors)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)

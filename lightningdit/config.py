@@ -10,10 +10,12 @@ import dataclasses
 import difflib
 import types
 import typing
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 import yaml
 
@@ -93,6 +95,9 @@ class ModelConfig:
     learn_sigma: bool = False
     use_checkpoint: bool = False  # keep fewer activations, recompute the others in the backward pass
     checkpoint_policy: Literal["full", "selective"] = "full"  # kept then: only what enters a block; or matrix products and attention too
+    bf16_residual: bool = False  # under bf16 autocast keep the residual stream in bf16, not fp32; docs/levers.md
+    batch_adaln: bool = False  # the modulations of all blocks by one matrix product; for one process or ddp
+    split_k: int = 1  # most parts in which a block's weight gradients are computed and summed; 1: none
 
     def resolve(self):
         """Fills the fields left None from the preset."""
@@ -113,6 +118,7 @@ class ModelConfig:
         require(not self.use_rope or head_dim % 4 == 0, "model.hidden_size / model.num_heads", head_dim,
                 "a multiple of 4 with model.use_rope (two axes of interleaved pairs)")
         require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "a positive number")
+        require(self.split_k > 0, "model.split_k", self.split_k, "a positive number; 1 is none")
         require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob, "a probability in [0, 1)")
 
 
@@ -127,8 +133,15 @@ class FlowConfig:
     time_std: float = 1.0
     time_shift: float = 1.0  # t' = s t / (1 + (s - 1) t)
     time_switch_step: int | None = None  # from this step on t is drawn uniformly
+    model_guidance: float = 0.0  # w of flow.model_guidance: trained so, sampled without guidance, guided by 1 / (1 - w). 0: none
+    model_guidance_start: int = 0  # steps before it begins
+    model_guidance_interval: tuple[float, float] = (0.0, 1.0)  # times t in which it acts
     train_eps: float | None = None  # None: 0 for velocity on linear and gvp, else as the path needs
     sample_eps: float | None = None
+
+    def guides(self, step):
+        """Whether model guidance acts in update `step` (0-based)."""
+        return self.model_guidance > 0 and step >= self.model_guidance_start
 
     def validate(self):
         require(self.time_std > 0, "flow.time_std", self.time_std, "a positive number")
@@ -137,6 +150,12 @@ class FlowConfig:
                 "a step, or null")
         require(not self.cosine_loss or self.prediction == "velocity", "flow.cosine_loss", self.cosine_loss,
                 f"false with flow.prediction = {self.prediction} (the cosine loss is defined on velocities)")
+        require(0 <= self.model_guidance < 1, "flow.model_guidance", self.model_guidance, "a number in [0, 1); 0 is none")
+        require(not self.model_guidance or self.prediction == "velocity", "flow.model_guidance", self.model_guidance,
+                f"0 with flow.prediction = {self.prediction} (it is defined on velocities)")
+        require(self.model_guidance_start >= 0, "flow.model_guidance_start", self.model_guidance_start, "a number of steps >= 0")
+        low, high = self.model_guidance_interval
+        require(0 <= low <= high <= 1, "flow.model_guidance_interval", self.model_guidance_interval, "0 <= low <= high <= 1")
         for name in ("train_eps", "sample_eps"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 0.5, f"flow.{name}", value, "a number in [0, 0.5), or null")
@@ -144,14 +163,17 @@ class FlowConfig:
 
 @dataclass
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' attention and MLP matrices, adamw for the rest; docs/levers.md
     lr: float = 2e-4
+    muon_momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup: int = 0  # steps of linear warm-up
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to lr * final_lr_fraction at the last step
     final_lr_fraction: float = 0.0
-    state: Literal["fp32", "8bit"] = "fp32"  # AdamW's moments; 8bit: torchao's, a quarter of the memory, for one process or ddp
+    # AdamW's moments. 8bit: torchao's, a quarter of the memory, for one process or ddp; cpu: fp32 in the host's memory, updated there
+    state: Literal["fp32", "8bit", "cpu"] = "fp32"
     clip_grad_norm: float | None = None
     ema: float = 0.9999
     ema_warmup: bool = False  # decay min(ema, (1 + step) / (10 + step)): the average forgets the initial weights sooner
@@ -159,6 +181,8 @@ class OptimConfig:
     def validate(self):
         require(self.lr > 0, "optim.lr", self.lr, "a positive number")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(0 <= self.muon_momentum < 1, "optim.muon_momentum", self.muon_momentum, "a number in [0, 1)")
+        require(self.name == "adamw" or self.state == "fp32", "optim.state", self.state, f"fp32 with optim.name = {self.name}")
         require(self.eps > 0, "optim.eps", self.eps, "a positive number")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "a number >= 0")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "a number of steps >= 0")
@@ -209,6 +233,24 @@ class SampleConfig:
 
 
 @dataclass
+class ScoreConfig:
+    """How good the EMA weights' samples are, measured while training goes on; see scoring.py. Samples are drawn as `sample` says."""
+
+    every: int = 0  # steps between two scores; the last step has one too. 0: none
+    num: int = 5_000  # samples
+    num_steps: int | None = None  # of the sampler; None: sample.num_steps
+    extractor: str = "inception"  # whose features are compared: inception, dinov2, timm:MODEL, digits, or a small encoder's file
+    weights: str | None = None  # file with the extractor's weights; None: its download, or the cache of that
+    # ADM's .npz or images; None: the images that are trained on. Their statistics are kept where the latents are (data.cache)
+    reference: str | None = None
+
+    def validate(self):
+        require(self.every >= 0, "score.every", self.every, "a number of steps, or 0 for none")
+        require(self.num >= 2, "score.num", self.num, "at least 2 samples")
+        require(self.num_steps is None or self.num_steps > 0, "score.num_steps", self.num_steps, "a positive number, or null")
+
+
+@dataclass
 class DiTConfig:
     """One run of train/dit.py. The defaults are the paper's; recipes are in train/configs."""
 
@@ -220,7 +262,8 @@ class DiTConfig:
     micro_batch: int | Literal["auto"] | None = None
     compile: bool = False  # torch.compile, block by block
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast with an fp32 residual stream on CUDA, fp32 on CPU
+    # auto: bf16 autocast with an fp32 residual stream on CUDA, fp32 on CPU; fp8: bf16, and the blocks' linear layers by torchao in float8
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # over several processes; auto: by size and memory
     deterministic: bool = False  # bitwise equal runs on the same hardware, some slower
     init: str | None = None  # weights to start from: a run, a .pt or a .safetensors file
@@ -238,13 +281,25 @@ class DiTConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     @property
     def latent_size(self):
         return self.data.image_size // self.tokenizer.downsample
 
     def use_bf16(self, device):
-        return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+        return self.precision in ("bf16", "fp8") or (self.precision == "auto" and device.type == "cuda")
+
+    def precision_on(self, device):
+        return "fp8" if self.precision == "fp8" else "bf16" if self.use_bf16(device) else "fp32"
+
+    def check_device(self, device):
+        """ConfigError where this device cannot do what the configuration asks for."""
+        require(not self.model.bf16_residual or self.use_bf16(device), "model.bf16_residual", True,
+                f"false, or precision = bf16: precision = {self.precision} is fp32 on {device.type}")
+        capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        require(self.precision != "fp8" or capable, "precision", "fp8", f"bf16 or fp32 on this {device.type} device: float8 products need "
+                "CUDA of compute capability 8.9 or higher (Ada, Hopper, Blackwell)")
 
     def model_arguments(self):
         """Keyword arguments of LightningDiT."""
@@ -253,10 +308,23 @@ class DiTConfig:
 
     def sampling_arguments(self):
         """Keyword arguments of sampler.sample, apart from the labels, the seeds and the device."""
+        if self.flow.model_guidance and self.sample.guidance_scale != 1:
+            warnings.warn(f"sample.guidance_scale: got {self.sample.guidance_scale}, expected 1: the model has learnt its guidance "
+                          f"(flow.model_guidance = {self.flow.model_guidance}) and is guided twice", stacklevel=1)
         arguments = {f.name: getattr(self.sample, f.name) for f in dataclasses.fields(self.sample) if f.name != "seed"}
         latent_shape = (self.tokenizer.latent_channels, self.latent_size, self.latent_size)
         return arguments | dict(latent_shape=latent_shape, num_classes=self.data.num_classes, path=self.flow.path,
                                 prediction=self.flow.prediction, sample_eps=self.flow.sample_eps)
+
+    def _unsharded(self):
+        """[(field, its value, what it may be with sharded weights)] of the options that need whole ones."""
+        options = (("optim.name", self.optim.name, "muon", "adamw"), ("model.batch_adaln", self.model.batch_adaln, True, "false"),
+                   ("precision", self.precision, "fp8", "bf16"))
+        return [(name, got, expected) for name, got, unsharded, expected in options if got == unsharded]
+
+    def resolve(self):
+        if self.parallel == "auto" and self._unsharded():
+            self.parallel = "ddp"
 
     def validate(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num",
@@ -273,8 +341,21 @@ class DiTConfig:
         channels, latent_channels = self.sample.guidance_channels, self.tokenizer.latent_channels
         require(channels is None or channels <= latent_channels, "sample.guidance_channels", channels,
                 f"at most tokenizer.latent_channels = {latent_channels}")
-        require(self.optim.state == "fp32" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
-                f"fp32 with parallel = {self.parallel}: sharded moments are small, and blocks of 8-bit ones would not survive resharding")
+        for name, got, expected in self._unsharded():
+            require(self.parallel not in ("fsdp", "hsdp"), name, got, f"{expected} with parallel = {self.parallel}: it needs whole weights")
+        if self.precision == "fp8":
+            require(self.model.split_k == 1, "model.split_k", self.model.split_k, "1 with precision = fp8")
+            width = int(self.model.hidden_size * self.model.mlp_ratio)
+            width = int(2 / 3 * width) if self.model.use_swiglu else width
+            tokens = (self.latent_size // self.model.patch_size) ** 2
+            require(not any(n % 16 for n in (self.model.hidden_size, width, tokens)), "precision", "fp8", "bf16: float8 products need "
+                    f"multiples of 16; model.hidden_size is {self.model.hidden_size}, the MLP's width {width}, tokens an image {tokens}")
+        require(not self.model.bf16_residual or self.precision != "fp32", "model.bf16_residual", True, "false with precision = fp32")
+        require(self.optim.state != "8bit" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
+                f"fp32 or cpu with parallel = {self.parallel}: blocks of 8-bit moments would not survive resharding")
+        dropout = self.model.class_dropout_prob
+        require(not self.flow.model_guidance or dropout > 0, "model.class_dropout_prob", dropout,
+                "more than 0 with flow.model_guidance: without dropped labels there is no unconditional velocity")
         require(not self.optim.warmup or self.optim.warmup < self.steps, "optim.warmup", self.optim.warmup,
                 f"fewer than steps = {self.steps}")
 

@@ -205,7 +205,11 @@ def parallelise(model, mode, device, *, bf16=False):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) if bf16 else None
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **({} if policy is None else dict(mp_policy=policy)))
-    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    # What lies outside the blocks stays gathered until a backward pass ends. An average has none: it would go on with the weights of its
+    # first forward pass, whatever it is updated to since.
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+                       reshard_after_forward=None if trained else True)
 
 
 @contextlib.contextmanager

@@ -170,7 +170,43 @@ def timestep_distribution_at(step, distribution="logit_normal", switch_step=None
     return distribution if switch_step is None or step < switch_step else switch_to
 
 
-def losses(output, x1, x0, t, *, path="linear", prediction="velocity", weight="none", cosine=False):
+def model_guidance(conditional, unconditional, t, scale, interval=(0.0, 1.0), dropped=None):
+    """w (v(x, t, y) - v(x, t, null)): what model guidance adds to the velocity u_t that a model learns, a constant to its gradient.
+
+    A model trained so is sampled without guidance, in one pass a step. The v are its own, of its average weights, and the null label keeps
+    its plain target; so the model approaches the fixed point of v_y = u_y + w (v_y - u_null), u_y and u_null being the plain velocities:
+
+        v_y = u_null + (u_y - u_null) / (1 - w)
+
+    That is classifier-free guidance of the scale 1 / (1 - w): 1.82 for the authors' w = 0.45. An error of v_y comes back times w from each
+    round, so there is a fixed point to approach for w < 1 only.
+
+    Args:
+        conditional, unconditional: (B, C, ...), v for the label and for the null label. t: (B,).
+        scale: w, in [0, 1). interval: it acts for low <= t <= high.
+        dropped: (B,) bool, images that are trained on the null label, for which it is 0.
+    Returns: (B, C, ...), fp32 (fp64 for fp64 inputs), detached.
+    Raises: ValueError for a scale or an interval out of range, or shapes that differ.
+    Source: Diffusion Models without Classifier-free Guidance, arXiv:2502.12154. Sign, average weights in both terms, w = 0.45 (there:
+        scale 1.45), plain null targets and the interval (0.25, 1), their time below 0.75, are read from the authors' code
+        (tzco/Diffusion-wo-CFG, train.py). The fixed point is our derivation, and so is its use in the cosine loss.
+    """
+    low, high = interval
+    if not 0 <= scale < 1:
+        raise ValueError(f"scale: got {scale!r}, expected a number in [0, 1): from 1 on there is no fixed point to approach")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"interval: got {interval!r}, expected 0 <= low <= high <= 1")
+    if unconditional.shape != conditional.shape or t.shape != conditional.shape[:1]:
+        raise ValueError(f"unconditional, t: got shapes {tuple(unconditional.shape)} and {tuple(t.shape)}, expected "
+                         f"{tuple(conditional.shape)} and ({len(conditional)},)")
+    dtype = torch.promote_types(conditional.dtype, torch.float32)
+    acts = (low <= t) & (t <= high)
+    acts = acts if dropped is None else acts & ~dropped
+    weight = (scale * acts.to(dtype)).reshape(-1, *[1] * (conditional.dim() - 1))
+    return (weight * (conditional.to(dtype) - unconditional.to(dtype))).detach()
+
+
+def losses(output, x1, x0, t, *, path="linear", prediction="velocity", weight="none", cosine=False, guidance=None):
     """Per-image loss terms of a model's output at x_t, in fp32 (fp64 for fp64 outputs). The training loss is the sum of their means.
 
     velocity: mse = |output - u_t|^2.
@@ -179,20 +215,25 @@ def losses(output, x1, x0, t, *, path="linear", prediction="velocity", weight="n
     w:        "none" 1; "velocity" (W / alpha)^2, which makes it the error of the implied velocity; "likelihood" W / (alpha sigma). Velocity
               losses are never weighted, as in the official code.
     cosine:   cos = mean over positions of 1 - cos(output, u_t) over channels; velocity prediction only.
+    guidance: u_t + guidance takes the place of u_t, see model_guidance; velocity prediction only.
 
-    Args: output, x1, x0: (B, C, ...), same shape. t: (B,) or 0-d.
+    Args: output, x1, x0: (B, C, ...), same shape, and so guidance. t: (B,) or 0-d.
     Returns: {"mse": (B,)} and, with cosine, "cos": (B,); mean over everything but the batch.
-    Raises: ValueError for an unknown option, shapes that differ, or cosine with another prediction.
+    Raises: ValueError for an unknown option, shapes that differ, or cosine or guidance with another prediction.
     Source: SiT, arXiv:2401.08740, Sec. 2 and 3 (weights); cosine: LightningDiT, arXiv:2501.01423, after FasterDiT, arXiv:2410.10356.
     """
     prediction, weight = check_choice("prediction", prediction, PREDICTIONS), check_choice("weight", weight, WEIGHTS)
     if cosine and prediction != "velocity":
         raise ValueError(f"cosine: got True with prediction {prediction!r}, expected False (it is defined on velocities)")
+    if guidance is not None and prediction != "velocity":
+        raise ValueError(f"guidance: got a tensor with prediction {prediction!r}, expected None (it is defined on velocities)")
     dtype = torch.promote_types(output.dtype, torch.float32)
     output, x1, x0 = output.to(dtype), x1.to(dtype), x0.to(dtype)
-    alpha, sigma, d_alpha, d_sigma = _coefficients_like(output, t, path, x1=x1, x0=x0)
+    given = {} if guidance is None else dict(guidance=guidance)
+    alpha, sigma, d_alpha, d_sigma = _coefficients_like(output, t, path, x1=x1, x0=x0, **given)
     if prediction == "velocity":
         target = d_alpha * x1 + d_sigma * x0
+        target = target if guidance is None else target + guidance
         terms = {"mse": _mean_per_image((output - target) ** 2)}
         if cosine:
             terms["cos"] = _mean_per_image(1 - F.cosine_similarity(output, target, dim=1))

@@ -54,17 +54,20 @@ class RunLog:
         steps: total steps. images_per_step, flops_per_image: for throughput, in images/s and model TFLOP/s (backward included).
         rank: of this process; only rank 0 writes. keep: checkpoints that stay.
     Attributes: saved, the step of the newest whole checkpoint, 0 without one; bad, [(step, verdict)] of the updates that the guard left
-        out, for the caller to take.
+        out, for the caller to take; seconds, the time that the steps in the log took, without what came between them (validation, pictures,
+        scores) and without steps that were lost and repeated.
     """
 
     def __init__(self, run, start, steps, every, images_per_step, flops_per_image, rank=0, keep=2):
         self.path, self.writes = Path(run) / "log.jsonl", rank == 0
-        self.saver, self.saved, self.bad = Saver(run, keep), start, []
+        self.saver, self.saved, self.bad, self.seconds = Saver(run, keep), start, [], 0.0
         if self.writes:
             kept = [line for line in read_log(run) if line["step"] <= start]
+            self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             partial.replace(self.path)
+            plot_scores(run)
         self.file = self.path.open("a") if self.writes else _Silent()
         self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start) if self.writes else _Silent()
         interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines
@@ -91,6 +94,7 @@ class RunLog:
         rate = len(rows) * self.images_per_step / elapsed
         good = []
         for (step, lr, names, _), row in zip(self.pending, rows, strict=True):
+            self.seconds += elapsed / len(rows)
             row = dict(zip(names, row, strict=True))
             if verdict := row.pop("verdict", 0):
                 row["left_out"] = True
@@ -98,7 +102,7 @@ class RunLog:
                     self.bad.append((step, verdict))
             else:
                 good.append(row)
-            self._write(dict(step=step, **row, lr=lr, images_per_second=round(rate, 1)))
+            self._write(dict(step=step, **row, lr=lr, images_per_second=round(rate, 1), seconds=round(self.seconds, 3)))
         step, means = self.pending[-1][0], {name: sum(row[name] for row in good) / len(good) for name in good[0]} if good else {}
         if self.not_finite is None and not all(map(math.isfinite, means.values())):
             self.not_finite = means
@@ -119,6 +123,13 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, float):
                 self.tensorboard.add_scalar(name, value, step)
+        self.since = time.perf_counter()
+
+    def score(self, step, values):
+        """An event with what scoring.Scorer measured, beside the images seen and the seconds of training so far; draws run/score.png."""
+        self.event(step, images=step * self.images_per_step, seconds=round(self.seconds, 3), **values)
+        if self.writes:
+            plot_scores(self.path.parent)
         self.since = time.perf_counter()
 
     def image(self, step, name, picture):
@@ -226,6 +237,37 @@ def plot_losses(run):
     figure.savefig(Path(run) / "loss.png", dpi=110)
     plt.close(figure)
     return Path(run) / "loss.png"
+
+
+def plot_scores(run):
+    """Draws run/score.png from log.jsonl, if it has scores: the distance against images seen, and against the time of training."""
+    scores = {}
+    for record in read_log(run):
+        if "score" in record:
+            scores.setdefault((record["score"], record["samples"]), []).append(record)
+    if not scores:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    unit, name = max(((s, name) for s, name in ((1, "seconds"), (60, "minutes"), (3600, "hours"))
+                      if s == 1 or 2 * s < max(record["seconds"] for records in scores.values() for record in records)))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    for (metric, samples), records in scores.items():
+        values = [record[metric] for record in records]
+        for axis, key, scale in zip(axes, ("images", "seconds"), (1, unit), strict=True):
+            axis.plot([record[key] / scale for record in records], values, ".-", label=f"{metric}, {samples:,} samples")
+    axes[0].set(xlabel="images seen", ylabel="Frechet distance, EMA weights")
+    axes[1].set(xlabel=f"time of training, {name}")
+    for axis in axes:
+        axis.set(yscale="log", xlim=(0, None))
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(run) / "score.png", dpi=110)
+    plt.close(figure)
 
 
 def image_grid(images, columns=None, min_tile=48, gap=2):

@@ -5,6 +5,7 @@ flag off it is the plain DiT / SiT (arXiv:2212.09748, arXiv:2401.08740), the pap
 
 B batch, N tokens, D hidden size, H heads, Dh head dim, F MLP width, C latent channels, P patch size, S latent positions a side.
 """
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightningdit_kernels import gated_residual_rms_norm_modulate, rms_norm_modulate, rope_attention, swiglu
+from lightningdit_kernels.library import result_dtype
 
 # Depth, hidden size, heads. Sources: DiT for S, B, L and XL, the official code for 1p0B and 1p6B.
 SIZES = {
@@ -53,12 +55,85 @@ class Branch(NamedTuple):
 def linear(layer, x):
     """(layer(x) without its bias, the bias), for the op that follows: it adds the bias, and sums its gradient on the way.
 
-    A layer that was replaced (LoRA, float8) or is watched by hooks is called as it is, and keeps its bias.
+    A layer that was replaced (LoRA, float8) or is watched by hooks is called as it is, and keeps its bias. One with `split_k` > 1 may have
+    its weight's gradient summed from that many parts.
     """
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     if type(layer) is nn.Linear and not hooks:
-        return F.linear(x, layer.weight), layer.bias
+        parts = gradient_parts(x.shape[:-1].numel(), layer.weight.shape, getattr(layer, "split_k", 1)) if torch.is_grad_enabled() else 1
+        product = F.linear(x, layer.weight) if parts == 1 else SplitLinear.apply(x.to(result_dtype(x)), layer.weight, parts)
+        return product, layer.bias
     return layer(x), None
+
+
+def gradient_parts(rows, shape, most):
+    """In how many equal parts of its rows a weight's gradient of this shape is computed, a power of two up to `most`.
+
+    A GPU of 132 multiprocessors that each take a tile of 128 x 128 needs ceil(parts * tiles / 132) / parts rounds of a whole product's
+    time. This is the smallest number within 5 % of the best: 4 of XL's (1152, 1152) with 81 tiles, 1 of (3456, 1152) with 243.
+    """
+    tiles = math.ceil(shape[0] / 128) * math.ceil(shape[1] / 128)
+    rounds = {1: float(math.ceil(tiles / 132))}
+    parts = 2
+    while parts <= most and rows and rows % parts == 0:
+        rounds[parts] = math.ceil(parts * tiles / 132) / parts
+        parts *= 2
+    return next(parts for parts, time in rounds.items() if time <= 1.05 * min(rounds.values()))
+
+
+class SplitLinear(torch.autograd.Function):
+    """x (..., I) times weight (O, I) transposed; the gradient to the weight is the sum of `parts` products, each over its part of the rows.
+
+    The product's dtype is x's. The parts are added in fp32 and in a fixed order, and the gradient of an fp32 weight under autocast is not
+    rounded to bf16 on its way (on CUDA; elsewhere each part is).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, parts):
+        ctx.parts, ctx.dtype = parts, weight.dtype
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = (tensor.reshape(ctx.parts, -1, tensor.shape[-1]) for tensor in (grad, x))
+        return grad @ weight, sum_of_products(*rows).to(ctx.dtype), None
+
+
+def sum_of_products(a, b):
+    """(K, M, O), (K, M, I) -> (O, I): the sum over K of a^T b, in fp32 (fp64 for fp64)."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a.mT, b, out_dtype=torch.float32).sum(0)
+    return torch.bmm(a.mT, b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32))
+
+
+# The linear layers of a block that see every token. Those of adaLN see one row an image.
+TOKEN_LAYERS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "mlp.fc1", "mlp.fc2")
+
+
+def to_float8(model, emulate=False):
+    """Replaces the linear layers of attention and MLP in a model's blocks by torchao's float8 ones, in place; each keeps its parameters.
+
+    Activations and weights are rounded to e4m3, gradients to e5m2, with one scale a tensor taken from its largest value each time. What
+    lies outside the blocks, and adaLN, stay as they are.
+
+    Args: emulate: round so, but multiply in the dtype of the input, on any device; for tests, and for losses without such a GPU.
+    Raises: ImportError without torchao; ValueError for a width that is no multiple of 16.
+    Source: FP8 formats, arXiv:2209.05433; torchao.float8, recipe "tensorwise".
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ImportError(f"precision = fp8 needs `pip install torchao`: {error}") from error
+    layers = {f"{i}.{name}": layer for i, block in enumerate(model.blocks) for name, layer in block.named_modules() if name in TOKEN_LAYERS}
+    for name, layer in layers.items():
+        if layer.in_features % 16 or layer.out_features % 16:
+            raise ValueError(f"blocks.{name}: got {layer.in_features} inputs and {layer.out_features} outputs, expected multiples of 16 "
+                             "for precision = fp8")
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=emulate)
+    convert_to_float8_training(model.blocks, config=config, module_filter_fn=lambda layer, name: name in layers)
 
 
 def add_and_norm(norm, x, branch, scale, shift):
@@ -269,13 +344,17 @@ class LightningDiT(nn.Module):
         use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift: the paper's architecture flags; wo_shift drops the shift in blocks only.
         use_checkpoint: keep fewer activations of each block and recompute the others in the backward pass.
         checkpoint_policy: which to keep then; "full": only what goes into the block, "selective": also matrix products and attention.
+        bf16_residual: keep the residual stream in the autocast dtype, not in fp32. Nothing changes without autocast.
+        batch_adaln: compute the modulations of all blocks in one matrix product. Not for sharded parameters.
+        split_k: most parts in which the gradients of the blocks' weights are computed, see gradient_parts; 1: none.
     Raises: ValueError for a shape that does not divide, or an unknown policy.
     Source: arXiv:2501.01423, Table 2 for the flags.
     """
 
     def __init__(self, input_size=16, patch_size=1, in_channels=32, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
                  num_classes=1000, class_dropout_prob=0.1, learn_sigma=False, use_qknorm=False, use_swiglu=False, use_rope=False,
-                 use_rmsnorm=False, wo_shift=False, use_checkpoint=False, checkpoint_policy="full"):
+                 use_rmsnorm=False, wo_shift=False, use_checkpoint=False, checkpoint_policy="full",
+                 bf16_residual=False, batch_adaln=False, split_k=1):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size: got {input_size}, expected a multiple of patch_size = {patch_size}")
@@ -287,7 +366,9 @@ class LightningDiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         if checkpoint_policy not in CHECKPOINTING[1:]:
             raise ValueError(f"checkpoint_policy: got {checkpoint_policy!r}, expected one of {', '.join(CHECKPOINTING[1:])}")
-        self.num_classes, self.learn_sigma = num_classes, learn_sigma
+        if split_k < 1:
+            raise ValueError(f"split_k: got {split_k}, expected a positive number; 1 is none")
+        self.num_classes, self.learn_sigma, self.bf16_residual, self.batch_adaln = num_classes, learn_sigma, bf16_residual, batch_adaln
         self.checkpointing = checkpoint_policy if use_checkpoint else "none"
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -298,6 +379,10 @@ class LightningDiT(nn.Module):
         self.blocks = nn.ModuleList(
             LightningDiTBlock(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift, self.checkpointing)
             for _ in range(depth))
+        for block in self.blocks:
+            for name, layer in block.named_modules():
+                if name in TOKEN_LAYERS:
+                    layer.split_k = split_k
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, use_rmsnorm)
         self.initialize_weights()
 
@@ -321,6 +406,13 @@ class LightningDiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         return torch.cat([layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)], dim=1)
 
+    def block_modulations(self, c):
+        """The adaLN modulations (B, 6D) of every block for c (B, D), by one matrix product with all weights, cast first and then joined."""
+        layers = [block.adaLN_modulation[-1] for block in self.blocks]
+        dtype = result_dtype(layers[0].weight)
+        weight, bias = (torch.cat([getattr(layer, name).to(dtype) for layer in layers]) for name in ("weight", "bias"))
+        return F.linear(F.silu(c), weight, bias).chunk(len(layers), dim=1)
+
     def forward(self, x, t, y, drop_labels=None, modulations=None):
         """
         Args:
@@ -336,9 +428,13 @@ class LightningDiT(nn.Module):
             raise ValueError(f"t, y: got shapes {tuple(t.shape)} and {tuple(y.shape)}, expected ({B},) each")
         # Under bf16 autocast the patches are bf16 and pos_embed is fp32, so the residual stream is fp32 from here to the final layer.
         x, branch = self.x_embedder(x) + self.pos_embed, None  # (B, N, D)
+        if self.bf16_residual:
+            x = x.to(result_dtype(x))
         c, given = None, [None] * (len(self.blocks) + 1)
         if modulations is None:
             c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (B, D)
+            if self.batch_adaln:
+                given[:-1] = self.block_modulations(c)
         else:
             given = modulations.split([layer.adaLN_modulation[-1].out_features for layer in (*self.blocks, self.final_layer)], dim=1)
         for block, modulation in zip(self.blocks, given[:-1], strict=True):

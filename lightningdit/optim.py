@@ -4,23 +4,92 @@ import math
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from .distributed import local
 
 
-def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, state="fp32"):
-    """AdamW, fused on CPU and CUDA, or with 8-bit moments. Weight decay acts on matrices, not on biases, norms and embeddings.
+def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, state="fp32", name="adamw", muon_momentum=0.95):
+    """AdamW, fused on CPU and CUDA, or with Muon for the matrices of the blocks. Weight decay acts on matrices, not on biases, norms and
+    embeddings.
 
+    Args: state: of the moments: "fp32"; "8bit", see AdamW8bit; "cpu", see OffloadedAdamW.
     Source: AdamW, arXiv:1711.05101; lr and beta2 of the defaults, arXiv:2501.01423.
     """
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
+    decayed, plain, matrices = [], [], {}
+    for key, parameter in model.named_parameters():
+        parts = next((parts for suffix, parts in MUON_MATRICES.items() if key.endswith(suffix)), 0) if name == "muon" else 0
+        if parts:
+            matrices[parameter] = parts
+        elif parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and "embed" not in key else plain).append(parameter)
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
+    if name == "muon":
+        return MuonAdamW(matrices, groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=muon_momentum)
     if state == "8bit":
         return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return (OffloadedAdamW if state == "cpu" else torch.optim.AdamW)(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW that updates in the host's memory, where its moments live: 8 bytes a parameter less on the device, 16 more on the host.
+
+    A step waits for the backward pass and fetches all gradients, as they are after clipping; while it works on one parameter, the next
+    gradients and the last weights travel on a stream of their own. The device waits for the weights, the host does not. Where
+    `found_inf` is not 0 it does nothing. Names and shapes of the state are AdamW's: a run may go on with either class, and sharded
+    parameters have sharded moments.
+
+    This is the scheme of torchao's CPUOffloadOptimizer, and not that class: its gradients leave in the backward pass, before they are
+    clipped and judged; its weights on the host are those of its construction, whatever checkpoint is loaded later; and it takes neither
+    sharded parameters nor, for tests, those of a CPU, which are copied here as a device's are.
+    """
+
+    state_device = torch.device("cpu")  # for whoever loads the state
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        cuda = local(self.param_groups[0]["params"][0]).is_cuda
+        self.found_inf, self._host, self._stream = None, {}, torch.cuda.Stream() if cuda else None
+
+    def _on_host(self, p):
+        """The copies of this process's part of a parameter and its gradient; the weights are fetched if somebody else has changed them."""
+        weights = local(p)
+        weights_there, grad_there, version = self._host.get(p, (None, None, None))
+        if weights_there is None:
+            weights_there, grad_there = (torch.empty(weights.shape, dtype=p.dtype, pin_memory=weights.is_cuda) for _ in range(2))
+        if version != weights._version:
+            weights_there.copy_(weights, non_blocking=True)
+        self._host[p] = weights_there, grad_there, weights._version
+        return weights_there, grad_there
+
+    @torch.no_grad()
+    def step(self):
+        if self.found_inf is not None and self.found_inf.item():
+            return
+        fetched = []
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        weights, grad = self._on_host(p)
+                        grad.copy_(local(p.grad), non_blocking=True)
+                        fetched.append((group, p, weights, grad, self._stream.record_event() if self._stream else None))
+            for group, p, weights, grad, arrival in fetched:
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state |= {name: torch.zeros_like(p, device=self.state_device).detach() for name in ("exp_avg", "exp_avg_sq")}
+                if arrival:
+                    arrival.synchronize()
+                adamw([weights], [grad], [local(state["exp_avg"])], [local(state["exp_avg_sq"])], [], [state["step"]], fused=True,
+                      amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
+                      **{name: group[name] for name in ("lr", "weight_decay", "eps")})
+                local(p).copy_(weights, non_blocking=True)
+                self._host[p] = weights, grad, local(p)._version
+        if self._stream:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -82,6 +151,82 @@ class AdamW8bit(torch.optim.Optimizer):
                     bad = self.found_inf != 0
                     for tensor, was in zip(held, before, strict=True):
                         tensor.copy_(torch.where(bad, was, tensor))
+
+
+# The weights of a block that Muon updates, and how many matrices each holds: q, k and v; gate and up.
+MUON_MATRICES = {"attn.qkv.weight": 3, "attn.proj.weight": 1, "mlp.w12.weight": 2, "mlp.w3.weight": 1, "mlp.fc1.weight": 1,
+                 "mlp.fc2.weight": 1}
+
+
+def orthogonalise(matrices):
+    """(K, rows, columns) -> the same shape and dtype, each U S V^T replaced by about U V^T: five steps of a Newton-Schulz iteration whose
+    coefficients bring singular values of 0.01 to 1 into about 0.7 to 1.2, quickly rather than exactly.
+
+    Source: Muon, K. Jordan 2024, kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for given matrices, fused AdamW for the rest, as one optimizer with one learning rate. Not for sharded parameters.
+
+    With gradient G: M = m M + (1 - m) G, and W -= lr * (weight_decay * W + 0.2 sqrt(max(rows, columns)) * orthogonalise((1 - m) G + m M)),
+    a step whose root mean square is about that of AdamW, so that AdamW's learning rate serves. What one layer packs (q, k and v; gate
+    and up) are matrices of their own. All of one shape are orthogonalised in one batch, in bf16 on CUDA and in fp32 on CPU.
+
+    The state is one momentum a value of the matrices instead of AdamW's two. Like fused AdamW it leaves an update out where `found_inf` (a
+    scalar on the device) is not 0.
+
+    Args:
+        matrices: {parameter: how many matrices it packs, one below the other}. groups: of AdamW.
+    Raises: ValueError for sharded parameters, or none for Muon.
+    Source: Muon, K. Jordan 2024; the scale and the shared learning rate, arXiv:2502.16982.
+    """
+
+    knows_found_inf = True
+
+    def __init__(self, matrices, groups, lr, betas, eps, weight_decay, momentum):
+        if not matrices:
+            raise ValueError("optim.name: got 'muon' for a model without blocks, expected adamw")
+        if any(isinstance(p, DTensor) for p in matrices):
+            raise ValueError("optim.name: got 'muon' with sharded parameters, expected adamw, or parallel = ddp")
+        muon = dict(params=list(matrices), momentum=momentum, weight_decay=weight_decay)
+        super().__init__([muon, *groups], dict(lr=lr, weight_decay=0.0))
+        self.parts, self.found_inf = matrices, None
+        # Groups and state are shared with AdamW: one learning rate to set, one state to save.
+        self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=betas, eps=eps, fused=True)
+        self.adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self):
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+        group = self.param_groups[0]
+        lr, momentum, good = group["lr"], group["momentum"], 1.0 if self.found_inf is None else (self.found_inf == 0).float()
+        params = [p for p in group["params"] if p.grad is not None]
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        gradients = [p.grad for p in params]
+        if self.found_inf is not None:  # the momentum itself as gradient leaves it as it is
+            gradients = [torch.where(self.found_inf == 0, g, m) for g, m in zip(gradients, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        by_shape = {}
+        for p, gradient, buffer in zip(params, gradients, buffers, strict=True):
+            update = gradient.lerp(buffer, momentum).to(torch.bfloat16 if p.is_cuda else torch.float32)
+            for target, part in zip(p.chunk(self.parts[p]), update.chunk(self.parts[p]), strict=True):
+                by_shape.setdefault(part.shape, ([], []))[0].append(target)
+                by_shape[part.shape][1].append(part)
+        for shape, (targets, updates) in by_shape.items():
+            updates = orthogonalise(torch.stack(updates)).float() * (good * (-lr * 0.2 * math.sqrt(max(shape))))
+            if group["weight_decay"]:
+                torch._foreach_mul_(targets, 1 - good * (lr * group["weight_decay"]))
+            torch._foreach_add_(targets, list(updates))
 
 
 def lr_at(step, *, lr, steps, warmup=0, schedule="constant", final_lr_fraction=0.0):

@@ -21,13 +21,15 @@ from .model import CHECKPOINTING, LightningDiT, SwiGLU, forward_flops
 CARDS = (24, 40, 80, 141)  # GB of 1e9 bytes. Cards hold about 6 % more, which is left to the CUDA context, workspaces and fragmentation
 # Shards of the training state.
 LAYOUTS = {"one process, DDP": 1, "FSDP over 2": 2, "FSDP over 8, HSDP in nodes of 8": 8, "FSDP over 64": 64}
-MOMENTS = {"fp32": 8, "8bit": 2 * (1 + 4 / 256)}  # bytes a trainable parameter of AdamW's state
+MOMENTS = {"fp32": 8, "8bit": 2 * (1 + 4 / 256), "cpu": 0}  # bytes a trainable parameter of AdamW's state, on the device
+OFFLOADED = 16  # bytes a trainable parameter on the host with the state on the CPU: weights, gradients, two moments
 
 
 def activation_bytes(model, bytes_per_value, checkpointing=None):
-    """Estimated most bytes that one image takes in a forward and backward pass: `bytes_per_value` an activation, fp32 for the residual.
+    """Estimated most bytes that one image takes in a forward and backward pass: `bytes_per_value` an activation, fp32 for the residual
+    (or `bytes_per_value`, with bf16_residual).
 
-    A token of a block keeps the residual twice (fp32), norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden and MLP out, and some
+    A token of a block keeps the residual twice, norm1, 3 of qkv, attention, proj, norm2, MLP in, MLP hidden and MLP out, and some
     fp32 statistics; an image the modulation. With checkpointing some of it for all blocks, and the rest for the one that is recomputed.
 
     Args: checkpointing: "none", "selective" or "full" instead of the model's own.
@@ -38,17 +40,17 @@ def activation_bytes(model, bytes_per_value, checkpointing=None):
 def _activations(model, bytes_per_value, checkpointing):
     """Bytes of an image: (kept from the forward pass on, what one block's backward pass recomputes and its gradients)."""
     L, (N, D), b = len(model.blocks), model.pos_embed.shape[1:], bytes_per_value
-    block = model.blocks[0]
+    block, r = model.blocks[0], b if model.bf16_residual else 4  # r: bytes a value of the residual
     swiglu = isinstance(block.mlp, SwiGLU)
     packed, hidden = (block.mlp.w12.out_features, block.mlp.w3.in_features) if swiglu else 2 * (block.mlp.fc1.out_features,)
     modulation = b * (block.adaLN_modulation[1].out_features + D)
     statistics = 4 * (block.attn.num_heads + 2)  # of the softmax, of the two norms
-    whole = N * (2 * 4 * D + b * (8 * D + packed + hidden) + statistics) + modulation
-    entrance = N * D * (4 + b) + modulation  # residual and branch
+    whole = N * (2 * r * D + b * (8 * D + packed + hidden) + statistics) + modulation
+    entrance = N * D * (r + b) + modulation  # residual and branch
     products = N * (b * (5 * D + packed) + 4 * block.attn.num_heads) + modulation  # qkv, attention, proj, MLP in; the branch is MLP out
     kept = {"none": whole, "selective": entrance + products - modulation, "full": entrance}[checkpointing]
-    ends = N * D * (4 + b) + N * b * model.final_layer.linear.out_features  # the final norm, the output
-    in_flight = N * (D * (4 + b) + b * hidden)  # gradients of residual, branch and MLP hidden
+    ends = N * D * (r + b) + N * b * model.final_layer.linear.out_features  # the final norm, the output
+    in_flight = N * (D * (r + b) + b * hidden)  # gradients of residual, branch and MLP hidden
     return L * kept + ends, whole - kept + in_flight
 
 
@@ -172,8 +174,10 @@ def out_of_memory_advice(config):
         steps.append("--model.use-checkpoint --model.checkpoint-policy full")
     if world()[1] > 1 and config.parallel not in ("fsdp", "hsdp"):
         steps.append("--parallel fsdp")
-    if config.optim.state == "fp32" and world()[1] == 1:
-        steps.append("--optim.state 8bit (a new run)")
+    if config.optim.state == "fp32":
+        steps.append("--optim.state cpu (slower steps)")
+        if world()[1] == 1:
+            steps.append("--optim.state 8bit (a new run)")
     if config.data.resident not in ("none", "ram"):
         steps.append("--data.resident ram")
     return "out of memory; in this order: " + "; ".join([*steps, "a GPU with more memory"]) + ". --dry-run prints what fits which GPU"
@@ -195,13 +199,18 @@ def print_plan(config, device):
     micro = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size // world()[1]
     memory = training_memory(model, micro, bf16, state=config.optim.state)
     steps = num_images * (1 - data.val_fraction) / config.batch_size
+    passes = 5 if config.flow.model_guidance else 3  # a backward pass is two forward ones; guidance is two more, of the average weights
     print(f"parameters        {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
     print(f"tokens an image   {model.pos_embed.shape[1]}")
-    print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training")
+    print(f"FLOPs an image    {flops / 1e9:.2f} G forward, {passes * flops / 1e9:.2f} G in training")
     for name, size in memory.items():
         print(f"memory            {size / 2**30:9.3f} GiB  {name}")
     print(f"memory            {sum(memory.values()) / 2**30:9.3f} GiB  estimated in all on one GPU, {'bf16' if bf16 else 'fp32'}, "
           f"checkpointing {model.checkpointing}")
+    if config.optim.state == "cpu":
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"host memory       {OFFLOADED * trainable / 2**30:9.3f} GiB  weights, gradients and moments for the optimizer, each process "
+              "(FSDP: its share)")
     print(f"steps an epoch    {steps:.1f} of {config.batch_size} images; {config.steps} steps are {config.steps / steps:.1f} epochs")
     print("\nLargest micro-batch by the estimate, checkpointing none / selective / full, bf16; not yet checked on a GPU:\n")
     print(fitting_table(model, config.precision != "fp32", config.optim.state))
@@ -223,13 +232,15 @@ alone does not fit. The global batch does not depend on it: gradients are accumu
 Each cell: checkpointing none / selective / full (`--model.use-checkpoint --model.checkpoint-policy selective`). Selective keeps matrix
 products and attention and recomputes norms, modulation and SwiGLU; full recomputes the whole block, a third more FLOPs.
 """]
-    for name in ("XL/1", "B/1"):
+    for name, state in (("XL/1", "fp32"), ("XL/1", "cpu"), ("B/1", "fp32")):
         arguments = ModelConfig(size=name)
         arguments.resolve()
         arguments = {key: value for key, value in dataclasses.asdict(arguments).items() if key != "size"}
         with torch.device("meta"):
             model = LightningDiT(**arguments)
-        parts.append(f"## {name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters\n\n{fitting_table(model)}\n")
+        title = f"{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
+        note = "" if state == "fp32" else f", `--optim.state {state}`"
+        parts.append(f"## {title}{note}\n\n{fitting_table(model, state=state)}\n")
     return "\n".join(parts)
 
 

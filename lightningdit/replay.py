@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from . import checkpoint
+from . import checkpoint, optim
 from .config import ConfigError, DiTConfig, load
 from .distributed import pick_device
 from .model import LightningDiT
@@ -42,6 +42,10 @@ def replay(incident: Path, checkpoint_step: int | None = None, device: str = "au
     checkpoint.check(steps[checkpoint_step])
     model = LightningDiT(**config.model_arguments()).to(device).train()
     model.load_weights(checkpoint.load_tensors(steps[checkpoint_step], "model"))
+    guide = None
+    if config.flow.guides(step - 1):
+        guide = optim.frozen_copy(model)
+        guide.load_weights(checkpoint.load_tensors(steps[checkpoint_step], "ema"))
     bf16 = config.use_bf16(device) if precision == "run" else precision == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -49,7 +53,7 @@ def replay(incident: Path, checkpoint_step: int | None = None, device: str = "au
     total = [torch.zeros_like(p) for p in parameters]
     for i in range(len(indices)):
         one = {name: tensor[i : i + 1].to(device) for name, tensor in batch.items()}
-        terms = losses(config, model, autocast, **one)
+        terms = losses(config, model, autocast, guide=guide, **one)
         loss = sum(term.sum() for term in terms.values())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]

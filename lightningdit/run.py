@@ -19,7 +19,7 @@ from .tokenizer.vavae import Tokenizer
 # What may change between a run and its resumption; anything else would make it another run.
 MAY_CHANGE = (
     "run", "steps", "micro_batch", "compile", "device", "parallel", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
-    "sample_num", "validate_every", "final_samples", "sample", "guard", "deterministic", "data.path", "data.cache", "data.workers",
+    "sample_num", "validate_every", "final_samples", "sample", "score", "guard", "deterministic", "data.path", "data.cache", "data.workers",
     "data.decoder", "data.num_images", "data.resident", "tokenizer.path",
     "model.use_checkpoint", "model.checkpoint_policy",
 )
@@ -35,7 +35,8 @@ def open_run(config, tokenizer, device):
     if (run / "config.yaml").is_file():
         before = load(DiTConfig, run / "config.yaml")
         config.data.num_classes = config.data.num_classes or before.data.num_classes
-        if changes := differences(before, config, ignore=MAY_CHANGE):
+        same_state = ("optim.state",) if {before.optim.state, config.optim.state} <= {"fp32", "cpu"} else ()  # in another place
+        if changes := differences(before, config, ignore=MAY_CHANGE + same_state):
             raise ConfigError(f"run: {run} holds a run of another configuration; choose another --run, or undo\n  " + "\n  ".join(changes))
         trained_on = Tokenizer.load(run / "tokenizer.safetensors").sha256
         require(tokenizer.sha256 == trained_on, "tokenizer.path", f"{config.tokenizer.path}, SHA-256 {tokenizer.sha256[:16]}...",

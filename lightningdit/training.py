@@ -98,14 +98,21 @@ def micro_batches(config, batch):
     return [{name: tensor[start : start + micro] for name, tensor in batch.items()} for start in range(0, own, micro)]
 
 
-def losses(config, model, autocast, x1, x0, t, y, drop_labels):
-    """Per-image loss terms {"mse": (b,), "cos": (b,)} in fp32; the training loss is the sum of their means."""
-    settings = config.flow
+def losses(config, model, autocast, x1, x0, t, y, drop_labels, guide=None):
+    """Per-image loss terms {"mse": (b,), "cos": (b,)} in fp32; the training loss is the sum of their means.
+
+    Args: guide: the average weights' model, where model guidance acts: one pass of 2b rows more, without gradients.
+    """
+    settings, guidance = config.flow, None
     x_t, _ = flow.interpolate(x1, x0, t, settings.path)
+    if guide is not None:
+        with torch.no_grad(), autocast:
+            both = guide(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, config.data.num_classes)]))
+        guidance = flow.model_guidance(*both.chunk(2), t, settings.model_guidance, settings.model_guidance_interval, drop_labels)
     with autocast:
         prediction = model(x_t, t, y, drop_labels)
     return flow.losses(prediction, x1, x0, t, path=settings.path, prediction=settings.prediction, weight=settings.loss_weight,
-                       cosine=settings.cosine_loss)
+                       cosine=settings.cosine_loss, guidance=guidance)
 
 
 def over_processes(values):

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bench.fuzz import examples, tally
 from lightningdit.tokenizer.foundation import FOUNDATION_MODELS, SmallEncoder, load_encoder
 
 timm = pytest.importorskip("timm")
@@ -207,12 +208,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     assert "run" not in capsys.readouterr().out
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@examples(20)
 @given(data=st.binary(max_size=200), suffix=st.sampled_from(["safetensors", "pth"]))
 def test_any_bytes_are_refused_in_words(tmp_path, data, suffix):
     (tmp_path / f"w.{suffix}").write_bytes(data)
     with pytest.raises(ValueError, match="w\\."):
         load_encoder(VIT, weights=tmp_path / f"w.{suffix}", grid=4)
+    tally("foundation models", "refused")
 
 
 def test_without_a_network(monkeypatch, tmp_path):

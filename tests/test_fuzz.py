@@ -1,24 +1,23 @@
 """Random damage: every wrong configuration and every changed byte of a checkpoint is an error with words, never a crash, never accepted.
 
-`make test` tries some hundred inputs; FUZZ=2000 tries so many of each kind. Latent stores and image files: test_latents.py, test_images.py.
+`make test` tries some hundred inputs, `make fuzz` thousands. Latent stores, archives, images and tokenizers: where those are tested.
 """
 import json
-import os
 import shutil
 
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.fuzz import examples, tally
 from lightningdit import checkpoint
 from lightningdit.config import ConfigError, DiTConfig, EncodeConfig, VAVAEConfig, load, save
 from lightningdit.run import Incidents
 
-MANY = int(os.environ.get("FUZZ", 60))
-FUZZ = settings(max_examples=MANY, deadline=None, derandomize=MANY < 100,
-                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+pytestmark = pytest.mark.fuzz
+FUZZ = examples(60)
 SCALARS = (st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=12)
            | st.sampled_from(["auto", "digits", "XL/1", "nan", "1e-4", "", [], {}]))
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -68,9 +67,10 @@ def test_configurations_are_loaded_or_refused_with_words(whole, tmp_path, data):
         config = load(cls, path)
     except ConfigError as error:
         assert ": " in str(error) and len(str(error)) > 20, error
-        return
+        return tally("configurations", "refused")
     save(config, path)
     assert str(load(cls, path)) == str(config), touched
+    tally("configurations", "valid")
 
 
 @FUZZ
@@ -80,8 +80,10 @@ def test_files_that_are_no_configuration(tmp_path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
         load(DiTConfig, path)
+        tally("configuration files", "valid")
     except ConfigError as error:
         assert str(error)
+        tally("configuration files", "refused")
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +124,10 @@ def test_a_changed_checkpoint_is_refused_by_name(run, tmp_path, data):
             assert len(warnings) == 1 and name in warnings[0]
             with pytest.raises(checkpoint.CheckpointError):
                 checkpoint.load_weights(target)
+            tally("checkpoints", "refused")
         else:
             assert name == "state.json" and found[1] == {k: v for k, v in json.loads(before).items() if k != "sha256"}
+            tally("checkpoints", "no value changed")
     finally:
         (path / name).write_bytes(before)
 
@@ -139,8 +143,10 @@ def test_changed_weight_files_are_read_or_refused(tmp_path, data):
     try:
         state = checkpoint.load_weights(path)
         assert all(torch.is_tensor(tensor) for tensor in state.values())
+        tally("weight files", "read, no checksum")
     except checkpoint.CheckpointError as error:
         assert name in str(error)
+        tally("weight files", "refused")
 
 
 @FUZZ
@@ -150,5 +156,7 @@ def test_incidents_are_read_or_refused(tmp_path, values):
     try:
         found = Incidents(tmp_path, "stop", 3, 1.0)
         assert all(isinstance(step, int) for step in found.left_out) and isinstance(found.lr_factor, float)
+        tally("incidents.json", "valid")
     except ConfigError as error:
         assert "incidents.json is damaged" in str(error)
+        tally("incidents.json", "refused")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bench.fuzz import examples, tally
 from lightningdit import cli, latent_tools, latents
 from lightningdit.distributed import generator_for, seed_for
 from lightningdit.images import TensorBatches, digits
@@ -203,7 +204,8 @@ def mutate(data, place, how, value):
     return data[:place] if how == "cut" else data[:place] + bytes([value]) + data[place:]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@examples(150)
 @given(place=st.integers(0, 10**6), how=st.sampled_from(["flip", "cut", "insert"]), value=st.integers(0, 255), header=st.booleans(),
        file=st.sampled_from(["index.json", SHARD]))
 def test_a_mutated_store_never_passes_verification(numbered, tmp_path, place, how, value, header, file):
@@ -219,8 +221,10 @@ def test_a_mutated_store_never_passes_verification(numbered, tmp_path, place, ho
         opened.verify()
     except ValueError as error:
         assert file in str(error)
+        tally("latent stores", "refused")
     else:
         assert file == "index.json" and opened.index == numbered[1].index
+        tally("latent stores", "no value changed")
     finally:
         (target / file).write_bytes(data)
 

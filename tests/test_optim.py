@@ -6,7 +6,7 @@ import torch
 
 from lightningdit import checkpoint
 from lightningdit.guard import Guard
-from lightningdit.optim import EMA, build_optimizer, lr_at
+from lightningdit.optim import EMA, OffloadedAdamW, build_optimizer, lr_at
 
 
 def test_schedules():
@@ -58,6 +58,10 @@ def trained(state, steps, bad=(), model=None, optimizer=None):
     return model, optimizer, loss.item()
 
 
+def everything(model, optimizer):
+    return [tensor.clone() for p in model.parameters() for tensor in (p.detach(), *optimizer.state[p].values())]
+
+
 def test_eight_bit_moments_train_as_well_as_fp32_in_a_quarter_of_the_memory():
     losses = {state: trained(state, range(150))[2] for state in ("fp32", "8bit")}
     assert losses["fp32"] < 0.5 and losses["8bit"] == pytest.approx(losses["fp32"], rel=0.1)
@@ -70,9 +74,9 @@ def test_eight_bit_moments_train_as_well_as_fp32_in_a_quarter_of_the_memory():
 
 def test_eight_bit_leaves_bad_updates_out():
     model, optimizer, _ = trained("8bit", [0, 1, 2])
-    before = [t.clone() for p in model.parameters() for t in (p.detach(), *optimizer.state[p].values())]
+    before = everything(model, optimizer)
     trained("8bit", [3], bad=[3], model=model, optimizer=optimizer)
-    after = [t for p in model.parameters() for t in (p.detach(), *optimizer.state[p].values())]
+    after = everything(model, optimizer)
     assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     trained("8bit", [4], model=model, optimizer=optimizer)
     assert not torch.equal(before[0], model[0].weight) and Guard(optimizer)
@@ -88,3 +92,70 @@ def test_eight_bit_state_survives_a_checkpoint_bitwise(tmp_path):
     checkpoint.load_trainer(path, other, fresh)
     trained("8bit", range(5, 8), model=other, optimizer=fresh)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_update_on_the_host_is_adamw_bitwise_and_leaves_bad_updates_out():
+    models = {state: trained(state, range(20), bad=(0, 7)) for state in ("fp32", "cpu")}
+    model, optimizer, _ = models["cpu"]
+    assert type(optimizer) is OffloadedAdamW and optimizer.state[model[0].weight]["step"] == 18
+    assert all(torch.equal(a, b) for a, b in zip(everything(model, optimizer), everything(*models["fp32"][:2]), strict=True))
+    before = everything(model, optimizer)
+    trained("cpu", [20], bad=[20], model=model, optimizer=optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
+    assert Guard(optimizer)
+
+
+@pytest.mark.parametrize("saved, loaded", [("cpu", "cpu"), ("fp32", "cpu"), ("cpu", "fp32")])
+def test_a_checkpoint_goes_on_bitwise_on_either_side(tmp_path, saved, loaded):
+    """The loaded weights, too, are those that the next update on the host begins with: not those of its own earlier updates."""
+    model, optimizer, _ = trained(saved, range(5))
+    path = checkpoint.save_checkpoint(tmp_path, 5, dict(model=model.state_dict(), trainer=checkpoint.trainer_tensors(model, optimizer)), {})
+    trained(saved, range(5, 8), model=model, optimizer=optimizer)
+    other, fresh, _ = trained(loaded, [9, 11])
+    checkpoint.load_into(path, "model", other.state_dict())
+    checkpoint.load_trainer(path, other, fresh)
+    trained(loaded, range(5, 8), model=other, optimizer=fresh)
+    assert all(torch.equal(a, b) for a, b in zip(everything(model, optimizer), everything(other, fresh), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+def test_the_update_on_the_host_of_a_gpu(tmp_path):
+    """Beside AdamW on the device: the same weights to rounding, 8 bytes a parameter less, and a checkpoint that goes on bitwise."""
+    def train(state, steps, model=None, optimizer=None):
+        if model is None:
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.Tanh(), torch.nn.Linear(2048, 512)).cuda()
+            optimizer = build_optimizer(model, 1e-3, weight_decay=0.1, state=state)
+        for step in steps:
+            x = torch.randn(64, 512, generator=torch.Generator().manual_seed(step)).cuda()
+            bad = step == 3
+            ((model(x) - x.roll(1, 1)).square().mean() * (math.nan if bad else 1)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.found_inf = torch.tensor(float(bad), device="cuda")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return model, optimizer
+
+    held, results, (initial, _) = {}, {}, train("fp32", [])
+    train("fp32", [0])  # allocates workspaces
+    for state in ("fp32", "cpu"):
+        begin = torch.cuda.memory_allocated()
+        results[state] = train(state, range(20))
+        held[state] = torch.cuda.memory_allocated() - begin
+    model, optimizer = results["cpu"]
+    parameters = sum(p.numel() for p in model.parameters())
+    assert held["fp32"] - held["cpu"] == pytest.approx(8 * parameters, rel=0.02)
+    assert all(tensor.device.type == "cpu" for values in optimizer.state.values() for tensor in values.values())
+    for ours, theirs, begin in zip(model.parameters(), results["fp32"][0].parameters(), initial.parameters(), strict=True):
+        assert (ours - theirs).norm() < 1e-2 * (theirs - begin).norm()  # where a gradient is near 0, Adam amplifies its rounding
+
+    tensors = dict(model=model.state_dict(), trainer=checkpoint.trainer_tensors(model, optimizer))
+    path = checkpoint.save_checkpoint(tmp_path, 20, tensors, {})
+    train("cpu", range(20, 25), model, optimizer)
+    other, fresh = train("cpu", [40])
+    checkpoint.load_into(path, "model", other.state_dict())
+    checkpoint.load_trainer(path, other, fresh)
+    assert all(tensor.device.type == "cpu" for values in fresh.state.values() for tensor in values.values())
+    train("cpu", range(20, 25), other, fresh)
+    assert all(torch.equal(a, b) for a, b in zip(everything(model, optimizer), everything(other, fresh), strict=True))

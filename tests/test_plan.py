@@ -57,6 +57,7 @@ def live_bytes(model, count, bf16):
     dict(hidden_size=128, num_heads=4, depth=8, **LIGHTNING),
     dict(hidden_size=72, num_heads=1, depth=6, use_qknorm=True, **LIGHTNING),  # XL's heads
     dict(hidden_size=64, num_heads=4, depth=8, use_rope=True, wo_shift=True),  # the plain DiT
+    dict(hidden_size=64, num_heads=4, depth=8, bf16_residual=True, **LIGHTNING),
 ])
 def test_activations_are_those_that_autograd_keeps(shape, bf16, checkpointing):
     """The slope over the number of images: weights, their bf16 copies and gradients do not depend on it."""
@@ -86,6 +87,7 @@ def test_training_memory_by_layout_and_optimizer_state():
     outside = parameters - 28 * block
     assert sum(sharded.values()) == pytest.approx(20 * parameters / 8 + 2 * (2 + 2 + 4) * block + 4 * outside, rel=1e-3)
     assert sum(plan.training_memory(model, 0, True, state="8bit").values()) < sum(whole.values()) - 5.9 * parameters
+    assert sum(plan.training_memory(model, 0, True, state="cpu").values()) == pytest.approx((4 + 4 + 4 + 2) * parameters, rel=1e-3)
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
@@ -151,6 +153,9 @@ def test_advice_names_what_is_left_to_do():
     assert "--micro-batch 64" in plan.out_of_memory_advice(config) and "selective" in plan.out_of_memory_advice(config)
     config.model.use_checkpoint, config.micro_batch = True, None
     assert "--micro-batch auto" in plan.out_of_memory_advice(config) and "policy" not in plan.out_of_memory_advice(config)
+    assert "--optim.state cpu (slower steps); --optim.state 8bit" in plan.out_of_memory_advice(config)
+    config.optim.state = "cpu"
+    assert "optim.state" not in plan.out_of_memory_advice(config)
 
 
 def test_micro_batch_accepts_numbers_and_auto_only():
@@ -162,7 +167,7 @@ def test_micro_batch_accepts_numbers_and_auto_only():
 
 def test_the_trainer_reports_the_micro_batch_it_chose_and_says_what_to_do_without_memory(tmp_path):
     small = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 1 --optim.warmup 0 --final-samples 0 "
-             "--sample-num 10 --sample.num-steps 2").split()
+             "--score.every 0 --sample-num 10 --sample.num-steps 2").split()
     command = [str(ROOT / "train" / "dit.py"), "--run", str(tmp_path / "run"), *small, "--micro-batch", "auto"]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -44,7 +44,7 @@ def cluster(tmp_path):
 def arguments(run, steps):
     return (f"--run {run} --device cpu --model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps {steps} "
             "--optim.warmup 0 --optim.schedule constant --log-every 1 --checkpoint-every 100000 --sample-every 100000 "
-            "--validate-every 100000 --sample-num 10 --sample.num-steps 2 --final-samples 0").split()
+            "--validate-every 100000 --sample-num 10 --sample.num-steps 2 --final-samples 0 --score.every 0").split()
 
 
 def test_preempted_it_saves_requeues_and_goes_on(cluster, tmp_path):

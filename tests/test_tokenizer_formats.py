@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bench.fuzz import examples, tally
 from lightningdit import cli
 from lightningdit.tokenizer import formats
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
@@ -195,7 +196,8 @@ def files(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@examples(60)
 @given(name=st.sampled_from(["w.ckpt", "own.safetensors"]), data=st.data())
 def test_damaged_bytes_are_refused_in_words_or_make_no_difference_to_shapes(files, tmp_path, name, data):
     whole = bytearray((files / name).read_bytes())
@@ -209,8 +211,10 @@ def test_damaged_bytes_are_refused_in_words_or_make_no_difference_to_shapes(file
             ch=4, ch_mult=(1, 1), num_res_blocks=1, z_channels=1, embed_dim=1, num_groups=2, attn_resolutions=()))
     except ValueError as error:
         assert name in str(error) or "latent_" in str(error)
+        tally("tokenizers", "refused")
     else:
         assert tokenizer.encode(torch.zeros(1, 3, 4, 4)).mean.shape == (1, 1, 2, 2)
+        tally("tokenizers", "read, no checksum")
 
 
 # diffusers

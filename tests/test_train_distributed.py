@@ -81,6 +81,18 @@ def test_a_sharded_checkpoint_goes_on_on_any_number_of_processes(live, sharded, 
     assert difference(outcome(run), outcome(sharded), exact) is None
 
 
+def test_moments_on_the_host_change_nothing_and_may_come_and_go(live, sharded, tmp_path):
+    """A sharded run with the state of AdamW on the CPU from the beginning, and after a resumption only."""
+    run = tmp_path / "run"
+    live(run, "--optim.state", "cpu", processes=2, mode="fsdp")
+    assert difference(outcome(run), outcome(sharded), exact=True) is None
+    for state in ("fp32", "cpu"):
+        shutil.rmtree(run / "checkpoints" / "step_0000008")
+        assert "resuming at step 4" in live(run, "--optim.state", state, processes=2, mode="fsdp").text()
+        assert difference(outcome(run), outcome(sharded), exact=True) is None
+    assert "optim.state: 'cpu' -> '8bit'" in live(run, "--optim.state", "8bit", code=1).text()
+
+
 def test_four_replicas_go_on_bitwise(live, tmp_path):
     """Sums over more than two processes depend on where in a message a gradient travels, which DDP must not change on its way."""
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -89,6 +101,26 @@ def test_four_replicas_go_on_bitwise(live, tmp_path):
     shutil.rmtree(run / "checkpoints" / "step_0000008")
     assert "resuming at step 4" in live(run, processes=4).text()
     assert difference(outcome(run), outcome(whole), exact=True) is None
+
+
+def test_the_average_is_the_same_however_it_is_spread(live, tmp_path):
+    """Model guidance, validation losses and scores all pass through the average weights, which change at every step. A run that goes on in
+    the middle is bitwise the same."""
+    more = ("--flow.model-guidance", 0.4, "--flow.model-guidance-start", 2, "--optim.ema", 0.5, "--validate-every", 2, "--score.every", 4,
+            "--score.num", 21, "--score.num-steps", 2, "--sample.batch-size", 8, "--sample.guidance-scale", 1)
+    runs = {name: tmp_path / name for name in ("alone", "ddp", "fsdp", "again")}
+    for name, options in (("alone", {}), ("ddp", dict(processes=2)), ("fsdp", dict(processes=2, mode="fsdp"))):
+        live(runs[name], *more, **options)
+        events = {key: [line[key] for line in read_log(runs[name]) if key in line] for key in ("val_mse", "val_cos", "fd_digits")}
+        assert difference(outcome(runs[name]), outcome(runs["alone"]), exact=False) is None
+        if name == "alone":
+            expected = events
+        assert [len(values) for values in events.values()] == [4, 4, 2] and len(set(events["val_mse"])) == 4
+        assert all(events[key] == pytest.approx(expected[key], rel=1e-3) for key in events), (name, events, expected)
+    shutil.copytree(runs["alone"], runs["again"])
+    shutil.rmtree(runs["again"] / "checkpoints" / "step_0000008")
+    live(runs["again"], *more)
+    assert difference(outcome(runs["again"]), outcome(runs["alone"]), exact=True) is None
 
 
 def test_export_of_a_sharded_checkpoint_is_one_official_file(alone, sharded, tmp_path):
@@ -248,3 +280,25 @@ def test_steps_between_two_lines_of_the_log_never_wait_for_the_device(tmp_path):
     assert counts["aten::_fused_adamw_"] >= 5
     waits = {name: times for name, times in counts.items() if name in ("aten::item", "aten::_local_scalar_dense", "aten::nonzero")}
     assert not waits, waits
+
+
+OPTIONS = ("--model.depth", 2, "--optim.name", "muon", "--model.batch-adaln", "--model.split-k", 4)
+
+
+def test_muon_batched_modulations_and_split_gradients_go_on_bitwise_and_agree_over_processes(live, tmp_path):
+    whole, run, two = (tmp_path / name for name in ("whole", "run", "two"))
+    live(whole, *OPTIONS)
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step_0000008")
+    assert "resuming at step 4" in live(run, *OPTIONS).text()
+    assert difference(outcome(run), outcome(whole), exact=True) is None
+    live(two, *OPTIONS, processes=2)
+    assert difference(outcome(two), outcome(whole), exact=False) is None
+
+
+def test_a_bf16_residual_and_split_gradients_are_sharded(live, tmp_path):
+    options = ("--precision", "bf16", "--model.bf16-residual", "--model.split-k", 4)
+    for name, processes in (("alone", 1), ("sharded", 2)):
+        live(tmp_path / name, *options, processes=processes, mode="fsdp")
+    first, last = ([rows(tmp_path / name)[step]["loss"] for name in ("alone", "sharded")] for step in (1, 8))
+    assert first[1] == pytest.approx(first[0], rel=1e-4) and last[1] == pytest.approx(last[0], rel=0.02)

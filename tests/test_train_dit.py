@@ -20,7 +20,7 @@ from lightningdit.log import read_log
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 12 --optim.warmup 2 --log-every 3 "
          "--checkpoint-every 4 --sample-every 12 "
-         "--validate-every 6 --sample-num 10 --sample.num-steps 3 --final-samples 0 --optim.schedule constant").split()
+         "--validate-every 6 --sample-num 10 --sample.num-steps 3 --final-samples 0 --score.every 0 --optim.schedule constant").split()
 
 
 def train(run, *arguments, small=True, check=True, **options):
@@ -70,6 +70,20 @@ def test_interrupted_and_resumed_is_bitwise_the_same(undisturbed, tmp_path, step
     for name in ("model", "ema", "trainer"):
         ours, theirs = (checkpoint.load_tensors(r / "checkpoints" / "step_0000012", name) for r in (run, undisturbed))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scores_leave_the_training_as_it_is_and_outlive_a_resume(undisturbed, tmp_path):
+    """A run that is scored, and begun anew at step 8, has bitwise the losses of one that is not; its time of training goes on."""
+    run, scored = tmp_path / "run", ("--score.every", 4, "--score.num", 20, "--score.num-steps", 2)
+    train(run, "--steps", 8, *scored)
+    result = train(run, *scored)
+    assert losses(run) == losses(undisturbed) and f"score curve       {run / 'score.png'}" in result.stdout
+    scores = [line for line in read_log(run) if "score" in line]
+    assert [(line["step"], line["images"]) for line in scores] == [(4, 64), (8, 128), (12, 192)]
+    assert all(line["score"] == "fd_digits" and line["fd_digits"] > 1 for line in scores)
+    seconds = [line["seconds"] for line in read_log(run) if "loss" in line]
+    assert seconds == sorted(seconds) and [line["seconds"] for line in scores] == [seconds[3], seconds[7], seconds[11]]
+    assert (run / "score.png").is_file()
 
 
 def test_micro_batches_change_nothing_but_rounding(undisturbed, tmp_path):
@@ -172,6 +186,7 @@ def test_own_images_are_encoded_once_cached_and_trained_on(tmp_path):
     (["--data.image-size", 16], "data.image_size: got 16, expected 8 for the bundled digits"),
     (["--data.num-classes", 3], "data.num_classes: got 3, expected at least 10"),
     (["--init", "nowhere.pt"], "no file or folder nowhere.pt"),
+    (["--score.every", 4, "--score.extractor", "inception", "--score.weights", "nowhere.pth"], "nowhere.pth"),
     (["--device", "cuda"], "device: got 'cuda'"),
 ])
 def test_bad_input_is_one_clear_line(tmp_path, arguments, message):

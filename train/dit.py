@@ -39,9 +39,10 @@ from lightningdit.distributed import (
 )
 from lightningdit.guard import Guard
 from lightningdit.log import RunLog, plot_losses
-from lightningdit.model import LightningDiT, forward_flops
+from lightningdit.model import LightningDiT, forward_flops, to_float8
 from lightningdit.plan import choose_micro_batch, out_of_memory_advice, print_plan, training_memory
 from lightningdit.run import Incidents, Rollback, note_configuration, open_run, resume, trainer_state
+from lightningdit.scoring import open_scorer
 from lightningdit.training import (
     draw_batch,
     grid_path,
@@ -68,6 +69,7 @@ def main(argv):
     with process_group(pick_device(config.device)) as device:
         if dry_run:
             return print_plan(config, device)
+        config.check_device(device)
         if config.compile:
             check_compiler(device)
         if config.deterministic:
@@ -86,6 +88,7 @@ def train(config, device):
     rank, size = world()
     tokenizer = open_tokenizer(config, device)
     run = open_run(config, tokenizer, device)
+    scorer = open_scorer(config, tokenizer, device)
     train_set, val_set = open_latents(config, tokenizer, device)
     note_configuration(run, config)
 
@@ -100,6 +103,8 @@ def train(config, device):
     if config.micro_batch == "auto":
         config.micro_batch, found = choose_micro_batch(model, config.batch_size // size, mode, bf16, device, config.optim.state)
     average = optim.frozen_copy(model)
+    if config.precision == "fp8":
+        to_float8(model)
     if config.compile:
         for block in model.blocks:  # one block's graph serves all of them: compile time does not grow with depth
             block.compile()
@@ -107,7 +112,7 @@ def train(config, device):
     parallelise(average, mode if mode in ("fsdp", "hsdp") else "none", device, bf16=bf16)
     average = optim.EMA(model, config.optim.ema, config.optim.ema_warmup, average)
     optimizer = optim.build_optimizer(model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay,
-                                      config.optim.state)
+                                      config.optim.state, config.optim.name, config.optim.muon_momentum)
     guard = Guard(optimizer, threshold=config.guard.threshold, window=config.guard.window, device=device)
     facts = dict(seed=config.seed, batch_size=config.batch_size, model=config.model_arguments(), classes=train_set.classes,
                  tokenizer=tokenizer.sha256, data=train_set.plan["data"], image_size=config.data.image_size)
@@ -117,7 +122,7 @@ def train(config, device):
 
     log = RunLog(run, start, config.steps, config.log_every, config.batch_size, forward_flops(model), rank, config.keep_checkpoints)
     log.say(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_set)} images, "
-            f"{len(train_set.classes)} classes, {device.type}, {'bf16' if bf16 else 'fp32'}{', compiled' if config.compile else ''}"
+            f"{len(train_set.classes)} classes, {device.type}, {config.precision_on(device)}{', compiled' if config.compile else ''}"
             f"{f', {size} processes ({mode})' if size > 1 else ''}, {f'resuming at step {start}' if start else 'from the beginning'}")
     if found:
         log.say(f"micro-batch {config.micro_batch} of {config.batch_size // size} images a process, the largest that fits {found}")
@@ -128,10 +133,11 @@ def train(config, device):
         for done in range(start + 1, config.steps + 1):  # updates done at the end of the iteration
             batch = draw_batch(config, tokenizer, *next(loader), done - 1, device, share(config.batch_size))
             lr = set_lr(optimizer, done - 1, config, incidents.lr_factor)
-            values, parts = {}, micro_batches(config, batch)
+            values, parts, guide = {}, micro_batches(config, batch), average.model if config.flow.guides(done - 1) else None
             for i, part in enumerate(parts):
                 with gradient_sync(forward, i + 1 == len(parts)):
-                    terms = {name: term.sum() / config.batch_size for name, term in losses(config, forward, autocast, **part).items()}
+                    terms = losses(config, forward, autocast, guide=guide, **part)
+                    terms = {name: term.sum() / config.batch_size for name, term in terms.items()}
                     terms["loss"] = sum(terms.values())
                     (terms["loss"] * size).backward()  # gradients are averaged over the processes, terms are parts of the batch's mean
                 values = {name: values.get(name, 0) + term.detach() for name, term in terms.items()}
@@ -153,6 +159,9 @@ def train(config, device):
                     incidents.handle(log.take_bad(), log, lambda step: redraw_batch(config, tokenizer, train_set, step - 1, device), run)
             if val_set is not None and (done % config.validate_every == 0 or end):
                 log.event(done, **validate(config, average.model, tokenizer, val_set, autocast, device))
+            if scorer is not None and (done % config.score.every == 0 or end):
+                log.flush()
+                log.score(done, scorer(average.model, autocast))
             if done % config.sample_every == 0 or end:
                 log.image(done, "samples", save_samples(config, average.model, tokenizer, grid_path(run, done), autocast, device))
                 if rank == 0:
@@ -166,7 +175,8 @@ def train(config, device):
     digits = config.data.path is None and config.final_samples
     score = score_digits(config, average.model, tokenizer, autocast, device) if digits else None
     if rank == 0:
-        print(f"grid of samples   {grid_path(run, config.steps)}\nloss curve        {run / 'loss.png'}")
+        print(f"grid of samples   {grid_path(run, config.steps)}\nloss curve        {run / 'loss.png'}"
+              + (f"\nscore curve       {run / 'score.png'}" if scorer else ""))
         if digits:
             print(f"digits recognised {score:.1%} of {config.final_samples} generated digits are classified as the digit asked for "
                   "(SVC trained on the real ones)")

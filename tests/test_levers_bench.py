@@ -1,0 +1,65 @@
+"""bench/levers.py: restartable stages, the rule of its recommendations, and a report and a plot from the file alone."""
+import json
+
+import pytest
+import torch
+
+from bench import levers
+
+ROW = dict(difference=0.0, spread=0.01, left_out=0, speed=1.1, low=1.05, high=1.2)
+
+
+@pytest.mark.parametrize("changes, on_gpu, cpu", [
+    ({}, "on", "worth trying"),
+    (dict(low=1.01), "worth trying", "worth trying"),
+    (dict(speed=0.97, low=0.9, high=0.99), "off", "worth trying"),
+    (dict(difference=0.011), "off", "off"),
+    (dict(difference=float("nan")), "off", "off"),
+    (dict(left_out=1), "off", "off"),
+    (dict(difference=-0.03, speed=0.95, low=0.93), "on", "worth trying"),
+    (dict(difference=-0.03, speed=0.5, low=0.4), "worth trying", "worth trying"),
+    (dict(speed=None, low=None), "worth trying", "worth trying"),
+])
+def test_the_rule(changes, on_gpu, cpu):
+    assert [levers.recommend(ROW | changes, where) for where in (True, False)] == [on_gpu, cpu]
+
+
+def test_median_and_its_interval():
+    ratios = [1.0 + 0.01 * (i % 5) for i in range(25)]
+    median, low, high = levers.median_and_interval(ratios)
+    assert low <= median == 1.02 <= high and high - low < 0.04 and (low, high) != (median, median)
+
+
+def test_made_latents_have_unit_variance_and_classes():
+    made = levers.MadeLatents(2000, 4, 8, 10)
+    assert made.moments[:, :4].std().item() == pytest.approx(1, abs=0.1) and made.moments.shape == (2000, 8, 8, 8)
+    means = torch.stack([made.moments[made.labels == label, :4].mean(0) for label in range(10)])
+    assert means.std(0).mean() > 0.5
+    train_set, val_set = made.split(100)
+    assert len(train_set) == 1900 and torch.equal(val_set.gather(torch.tensor([3])), made.moments[3:4])
+
+
+def test_stages_go_on_and_the_report_is_made_from_the_file_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(levers, "BASELINE_SEEDS", (0, 1))
+    monkeypatch.setattr(levers, "LEVER_SEEDS", (0,))
+    monkeypatch.setattr(levers, "LEVERS", {name: levers.LEVERS[name] for name in ("Muon", "split-K")})
+    arguments = ["--size", "tiny", "--device", "cpu", "--out", str(tmp_path / "out"), "--results", str(tmp_path), "--docs", str(tmp_path)]
+    assert levers.main([*arguments, "--budget-s", "0"]) == levers.UNFINISHED  # the first stage is begun in any case
+    assert [path.name for path in (tmp_path / "out" / "stages").iterdir()] == ["loss_AdamW_fp32_0.json"]
+    first = (tmp_path / "out" / "stages" / "loss_AdamW_fp32_0.json").read_text()
+    assert levers.main(arguments) == 0
+    assert (tmp_path / "out" / "stages" / "loss_AdamW_fp32_0.json").read_text() == first
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "levers_cpu_tiny.json").read_text())
+    assert content["summary"] == json.loads(json.dumps(levers.summarise(content))) and len(content["runs"]) == 4
+    assert "\n".join(levers.report(content)) in printed and "not yet measured on a GPU" in printed
+    muon, split = content["summary"]
+    assert muon["state_mib"] < muon["baseline_state_mib"] and abs(split["difference"]) < 1e-4 < abs(muon["difference"])
+    (tmp_path / "levers_cpu_tiny.png").unlink()
+    assert levers.main([*arguments, "--redraw"]) == 0 and (tmp_path / "levers_cpu_tiny.png").stat().st_size > 5000
+    other = tmp_path / "out" / "stages" / "speed_Muon.json"
+    row = json.loads(other.read_text())
+    row["environment"]["torch"] = "0.1"
+    other.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="of several commits, devices or versions"):
+        levers.main(arguments)
