@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import queue
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -44,7 +45,7 @@ def demo(
 ) -> int:
     """Serves a page on 127.0.0.1 that draws images: one chooses class, seed, guidance and steps, and sees the image come out of the noise.
 
-    An image is that of `lightningdit sample` with the same class, seed and settings. Ctrl-C ends it.
+    An image is that of `lightningdit sample` with the same class, seed and settings. Ctrl-C or SIGTERM ends it.
 
     Args:
         checkpoint: a run directory or one of its checkpoints; or official weights (.pt, .safetensors) with --config and --tokenizer.
@@ -230,9 +231,10 @@ class Policy:
 
 
 def serve(gradio, blocks, port):
-    """Serves the page on 127.0.0.1 until Ctrl-C. Raises: OSError where the port is taken."""
+    """Serves the page on 127.0.0.1 until Ctrl-C or SIGTERM. Raises: OSError where the port is taken."""
     from starlette.middleware import Middleware
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # those of the machine
     blocks.queue(max_size=32)
     try:
