@@ -345,9 +345,9 @@ def report(study):
                  paper] for name, title, _, _, paper in COMPARISONS if name in found]
         lines += table(["speed-up to the baseline's final distance", "in images seen (95 % interval)", "in time (95 % interval)",
                         "each seed, in images", "the paper, at its own scale"], rows)
-        lines += ["A speed-up is the ratio of the images, or seconds of training, after which baseline and row first reach the baseline's "
-                  "final distance, interpolated in their logarithm; an interval is the t-interval of its logarithm over seeds, paired by "
-                  "seed.", ""]
+        lines += ["A speed-up is the ratio of the images, or seconds of training at a run's median rate, after which baseline and row "
+                  "first reach the baseline's final distance, interpolated in their logarithm; an interval is the t-interval of its "
+                  "logarithm over seeds, paired by seed.", ""]
         if "alignment" in found:
             lines += [alignment_sentence(found["alignment"]["images"]), ""]
     runs = {}
@@ -396,7 +396,7 @@ def figures(study):
     for name, chosen in dict(ladder=styles, alignment=other).items():
         figure = Figure(figsize=(12, 5.5), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, axis, label in zip(panels, ("images", "seconds"), ("images seen", "seconds of training"), strict=True):
+        for axes, axis, label in zip(panels, ("images", "seconds"), ("images seen", "seconds of training at the median rate"), strict=True):
             for row, style in chosen.items():
                 runs = by_row[row]
                 mean = [statistics.fmean(values) for values in zip(*(run["distances"] for run in runs), strict=True)]

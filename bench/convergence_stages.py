@@ -1,8 +1,8 @@
 """The stages of bench/convergence.py: what trains, draws and measures. The plan and the report are there."""
 
-import itertools
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import timm
@@ -253,16 +253,16 @@ class Convergence(Stages):
     # The report
 
     def curve(self, row, seed):
-        """One run of the report: images seen, seconds of training and distance at each point."""
+        """One run of the report: images seen, seconds of training at the run's median rate, and distance at each point."""
         run, config = self.out / f"dit_{row}_{seed}", self.dit_config(row, seed)
         steps = [point * config.checkpoint_every for point in self.settings["points"]]
         scores = json.loads((self.out / "scores" / f"{row}_{seed}.json").read_text())
-        lines = [line for line in read_log(run) if "images_per_second" in line]
-        # Every line has the rate of its window, so that a run that was interrupted counts no time in between.
-        elapsed = [0.0, *itertools.accumulate(config.batch_size / line["images_per_second"] for line in lines)]
-        return dict(row=row, seed=seed, tokenizer=tokenizer_of(row), images=[step * config.batch_size for step in steps],
-                    seconds=[round(elapsed[step], 3) for step in steps], distances=[scores[str(step)] for step in steps],
-                    steps=config.steps, batch_size=config.batch_size)
+        # The median rate: compiling in the first steps, saving and other programs on the machine are no part of a recipe.
+        rate = statistics.median(line["images_per_second"] for line in read_log(run) if "images_per_second" in line)
+        images = [step * config.batch_size for step in steps]
+        return dict(row=row, seed=seed, tokenizer=tokenizer_of(row), images=images, seconds=[round(n / rate, 3) for n in images],
+                    distances=[scores[str(step)] for step in steps], steps=config.steps, batch_size=config.batch_size,
+                    images_per_second=rate)
 
     def report(self):
         """Writes report.json and returns it."""
