@@ -3,6 +3,8 @@
     lightningdit sample --checkpoint runs/digits --classes 3,7 --seed 0 --num 16 --out grid.png
     lightningdit sample --checkpoint runs/xl --num 50000 --out samples.npz
     torchrun --nproc-per-node 8 --no-python -- lightningdit sample --checkpoint runs/xl --num 50000 --out samples.npz
+    lightningdit tune-guidance --checkpoint runs/digits --out runs/digits/tuning
+    lightningdit demo --checkpoint runs/digits
     lightningdit export --checkpoint runs/digits --out digits.pt
     lightningdit export-tokenizer --tokenizer vavae.pt --statistics latents_stats.pt --out vavae
     lightningdit evaluate tokenizer --tokenizer digits
@@ -10,9 +12,7 @@
     lightningdit latents map STORE --out map.png; also: latents verify, export, import
     lightningdit replay --incident runs/xl/incidents/step_0000123.safetensors
 """
-import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import torch
@@ -20,18 +20,19 @@ import tyro
 
 from . import config as configuration
 from . import latent_tools
-from .checkpoint import NAME, CheckpointError, latest_checkpoint, load_weights, save_weights, state_sha256
-from .config import DiTConfig
+from .checkpoint import load_weights, save_weights, state_sha256
+from .demo import demo
 from .distributed import check_compiler, pick_device, process_group, world
 from .evaluation import evaluate_samples, evaluate_tokenizer
 from .generation import generate, make_labels, output_format
 from .log import image_grid, save_png
-from .model import LightningDiT
 from .pictures import class_interpolation, denoising_strip, guidance_sweep, seed_interpolation
 from .replay import replay
 from .sampler import Prepared, sample_images
 from .sampler import sample as draw
-from .tokenizer.vavae import Tokenizer, load_tokenizer
+from .tokenizer.vavae import load_tokenizer
+from .trained import load_guide, load_run, parse_classes
+from .tuning import tune_guidance
 
 
 def sample(
@@ -187,66 +188,6 @@ def export_tokenizer(tokenizer: str, out: str, preset: str | None = None, statis
     return 0
 
 
-def load_run(path, recipe=None, tokenizer=None, device="cpu"):
-    """(config, EMA model in evaluation mode, tokenizer, class names or None) of a run, a checkpoint of it, or of weights with a recipe.
-
-    Raises: ValueError or FileNotFoundError that says what is missing; ValueError when the tokenizer is not the one of the training.
-    """
-    path = Path(path)
-    run = path.parent.parent if path.is_dir() and NAME.match(path.name) else path
-    trained_on = names = None
-    if run.is_dir():
-        settings = configuration.load(DiTConfig, recipe or run / "config.yaml")
-        if path == run:
-            found = latest_checkpoint(run, warn=lambda text: print(text, file=sys.stderr))
-            if found is None:
-                raise CheckpointError(f"checkpoint: {run} holds no undamaged checkpoint yet")
-            path = found[0]
-        state = json.loads((path / "state.json").read_text())
-        trained_on, names = state["tokenizer"], state["classes"]
-        tokenizer = tokenizer or run / "tokenizer.safetensors"
-    elif recipe is None or tokenizer is None:
-        if not path.exists():
-            raise CheckpointError(f"checkpoint: no run and no file {path}")
-        raise configuration.ConfigError(f"checkpoint: {path} is not a run directory, so --config and --tokenizer are needed too")
-    else:
-        settings = configuration.load(DiTConfig, recipe)
-        if settings.data.num_classes is None:
-            raise configuration.ConfigError(f"data.num_classes: got None, expected a number in {recipe}")
-    decoder = Tokenizer.load(tokenizer, device)
-    if trained_on is not None and decoder.sha256 != trained_on:
-        raise configuration.ConfigError(f"tokenizer: {tokenizer} has SHA-256 {decoder.sha256}, but the model was trained on latents of "
-                                        f"{trained_on}")
-    model = LightningDiT(**settings.model_arguments()).to(device).eval()
-    model.load_weights(load_weights(path, "ema"))
-    return settings, model, decoder, names
-
-
-def load_guide(path, settings, decoder, tokenizer, device):
-    """The EMA model of a run that guides another one (autoguidance). Raises: ValueError if it speaks of other latents or outputs."""
-    theirs, model, own_decoder, _ = load_run(path, None, tokenizer, device)
-    for name, got, expected in (("tokenizer", own_decoder.sha256, decoder.sha256),
-                                ("data.num_classes", theirs.data.num_classes, settings.data.num_classes),
-                                ("flow.path", theirs.flow.path, settings.flow.path),
-                                ("flow.prediction", theirs.flow.prediction, settings.flow.prediction)):
-        configuration.require(got == expected, f"guide: {name} of {path}", got, f"{expected} as of the checkpoint")
-    return model
-
-
-def parse_classes(text, num_classes, names):
-    """Class numbers from "3,7" or from names, "" meaning all. Raises: ValueError for one that is not a class of the model."""
-    chosen = []
-    for item in filter(None, (item.strip() for item in text.split(","))):
-        if names and item in names:
-            chosen.append(names.index(item))
-        elif item.isdecimal() and int(item) < num_classes:
-            chosen.append(int(item))
-        else:
-            expected = f"numbers 0 to {num_classes - 1}" + (" or class names" if names else "")
-            raise configuration.ConfigError(f"classes: got {item!r}, expected {expected}")
-    return chosen or list(range(num_classes))
-
-
 def union(commands):
     """The type that tyro reads as a choice of commands: {name: function, or (description, {name: function})}."""
     choices = []
@@ -258,12 +199,16 @@ def union(commands):
     return Union[tuple(choices)]  # noqa: UP007  made of a list
 
 
+COMMANDS = {
+    "sample": sample, "tune-guidance": tune_guidance, "demo": demo, "replay": replay,
+    "export": export, "export-tokenizer": export_tokenizer,
+    "evaluate": ("Measures a tokenizer or generated images.", dict(tokenizer=evaluate_tokenizer, samples=evaluate_samples)),
+    "latents": (latent_tools.__doc__, latent_tools.COMMANDS),
+}
+
+
 def main(argv=None):
-    measures = dict(tokenizer=evaluate_tokenizer, samples=evaluate_samples)
-    commands = {"sample": sample, "export": export, "export-tokenizer": export_tokenizer, "replay": replay,
-                "evaluate": ("Measures a tokenizer or generated images.", measures),
-                "latents": (latent_tools.__doc__, latent_tools.COMMANDS)}
     try:
-        return tyro.cli(union(commands), args=argv, prog="lightningdit", description=__doc__)
+        return tyro.cli(union(COMMANDS), args=argv, prog="lightningdit", description=__doc__)
     except (ValueError, OSError, ImportError) as problem:
         sys.exit(f"error: {problem}")

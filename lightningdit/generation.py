@@ -106,13 +106,13 @@ def generate(draw, decode, out, labels, *, seed, plan, shape, format=None, batch
                 format=output_format(out, format), shard_size=shard_size)
     plan = json.loads(json.dumps(plan))  # as the manifest will give it back
     shards = Shards(out, plan, labels)
-    missing = _by_the_first(shards.open, rank, world)
+    missing = by_the_first(shards.open, rank, world)
     if missing is None:
         return shards.out
     share = [i for number in missing[rank::world] for i in shards.span(number)]
     everything = sum(len(shards.span(number)) for number in missing)
     bar = tqdm(total=len(labels), initial=len(labels) - everything, desc="images", unit="image", disable=not progress, mininterval=1)
-    decoder, writer, waiting, left = Decoder(decode, device), concurrent.futures.ThreadPoolExecutor(1), [], everything
+    writer, waiting, left = concurrent.futures.ThreadPoolExecutor(1), [], everything
     pixels, whole = [], missing[rank::world]  # images that are not written yet, and the shards that they belong to, in order
 
     def keep(images):
@@ -130,14 +130,7 @@ def generate(draw, decode, out, labels, *, seed, plan, shape, format=None, batch
 
     try:
         with bar:
-            for start in range(0, len(share), batch_size):
-                chosen = share[start : start + batch_size]
-                rows = padded_rows(len(chosen) if device.type == "cpu" else batch_size, device)
-                filled = chosen + chosen[-1:] * (rows - len(chosen))
-                latents = draw([labels[i] for i in filled], [seed + i for i in filled])
-                for images in decoder(latents, len(chosen)):
-                    keep(images)
-            for images in decoder.finish():
+            for images in draw_batches(draw, decode, labels, share, seed=seed, batch_size=batch_size, device=device):
                 keep(images)
             for written in waiting:
                 written.result()
@@ -156,7 +149,21 @@ def generate(draw, decode, out, labels, *, seed, plan, shape, format=None, batch
     return shards.out
 
 
-def _by_the_first(work, rank, world):
+def draw_batches(draw, decode, labels, share, *, seed, batch_size, device):
+    """Yields the images of the indices `share`, in their order, as (B, H, W, C) uint8 arrays. The other arguments are those of generate.
+
+    On CUDA a batch is decoded while the next one is drawn.
+    """
+    decoder = Decoder(decode, device)
+    for start in range(0, len(share), batch_size):
+        chosen = share[start : start + batch_size]
+        rows = padded_rows(len(chosen) if device.type == "cpu" else batch_size, device)
+        filled = chosen + chosen[-1:] * (rows - len(chosen))
+        yield from decoder(draw([labels[i] for i in filled], [seed + i for i in filled]), len(chosen))
+    yield from decoder.finish()
+
+
+def by_the_first(work, rank, world):
     """Result of work() of the first process, on all; its failure on all as well."""
     box = [None, None]
     if rank == 0:

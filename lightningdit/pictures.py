@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from . import flow
-from .sampler import ODE_METHODS, GuidedModel, initial_noise, integrate_ode, padded_rows, sample_images, time_grid
+from .sampler import ODE_METHODS, Diverged, GuidedModel, initial_noise, integrate_ode, padded_rows, sample_images, time_grid
+
+METHODS = tuple(name for name in ODE_METHODS if name != "dopri5")
 
 
 def denoising_strip(model, tokenizer, *, labels, seeds, columns=8, **settings):
@@ -23,12 +25,12 @@ def denoising_strip(model, tokenizer, *, labels, seeds, columns=8, **settings):
         raise ValueError(f"columns: got {columns}, expected at least 2")
     seen = []
     x0 = initial_noise(seeds, settings["latent_shape"], settings.get("device", "cpu"))
-    final = _solve(model, x0, labels, watch=lambda x, t, output: seen.append((x, t, output)), **settings)
+    final = solve(model, x0, labels, watch=lambda x, t, output: seen.append((x, t, output)), **settings)
     path, prediction = settings.get("path", "linear"), settings.get("prediction", "velocity")
     chosen = [seen[round(i * (len(seen) - 1) / max(columns - 2, 1))] for i in range(columns - 1)]
     states = [x for x, _, _ in chosen] + [final]
     data = [flow.data_from(output, x, torch.tensor(t), path, prediction) for x, t, output in chosen] + [final]
-    rows = [_decode(tokenizer, torch.stack([frame[i] for frame in frames])) for i in range(len(seeds)) for frames in (states, data)]
+    rows = [decode(tokenizer, torch.stack([frame[i] for frame in frames])) for i in range(len(seeds)) for frames in (states, data)]
     return torch.stack(rows)
 
 
@@ -46,7 +48,7 @@ def seed_interpolation(model, tokenizer, *, labels, seeds, columns=8, **settings
     rows = []
     for first, second, label in zip(a, b, labels, strict=True):
         noise = torch.stack([slerp(first, second, w) for w in _weights(columns)])
-        rows.append(_decode(tokenizer, _solve(model, noise, [label] * columns, **settings)))
+        rows.append(decode(tokenizer, solve(model, noise, [label] * columns, **settings)))
     return torch.stack(rows)
 
 
@@ -63,7 +65,7 @@ def class_interpolation(model, tokenizer, *, labels, seeds, columns=8, **setting
         mixtures = torch.stack([torch.lerp(first, second, w) for w in _weights(columns)])
         mixed.y_embedder.embedding_table = nn.Embedding.from_pretrained(torch.cat([mixtures, null]).detach())
         noise = initial_noise([seed] * columns, settings["latent_shape"], settings.get("device", "cpu"))
-        rows.append(_decode(tokenizer, _solve(mixed, noise, range(columns), **settings | dict(num_classes=columns))))
+        rows.append(decode(tokenizer, solve(mixed, noise, range(columns), **settings | dict(num_classes=columns))))
     return torch.stack(rows)
 
 
@@ -84,13 +86,12 @@ def _weights(columns):
 
 
 @torch.no_grad()
-def _solve(model, x0, labels, *, watch=None, num_classes, num_steps, latent_shape, method="euler", shift=0.3, guidance_scale=1.0,
+def solve(model, x0, labels, *, watch=None, num_classes, num_steps, latent_shape, method="euler", shift=0.3, guidance_scale=1.0,
            guidance_interval=(0.0, 1.0), guidance_channels=None, guidance_rescale=0.0, guide=None, path="linear", prediction="velocity",
            sample_eps=None, device="cpu", batch_size=None):
     """Latents of given noise x0 (n, C, H, W), in one batch; watch(x, t, output) sees every evaluation."""
-    allowed = [name for name in ODE_METHODS if name != "dopri5"]
-    if method not in allowed:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(allowed)} for this picture")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)} for this picture")
     n = len(x0)
     filled = list(range(n)) + [n - 1] * (padded_rows(n, x0.device) - n)
     predict = GuidedModel(model, torch.tensor([list(labels)[i] for i in filled], device=device), num_classes, guidance_scale,
@@ -105,11 +106,12 @@ def _solve(model, x0, labels, *, watch=None, num_classes, num_steps, latent_shap
 
     latents = integrate_ode(watched, x0[filled], grid, method=method, path=path, prediction=prediction)[:n]
     if not math.isfinite(float(latents.sum())):
-        raise RuntimeError(f"a latent is not finite; the model or the guidance (scale {guidance_scale}) diverged")
+        raise Diverged(f"a latent is not finite; the model or the guidance (scale {guidance_scale}) diverged")
     return latents
 
 
-def _decode(tokenizer, latents):
+def decode(tokenizer, latents):
+    """(n, H, W, C) uint8 images on the CPU, bitwise those of sampler.sample_images."""
     n = len(latents)
     filled = torch.cat([latents, latents[-1:].expand(padded_rows(n, latents.device) - n, -1, -1, -1)])
     with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):

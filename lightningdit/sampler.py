@@ -32,6 +32,10 @@ SDE_METHODS = ("sde_euler", "sde_heun")
 LAST_STEPS = ("mean", "tweedie", "euler")
 
 
+class Diverged(RuntimeError):
+    """A latent came out non-finite: of the model, or of a guidance too strong for it."""
+
+
 @torch.no_grad()
 def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, method="euler", shift=0.3, guidance_scale=1.0,
            guidance_interval=(0.0, 1.0), guidance_channels=None, guidance_rescale=0.0, guide=None, path="linear",
@@ -58,7 +62,7 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
         progress: show a progress bar.
     Returns: (n, C, H, W) latents in the type of the state, normalised as those that the model was trained on.
     Raises: ValueError, before the model is called, that names the argument; ImportError if dopri5 lacks torchdiffeq;
-        RuntimeError if a latent comes out non-finite.
+        Diverged (a RuntimeError) if a latent comes out non-finite.
     """
     labels, seeds = _integers("labels", labels, num_classes), _integers("seeds", seeds, 2**32 - 1)
     n = len(seeds)
@@ -105,7 +109,7 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
             bar.update(adaptive)
     broken = (~torch.isfinite(latents).flatten(1).all(1)).nonzero().flatten().tolist() if n else []
     if broken:
-        raise RuntimeError(f"sample: {len(broken)} of {n} latents are not finite, the first of seed {seeds[broken[0]]} and label "
+        raise Diverged(f"sample: {len(broken)} of {n} latents are not finite, the first of seed {seeds[broken[0]]} and label "
                            f"{labels[broken[0]]}; the model or the guidance (scale {guidance_scale}) diverged")
     return latents
 

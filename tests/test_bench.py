@@ -281,11 +281,12 @@ def test_inputs_rotate():
 
 def test_stages_find_their_benchmarks():
     """One stage of every form; that none of the others names a file or an option that these do not."""
-    forms = {"ceilings": 3, "gemms": 1, "alignment_3": 8, "attention_sweep_256_72": 4}
+    forms = {"ceilings": 3, "gemms": 1, "alignment_3": 8, "attention_sweep_256_72": 4, "step_xl_256_ladder": 1, "overlay": 1}
+    forms |= {"vavae_step": 1, "vavae_encode": 1, "sampling": 1, "images": 3, "latents": 2, "growth_width": 1}
     for name, arguments in gpu.STAGES.items():
         assert (ROOT / arguments[0]).is_file(), name
         options = {argument for argument in arguments if argument.startswith("-")}
-        assert options <= {"-k", "--batch", "--tokens", "--head-dim", "--dtypes", "--case-s"}, name
+        assert options <= {"-k", "--batch", "--tokens", "--head-dim", "--dtypes", "--case-s", "--shapes", "--rounds"}, name
     collect = """if True:
         import contextlib, io, sys, pytest
         from bench import gpu

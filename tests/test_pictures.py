@@ -11,6 +11,7 @@ from PIL import Image
 from lightningdit import cli, flow, pictures, sampler
 from lightningdit import config as configuration
 from lightningdit.config import DiTConfig
+from lightningdit.log import image_grid
 from lightningdit.model import LightningDiT
 from lightningdit.tokenizer.vavae import load_tokenizer
 
@@ -86,7 +87,10 @@ def test_slerp_keeps_the_norm():
 def test_command(model, tmp_path, monkeypatch):
     settings = configuration.load(DiTConfig, ROOT / "train" / "configs" / "digits.yaml")
     settings.data.num_classes, settings.model.depth, settings.model.hidden_size, settings.sample.num_steps = 10, 1, 48, 4
+    torch.manual_seed(0)
     model = LightningDiT(**settings.model_arguments()).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     decoder = load_tokenizer("digits")
     monkeypatch.setattr(cli, "load_run", lambda *a: (settings, model, decoder, None))
     seen = {}
@@ -99,6 +103,11 @@ def test_command(model, tmp_path, monkeypatch):
     assert {show: ((h + 2) // tile, (w + 2) // tile) for show, (h, w, _) in ((show, picture.shape) for show, picture in seen.items())} == {
         "strip": (4, 5), "guidance": (2, 3), "seeds": (2, 5), "classes": (2, 5)}
     assert np.array_equal(seen["strip"][:48, -48:], seen["seeds"][:48, :48])  # the same image
+    out = tmp_path / "images.png"
+    assert cli.main(["sample", "--checkpoint", "run", "--classes", "7,3", "--seed", "5", "--num", "5", "--out", str(out)]) == 0
+    images = sampler.sample_images(model, decoder, labels=[7, 3, 7, 3, 7], seeds=range(5, 10), **settings.sampling_arguments())
+    assert len(torch.unique(images, dim=0)) == 5
+    assert np.array_equal(np.asarray(Image.open(out)), image_grid(images, columns=2))  # a column a class
 
 
 def test_what_cannot_be_shown(model, tmp_path):

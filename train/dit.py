@@ -10,6 +10,7 @@ The same command run again resumes, on any number of processes. B global batch, 
 """
 
 import contextlib
+import faulthandler
 import gc
 import os
 import sys
@@ -184,6 +185,7 @@ def train(config, device):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # names the place of a bus error: the store was truncated, or its mount vanished, while it was being read
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, ImportError) as problem:
