@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import levers, report_kernels, solvers, tokenizer_study
+from bench import bench_growth, convergence, levers, report_kernels, solvers, tokenizer_study
 from bench.harness import SCHEMA, short
 from bench.tables import Row, about, cell, markdown, number, times
 
@@ -180,8 +180,6 @@ def overlay_part(record: dict) -> Part:
 
 def growth_part(run: dict, records: list[dict]) -> Part:
     """How a step's time and memory grow along each axis: exponents fitted again to the points."""
-    from bench import bench_growth
-
     records = sorted(records, key=lambda record: bench_growth.AXES.index(record["axis"]))
     rows, lines = [], []
     for record in records:
@@ -350,9 +348,8 @@ HEADLINES = ("alignment", "all")  # comparisons that the README has
 
 def convergence_parts(name: str, content: dict) -> list[Part]:
     """bench/convergence.py: from DiT to LightningDiT on aligned latents; speed-ups computed again from the curves."""
-    from bench import convergence
-
     content, rows = content | dict(speedups=convergence.comparisons(content["runs"])), []
+    shape = f"size {content['size']}: {content['data']}, {content['settings']['images']:,} images"
     for key, title, baseline, _, paper in convergence.COMPARISONS:
         for axis, what in (("images", "images seen"), ("seconds", "seconds of training")) if key in content["speedups"] else ():
             found = content["speedups"][key][axis]
@@ -360,8 +357,8 @@ def convergence_parts(name: str, content: dict) -> list[Part]:
             spread = seeds if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f} (95 %, {seeds})"
             peer = f"{convergence.ROWS[baseline].title}: final distance {convergence.cell(convergence.finals(content)[baseline])}"
             peer += f"; the paper: {paper}" if paper else ""
-            rows.append(Row(f"speed-up of convergence in {what}: {title}", f"{content['data']}, {content['settings']['images']:,} images",
-                            convergence.speedup_cell(found), spread, peer, found["mean"], short=axis == "images" and key in HEADLINES))
+            told, brief = f"speed-up of convergence in {what}: {title}", axis == "images" and key in HEADLINES
+            rows.append(Row(told, shape, convergence.speedup_cell(found), spread, peer, found["mean"], brief))
     drawn = {suffix: lambda suffix=suffix: convergence.figures(content)[suffix] for suffix in ("ladder", "alignment")}
     return [Part("Convergence", [*convergence.report(content), ""], rows, drawn)]
 

@@ -164,12 +164,21 @@ def figures_of(kind, content):
         return [("runs", 0, "lives"), ("steps",)]
     if kind == "solvers":
         return [("rows", 0, "median"), ("rows", len(content["rows"]) - 1, "median")]
+    if kind == "fuzz":
+        return [("kinds", name, outcome) for name, outcomes in content["kinds"].items() for outcome in outcomes]
+    if kind == "levers":
+        return [("runs", 0, "validation")]
+    if kind == "convergence":
+        return [("runs", 0, "distances", -1)]
     if "results" in content:
-        record = content["results"][-1]
+        last, record = len(content["results"]) - 1, content["results"][-1]
+        if record["kind"] in ("growth", "check", "loss_overlay"):
+            ways = dict(growth=("points", 0, "rows", 0, "median_ms"), check=("median_ms",), loss_overlay=("steps",))
+            return [("results", last, *ways[record["kind"]])]
         if record["kind"] == "op":
             contestant = next(i for i, row in enumerate(record["contestants"]) if row["name"] == "ours")
-            return [("results", len(content["results"]) - 1, "contestants", contestant, "forward_backward", "median_ms")]
-        return [("results", len(content["results"]) - 1, "rows", 0, "median_ms")]
+            return [("results", last, "contestants", contestant, "forward_backward", "median_ms")]
+        return [("results", last, "rows", 0, "median_ms")]
     raise NotImplementedError(kind)
 
 
@@ -280,20 +289,20 @@ def test_levers_by_hand():
                     state_mib=1.0, kept_mib=1.0)
 
     runs = [run("AdamW", seed, 1 + seed / 10) for seed in range(3)] + [run("Muon", seed, 0.9 + seed / 10) for seed in range(2)]
-    speed = dict(lever="Muon", precision="fp32", batch_size=8, steps_a_round=1, baseline_s=[0.2, 0.4, 0.2], lever_s=[0.1, 0.2, 0.1])
+    speed = dict(lever="Muon", precision="fp32", load=9.0, batch_size=8, baseline_s=[0.2, 0.4, 0.2], lever_s=[0.1, 0.2, 0.1])
     content = dict(what="levers", size="digits", device="cpu", rule="a rule", latents="the digits", runs=runs, speeds=[speed], summary=[],
-                   environment=dict(date="2026", commit="c", python="3", torch="2", device="cpu", hardware="A Processor"),
+                   environment=dict(date="2026", commit="c", python="3", torch="2", device="cpu", cpu="A Processor", cores=2),
                    settings=dict(batch_size=8, steps=2, model=dict(depth=2, hidden_size=64)))
     (row,) = rows(content, "levers_a.json")
     assert row.value == "80 images/s; validation loss -0.1000; recommendation: worth trying" and row.peer == "AdamW: loss 1.1000"
-    assert row.ratio == 2 and row.spread == "2.000 to 2.000 x (95 %)"
+    assert row.ratio == 2 and row.spread == "2.000 to 2.000 x (95 %)" and about("levers_a.json", content).hardware == "A Processor, 2 cores"
     assert "| Muon | fp32 | -0.1000, -0.1000 |" in report.results_page({"levers_a.json": content})
+    assert "load average 9.0: **other processes shared" in report.results_page({"levers_a.json": content})
     assert list(report.figures({"levers_a.json": content})) == ["levers_a.png"]
 
 
 def test_growth_by_hand():
     """Time doubles with the batch, memory grows with its square."""
-    pytest.importorskip("bench.bench_growth")
     points = [dict(value=n, rows=[dict(name=name, median_ms=10.0 * n, p20_ms=9.0 * n, p80_ms=11.0 * n, peak_mib=1.0 * n * n)
                                   for name in ("reference eager", "ours eager")]) for n in (1, 2, 4)]
     base = dict(batch=4, tokens=64, width=64, depth=2)
@@ -305,12 +314,11 @@ def test_growth_by_hand():
 
 def test_convergence_by_hand():
     """Aligned latents reach the final distance of plain ones after a tenth of the images; speed-ups in the file are not believed."""
-    pytest.importorskip("bench.convergence")
     environment = dict(date="2026-01-02", commit="c", python="3", torch="2", device="cpu", hardware="A Processor")
     settings = dict(image_size=8, latents=[4, 8], ch_mult=[1, 1], depth=2, hidden_size=64, images=10_000, samples=500)
     runs = [dict(row=row, seed=seed, images=[100, 1000, 10_000], seconds=[1.0, 10.0, 100.0], distances=distances)
             for row, distances in (("rope", [100.0, 50.0, 25.0]), ("aligned", [50.0, 25.0, 10.0])) for seed in range(3)]
-    content = dict(data="the digits", settings=settings, environment=environment, runs=runs, tokenizers={}, speedups={},
+    content = dict(size="smoke", data="the digits", settings=settings, environment=environment, runs=runs, speedups={}, tokenizers={},
                    target=dict(name="a ViT", stand_in=False), judge=dict(held_out_accuracy=0.9))
     images, seconds = rows(content, "convergence_a.json")
     assert images.ratio == seconds.ratio == pytest.approx(10) and images.spread == "10.00 to 10.00 (95 %, 3 seeds)"
