@@ -1,4 +1,4 @@
-"""Writes docs/results.md, docs/results_kernels.md, their plots, and the marked regions of README.md and docs/*.md: make report.
+"""Writes docs/results.md, docs/results_kernels.md, their plots, and the marked regions of the READMEs and docs/*.md: make report.
 
     python bench/report.py [--results FOLDER] [--root FOLDER]
 
@@ -106,13 +106,20 @@ def of_contest(kind: str, wanted: Callable[[dict], bool]) -> Callable[[list[dict
 
 
 def xl_step(record: dict) -> bool:
-    return record["model"]["tokens"] == 256 and record["model"]["width"] == 1152 and record["model"]["depth"] == 28
+    model = record["model"]
+    return (model["tokens"], model["width"], model["depth"]) == (256, 1152, 28) and record.get("part") != "kernels"
 
 
 def of_first_step(records: list[dict]) -> str | None:
     found = [row["first_step_s"] for r in records if r["kind"] == "training_step" and xl_step(r) for row in r["rows"]
              if row["name"] == "ours compiled" and "first_step_s" in row]
     return f"{number(found[0])} s" if found else None
+
+
+def of_tokenizer(records: list[dict]) -> str | None:
+    parts = {name: of_contest("tokenizer", lambda r, name=name: r["case"] == name and r["preset"] == "f16d32")(records)
+             for name in ("encode", "step")}
+    return "; ".join(f"{name}: {text}" for name, text in parts.items() if text) or None
 
 
 GOALS = (
@@ -125,7 +132,7 @@ GOALS = (
     Goal("alignment margin losses, N = 1024", "3 x eager, at most 10 % of its peak memory", of_margin_losses),
     Goal("guided sampling, 249 evaluations", "5.3 images/s; 4 x the official script as written",
          of_contest("sampling", lambda record: record["num_steps"] == 249)),
-    Goal("VA-VAE encoding, training step", "1,500 and 200 images/s", lambda records: None),
+    Goal("VA-VAE encoding, training step", "1,500 and 200 images/s", of_tokenizer),
     Goal("latent loading", "50 x the official loader", of_contest("latents", lambda record: True)),
     Goal("first training step of XL/1 from a cold cache", "60 s", of_first_step),
 )  # fmt: skip
@@ -235,14 +242,39 @@ def short_table(results: Results) -> str:
     return "\n".join(markdown(["what was measured", "value", "against", "file"], [list(map(cell, row)) for row in rows]))
 
 
+def audit() -> dict[str, dict[str, dict]]:
+    """What `make audit` compiled without a GPU: {kernel and configuration: {architecture: what came out}}."""
+    return json.loads((ROOT / "kernels" / "audit.json").read_text(encoding="utf-8"))["cases"]
+
+
+def spills(found: dict) -> bool:
+    return bool(found["stack"] or found["local_loads"] or found["local_stores"])
+
+
 def audit_row() -> list[str]:
-    """What `make audit` compiled without a GPU, from kernels/audit.json."""
-    cases = json.loads((ROOT / "kernels" / "audit.json").read_text(encoding="utf-8"))["cases"]
-    compiled = [found for by_architecture in cases.values() for found in by_architecture.values()]
-    spilled = sum(bool(found["stack"] or found["local_loads"] or found["local_stores"]) for found in compiled)
-    names = ", ".join(f"sm_{name}" for name in sorted({name for case in cases.values() for name in case}, key=int))
-    found = f"{spilled or 'no'} spills in {len(compiled)} compilations"
+    compiled = [found for by_architecture in audit().values() for found in by_architecture.values()]
+    names = ", ".join(f"sm_{name}" for name in sorted({name for case in audit().values() for name in case}, key=int))
+    found = f"{sum(map(spills, compiled)) or 'no'} spills in {len(compiled)} compilations"
     return [f"every Triton kernel compiled for {names} and its machine code read", found, "", "[kernels/audit.json](kernels/audit.json)"]
+
+
+# Rows of the table in kernels/README.md: title, and the case of the audit.
+REGISTERS = [(f"norm {name}, {residual} residual", f"norm: norm_{short}{{}} D=1152 residual {residual}", bias)
+             for residual in ("fp32", "bf16") for name, short, bias in (("forward", "fwd", "bias"), ("backward", "bwd", "bias gradient"))]
+REGISTERS += [(f"swiglu {name}", f"swiglu: swiglu_{short}{{}} F=3072", bias)
+              for name, short, bias in (("forward", "fwd", "bias"), ("backward", "bwd", "bias gradient"))]
+
+
+def region_registers(results: Results) -> str:
+    """Of the norm and swiglu kernels at XL's widths, with and without the bias that they take over."""
+    cases, rows = audit(), []
+    for title, case, bias in REGISTERS:
+        for name, key in ((title, case.format("")), (f"the same with the {bias}", case.format("+bias"))):
+            found = [cases[key][architecture] for architecture in ("80", "90", "100")]
+            rows.append([name, " / ".join(str(one["registers"]) for one in found), "some" if any(map(spills, found)) else "none",
+                         f"{100 * cases[key]['90']['wide_loads']:.0f} %"])
+    header = ["kernel", "registers on sm_80 / sm_90 / sm_100", "spills", "share of loads 16 bytes wide (sm_90)"]
+    return "\n" + "\n".join(markdown(header, rows)) + "\n"
 
 
 def of_kind(results: Results, prefix: str) -> tuple[str, dict] | None:
@@ -289,7 +321,8 @@ def region_op(results: Results, op: str) -> str:
     return "not measured"
 
 
-REGIONS = {"": region_table, "demo": region_demo, "study": region_study, "origin": region_origin, "op": region_op}
+REGIONS = {"": region_table, "demo": region_demo, "study": region_study, "origin": region_origin, "op": region_op,
+           "registers": region_registers}
 MARKED = re.compile(r"(<!-- results *([^>]*?) *-->)(.*?)(<!-- /results -->)", re.DOTALL)
 
 
@@ -311,7 +344,7 @@ def texts(results: Results, root: Path) -> dict[Path, str]:
     """Every document that the report writes, whole or in regions, by its path: what it should read."""
     docs = root / "docs"
     found = {docs / "results.md": results_page(results), docs / "results_kernels.md": kernels_page(results)}
-    for path in (root / "README.md", *sorted(docs.glob("*.md"))):
+    for path in (root / "README.md", root / "kernels" / "README.md", *sorted(docs.glob("*.md"))):
         text = path.read_text(encoding="utf-8") if path not in found and path.is_file() else ""
         if "<!-- results" in text:
             found[path] = fill(text, results, str(path.relative_to(root)))

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import report_kernels, solvers, tokenizer_study
+from bench import bench_growth, convergence, levers, report_kernels, solvers, tokenizer_study
 from bench.harness import SCHEMA, short
 from bench.tables import Row, about, cell, markdown, number, times
 
@@ -95,10 +95,14 @@ def is_number(value: object) -> bool:
 
 CONTESTS = {
     "training_step": Contest("Training", "pytest bench/bench_step.py --benchmark-only --results bench/results/step_cpu.json",
-                             lambda r: f"training step, {r['dtype']}",
+                             lambda r: f"training step, {r['dtype']}" + (", kernel by kernel" if r.get("part") == "kernels" else ""),
                              lambda r: f"{r['case'].upper()}: depth {r['model']['depth']}, width {r['model']['width']}, "
                                        f"{r['model']['tokens']} tokens, batch {r['batch']}",
                              "batch", "images/s", "ours (eager|compiled)$", "(reference|official)"),
+    "tokenizer": Contest("Tokenizers", "pytest bench/bench_tokenizer.py --benchmark-only --results bench/results/tokenizer_cpu.json",
+                         lambda r: "VA-VAE " + dict(step="training step", encode="encoding", decode="decoding")[r["case"]],
+                         lambda r: f"{r['preset']}, {r['pixels']} pixels, batch {r['batch']}",
+                         "batch", "images/s", "ours", "(fp32 eager|diffusers)"),
     "sampling": Contest("Sampling", "pytest bench/bench_sampling.py --benchmark-only --results bench/results/sampling_cpu.json",
                         lambda r: "guided sampling, noise to pixels" if r["decoded"] else "guided sampling, noise to latents",
                         lambda r: f"{r['case'].upper()}, depth {r['depth']}, {r['num_steps']} steps, {r['count']} images",
@@ -176,8 +180,6 @@ def overlay_part(record: dict) -> Part:
 
 def growth_part(run: dict, records: list[dict]) -> Part:
     """How a step's time and memory grow along each axis: exponents fitted again to the points."""
-    from bench import bench_growth
-
     records = sorted(records, key=lambda record: bench_growth.AXES.index(record["axis"]))
     rows, lines = [], []
     for record in records:
@@ -236,7 +238,8 @@ def harness_parts(name: str, run: dict) -> list[Part]:
             for record in records:
                 check_samples(name, record)
             lines = [line for record in records for line in CONTESTS[kind].lines(record)]
-            rows = [row for record in records for row in CONTESTS[kind].rows(record)]
+            ladder = [record for record in records if record.get("part") != "kernels"]  # those take ours apart: their tables say it all
+            rows = [row for record in ladder for row in CONTESTS[kind].rows(record)]
             parts.append(Part(CONTESTS[kind].topic, lines, rows, {kind: lambda records=records: bars(records)}))
     return parts
 
@@ -328,10 +331,13 @@ def chaos_parts(name: str, content: dict) -> list[Part]:
 def fuzz_parts(name: str, content: dict) -> list[Part]:
     """bench/fuzz.py: damaged checkpoints, archives and images."""
     kinds = content["kinds"]
-    count, failed = sum(sum(outcomes.values()) for outcomes in kinds.values()), content["failed"]
-    value = "FAILED" if failed else "none crashed, no damage was accepted"
-    row = Row("damaged files read by the library", f"{count:,} inputs of {len(kinds)} kinds", value, f"seed {content['seed']}", short=True)
-    table = [[kind, f"{sum(outcomes.values()):,}", ", ".join(f"{outcome} {times:,}" for outcome, times in outcomes.items())]
+    outcomes_of_all = collections.Counter()
+    for outcomes in kinds.values():
+        outcomes_of_all.update(outcomes)
+    told = ", ".join(f"{outcome} {count:,}" for outcome, count in outcomes_of_all.most_common())
+    value = "FAILED" if content["failed"] else "every input met with an allowed outcome, none crashed"
+    row = Row("damaged files read by the library", f"{outcomes_of_all.total():,} inputs of {len(kinds)} kinds", value, told, short=True)
+    table = [[kind, f"{sum(outcomes.values()):,}", ", ".join(f"{outcome} {count:,}" for outcome, count in outcomes.items())]
              for kind, outcomes in kinds.items()]
     lines = ["#### Damaged input", "", *markdown(["kind of input", "inputs", "outcomes"], table), "", f"{value}.", ""]
     return [Part("Faults", lines, [row])]
@@ -342,9 +348,8 @@ HEADLINES = ("alignment", "all")  # comparisons that the README has
 
 def convergence_parts(name: str, content: dict) -> list[Part]:
     """bench/convergence.py: from DiT to LightningDiT on aligned latents; speed-ups computed again from the curves."""
-    from bench import convergence
-
     content, rows = content | dict(speedups=convergence.comparisons(content["runs"])), []
+    shape = f"size {content['size']}: {content['data']}, {content['settings']['images']:,} images"
     for key, title, baseline, _, paper in convergence.COMPARISONS:
         for axis, what in (("images", "images seen"), ("seconds", "seconds of training")) if key in content["speedups"] else ():
             found = content["speedups"][key][axis]
@@ -352,16 +357,14 @@ def convergence_parts(name: str, content: dict) -> list[Part]:
             spread = seeds if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f} (95 %, {seeds})"
             peer = f"{convergence.ROWS[baseline].title}: final distance {convergence.cell(convergence.finals(content)[baseline])}"
             peer += f"; the paper: {paper}" if paper else ""
-            rows.append(Row(f"speed-up of convergence in {what}: {title}", f"{content['data']}, {content['settings']['images']:,} images",
-                            convergence.speedup_cell(found), spread, peer, found["mean"], short=axis == "images" and key in HEADLINES))
+            told, brief = f"speed-up of convergence in {what}: {title}", axis == "images" and key in HEADLINES
+            rows.append(Row(told, shape, convergence.speedup_cell(found), spread, peer, found["mean"], brief))
     drawn = {suffix: lambda suffix=suffix: convergence.figures(content)[suffix] for suffix in ("ladder", "alignment")}
     return [Part("Convergence", [*convergence.report(content), ""], rows, drawn)]
 
 
 def lever_parts(name: str, content: dict) -> list[Part]:
     """bench/levers.py: options beyond bf16 and AdamW; summarised again from the raw rows."""
-    from bench import levers
-
     content, rows = content | dict(summary=levers.summarise(content)), []
     for one in content["summary"]:
         speed = [f"{number(one['images_per_s'])} images/s"] if one["speed"] else []
@@ -384,7 +387,7 @@ class Kind:
 
 HARNESS = Kind(harness_parts, "")
 KINDS = dict(
-    kernels=HARNESS, step=HARNESS, growth=HARNESS, sampling=HARNESS, latents=HARNESS, images=HARNESS, check=HARNESS,
+    kernels=HARNESS, step=HARNESS, growth=HARNESS, sampling=HARNESS, tokenizer=HARNESS, latents=HARNESS, images=HARNESS, check=HARNESS,
     demo=Kind(demo_parts, "python bench/demo.py", "Training"),
     spin=Kind(spin_parts, "by hand", "Training"),
     levers=Kind(lever_parts, "python bench/levers.py", "Training"),
@@ -395,7 +398,7 @@ KINDS = dict(
     fuzz=Kind(fuzz_parts, "make fuzz", "Faults"),
 )  # fmt: skip
 # What a GPU is for, by kind of record or prefix of a file: as long as no such file was made on one, the pages say so.
-FOR_GPUS = ("convergence", "training_step", "growth", "levers", "op", "sampling", "tokenizer_study", "images")
+FOR_GPUS = ("convergence", "training_step", "growth", "levers", "op", "sampling", "tokenizer", "tokenizer_study", "images")
 TOPICS = ("Convergence", "Training", "Kernels", "Sampling", "Tokenizers", "Data", "Faults", "Regressions")
 
 

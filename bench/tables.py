@@ -39,6 +39,8 @@ def about(name: str, content: dict) -> About:
         hardware = env["gpu"]
     elif "threads" in env:  # by the harness, or by bench/demo.py, whose device is the processor's name
         hardware = f"{env.get('cpu', device)}, {env['threads']} of {env['cores']} cores"
+    elif "cpu" in env and device == "cpu":
+        hardware = f"{env['cpu']}, {env['cores']} cores"
     else:
         hardware = env.get("hardware", "")
     versions = env.get("versions") or {key: env[key] for key in ("python", "torch") if env.get(key)}
@@ -87,13 +89,13 @@ def cell(text: str) -> str:
 
 def loads(content: dict) -> list[float]:
     """Load averages that were noted while it was measured."""
-    found = [record["load"] for record in content.get("results", ()) if "load" in record]
+    found = [record["load"] for record in (*content.get("results", ()), *content.get("speeds", ())) if "load" in record]
     return found + [content[key] for key in ("load", "load_before") if key in content]
 
 
 def shared(content: dict) -> bool:
     """Whether so many other processes wanted the cores that the figures are rough."""
-    return bool(loads(content)) and max(loads(content)) > 1.5 * content.get("cores", math.inf)
+    return bool(loads(content)) and max(loads(content)) > 1.5 * content.get("environment", content).get("cores", math.inf)
 
 
 def origin(name: str, content: dict) -> str:

@@ -73,6 +73,12 @@ def training_step(**more):
                 model=dict(depth=28, width=1152, heads=16, tokens=256)) | more
 
 
+def tokenizer(case="step"):
+    who = {"fp32 eager": 400.0, "ours": 100.0, "diffusers, fp32": 80.0}
+    record = dict(kind="tokenizer", case=case, preset="f16d32", pixels=256, device="cpu", batch=4, load=1.0, left_out=[])
+    return record | dict(rows=[dict(name=name, status="ok", precision="fp32", batch=4, **timing(ms)) for name, ms in who.items()])
+
+
 OVERLAY = dict(kind="loss_overlay", case="s", device="cpu", steps=3, batch=2, dtype="float32", data="digits",
                curves={"reference eager": [1.0, 0.9, 0.8], "ours eager": [1.0, 0.9, 0.827]})
 CHAOS = dict(seed=0, steps=20, checkpoint_every=3, environment=ABOUT, runs=[
@@ -108,15 +114,17 @@ def rows(content, name):
 
 def test_pages_are_what_the_results_hold():
     found = report.texts(report.load(RESULTS), report.ROOT)
-    assert {"README.md", "results.md", "results_kernels.md", "evaluation.md", "notes.md"} <= {path.name for path in found}
+    names = ["README.md", "docs/evaluation.md", "docs/notes.md", "docs/results.md", "docs/results_kernels.md", "kernels/README.md"]
+    assert sorted(str(path.relative_to(report.ROOT)) for path in found) == names
     for path, text in found.items():
         assert path.read_text() == text, f"{path.relative_to(report.ROOT)} is not what the results hold: make report"
 
 
 def test_pictures_exist():
-    documents = [report.ROOT / "README.md", *(report.ROOT / "docs").glob("*.md")]
+    results = report.load(RESULTS)
+    documents = report.texts(results, report.ROOT)
     named = {path.parent / name for path in documents for name in re.findall(r"!\[[^]]*]\(([^)]+)\)", path.read_text())}
-    drawn = {report.ROOT / "docs" / name for name in report.figures(report.load(RESULTS))}
+    drawn = {report.ROOT / "docs" / name for name in report.figures(results)}
     assert drawn <= named and len(named) > len(drawn)
     for path in named:
         assert path.is_file(), f"{path.name} is missing: make report"
@@ -156,12 +164,21 @@ def figures_of(kind, content):
         return [("runs", 0, "lives"), ("steps",)]
     if kind == "solvers":
         return [("rows", 0, "median"), ("rows", len(content["rows"]) - 1, "median")]
+    if kind == "fuzz":
+        return [("kinds", name, outcome) for name, outcomes in content["kinds"].items() for outcome in outcomes]
+    if kind == "levers":
+        return [("runs", 0, "validation")]
+    if kind == "convergence":
+        return [("runs", 0, "distances", -1)]
     if "results" in content:
-        record = content["results"][-1]
+        last, record = len(content["results"]) - 1, content["results"][-1]
+        if record["kind"] in ("growth", "check", "loss_overlay"):
+            ways = dict(growth=("points", 0, "rows", 0, "median_ms"), check=("median_ms",), loss_overlay=("steps",))
+            return [("results", last, *ways[record["kind"]])]
         if record["kind"] == "op":
             contestant = next(i for i, row in enumerate(record["contestants"]) if row["name"] == "ours")
-            return [("results", len(content["results"]) - 1, "contestants", contestant, "forward_backward", "median_ms")]
-        return [("results", len(content["results"]) - 1, "rows", 0, "median_ms")]
+            return [("results", last, "contestants", contestant, "forward_backward", "median_ms")]
+        return [("results", last, "rows", 0, "median_ms")]
     raise NotImplementedError(kind)
 
 
@@ -209,6 +226,7 @@ def test_summaries_that_are_not_their_samples_are_errors(key):
         (latents(), "32000 samples/s", "per sample: 160 samples/s", 200),
         (images(), "1600 images/s", "torchvision, 1 thread: 3200 images/s", 0.5),
         (training_step(), "40 images/s", "reference compiled: 25 images/s", 1.6),
+        (tokenizer(), "40 images/s", "diffusers, fp32: 50 images/s", 0.8),
     ],
     ids=lambda value: value["kind"] if isinstance(value, dict) else "",
 )
@@ -250,12 +268,62 @@ def test_studies_by_hand():
 
 def test_damage_and_regressions_by_hand():
     (fuzz,) = rows(FUZZ, "fuzz_a.json")
-    assert (fuzz.shape, fuzz.value) == ("30 inputs of 2 kinds", "none crashed, no damage was accepted")
+    assert (fuzz.shape, fuzz.spread) == ("30 inputs of 2 kinds", "refused 28, unchanged 2")
     assert rows(FUZZ | dict(failed=True), "fuzz_a.json")[0].value == "FAILED"
     assert "| checkpoint | 20 | refused 18, unchanged 2 |" in report.results_page({"fuzz_a.json": FUZZ})
     (check,) = rows(CHECK, "check_a.json")
     assert (check.shape, check.value) == ("2 ops and stages, small", "0.5 to 25")
     assert "| encode | 50 | 25 |" in report.results_page({"check_a.json": CHECK})
+
+
+def test_kernels_switched_off_are_in_the_tables_only():
+    record = training_step(part="kernels")
+    assert not rows(file(record), "step_a.json")
+    assert "| ours compiled, norm off | " in report.results_page({"step_a.json": file(record)})
+
+
+def test_levers_by_hand():
+    """AdamW ends at 1.0, 1.1 and 1.2, Muon 0.1 below on the same seeds, twice as fast; summaries in the file are not believed."""
+    def run(lever, seed, validation):
+        return dict(lever=lever, precision="fp32", seed=seed, validation=validation, left_out=0, curve=[2.0, validation], every=1,
+                    state_mib=1.0, kept_mib=1.0)
+
+    runs = [run("AdamW", seed, 1 + seed / 10) for seed in range(3)] + [run("Muon", seed, 0.9 + seed / 10) for seed in range(2)]
+    speed = dict(lever="Muon", precision="fp32", load=9.0, batch_size=8, baseline_s=[0.2, 0.4, 0.2], lever_s=[0.1, 0.2, 0.1])
+    content = dict(what="levers", size="digits", device="cpu", rule="a rule", latents="the digits", runs=runs, speeds=[speed], summary=[],
+                   environment=dict(date="2026", commit="c", python="3", torch="2", device="cpu", cpu="A Processor", cores=2),
+                   settings=dict(batch_size=8, steps=2, model=dict(depth=2, hidden_size=64)))
+    (row,) = rows(content, "levers_a.json")
+    assert row.value == "80 images/s; validation loss -0.1000; recommendation: worth trying" and row.peer == "AdamW: loss 1.1000"
+    assert row.ratio == 2 and row.spread == "2.000 to 2.000 x (95 %)" and about("levers_a.json", content).hardware == "A Processor, 2 cores"
+    assert "| Muon | fp32 | -0.1000, -0.1000 |" in report.results_page({"levers_a.json": content})
+    assert "load average 9.0: **other processes shared" in report.results_page({"levers_a.json": content})
+    assert list(report.figures({"levers_a.json": content})) == ["levers_a.png"]
+
+
+def test_growth_by_hand():
+    """Time doubles with the batch, memory grows with its square."""
+    points = [dict(value=n, rows=[dict(name=name, median_ms=10.0 * n, p20_ms=9.0 * n, p80_ms=11.0 * n, peak_mib=1.0 * n * n)
+                                  for name in ("reference eager", "ours eager")]) for n in (1, 2, 4)]
+    base = dict(batch=4, tokens=64, width=64, depth=2)
+    record = dict(kind="growth", axis="batch", device="cpu", base=base, points=points, fits={}, load=1.0)
+    time, memory = rows(file(record), "growth_a.json")
+    assert (time.value, memory.value, memory.peer) == ("exponent 1.00", "exponent 2.00", "reference eager: exponent 2.00")
+    assert time.shape == "batch 1 to 4, tokens 64, width 64, depth 2"
+
+
+def test_convergence_by_hand():
+    """Aligned latents reach the final distance of plain ones after a tenth of the images; speed-ups in the file are not believed."""
+    environment = dict(date="2026-01-02", commit="c", python="3", torch="2", device="cpu", hardware="A Processor")
+    settings = dict(image_size=8, latents=[4, 8], ch_mult=[1, 1], depth=2, hidden_size=64, images=10_000, samples=500)
+    runs = [dict(row=row, seed=seed, images=[100, 1000, 10_000], seconds=[1.0, 10.0, 100.0], distances=distances)
+            for row, distances in (("rope", [100.0, 50.0, 25.0]), ("aligned", [50.0, 25.0, 10.0])) for seed in range(3)]
+    content = dict(size="smoke", data="the digits", settings=settings, environment=environment, runs=runs, speedups={}, tokenizers={},
+                   target=dict(name="a ViT", stand_in=False), judge=dict(held_out_accuracy=0.9))
+    images, seconds = rows(content, "convergence_a.json")
+    assert images.ratio == seconds.ratio == pytest.approx(10) and images.spread == "10.00 to 10.00 (95 %, 3 seeds)"
+    assert "the paper: 2.54" in images.peer and "10.00 (10.00 to 10.00)" in report.short_table({"convergence_a.json": content})
+    assert set(report.figures({"convergence_a.json": content})) == {"convergence_a_ladder.png", "convergence_a_alignment.png"}
 
 
 def test_what_only_a_gpu_can_tell_is_named():
@@ -265,12 +333,24 @@ def test_what_only_a_gpu_can_tell_is_named():
     assert line not in report.results_page({"step_a.json": file(training_step(), **GPU)})
 
 
+def test_registers_and_spills_by_hand(monkeypatch):
+    good, bad = dict(registers=64, stack=0, local_loads=0, local_stores=0, wide_loads=0.5), dict(registers=255, stack=8, local_loads=1)
+    bad = good | bad
+    keys = [case.format(bias) for _, case, _ in report.REGISTERS for bias in ("", "+bias")]
+    cases = {key: {"80": good, "90": good, "100": bad if key == keys[0] else good} for key in keys}
+    monkeypatch.setattr(report, "audit", lambda: cases)
+    table = report.region_registers({}).splitlines()
+    assert table[3] == "| norm forward, fp32 residual | 64 / 64 / 255 | some | 50 % |"
+    assert table[-1] == "| the same with the bias gradient | 64 / 64 / 64 | none | 50 % |"
+    assert report.audit_row()[1] == "1 spills in 36 compilations"
+
+
 def test_goals_are_measured_on_gpus_only():
     """The same records, made on a CPU, meet no goal."""
     attention = op_record("rope_attention", dtype="bfloat16", shapes="xl", width=1152, heads=16)
     margin = op_record("marginal_distance_matrix_loss", dtype="bfloat16", shapes="xl/B8/N1024", rows=32, columns=32)
     swiglu, drawn = op_record("swiglu", dtype="bfloat16", shapes="xl"), sampling(num_steps=249)
-    records = [copy_record(5), swiglu, attention, margin, training_step(), drawn, latents()]
+    records = [copy_record(5), swiglu, attention, margin, training_step(part="ladder"), drawn, latents(), tokenizer("encode"), tokenizer()]
     texts = {goal.what: text for goal, text, _ in report.goals({"kernels_a.json": file(*records, **GPU)})}
     # 3 MB in 0.667 and 1.33 ms are 4.5 and 2.25 GB/s of 5
     assert texts["SwiGLU"] == "of copy bandwidth: forward 90 %, backward 45 %; both passes 0.6 x compiled"
@@ -279,7 +359,8 @@ def test_goals_are_measured_on_gpus_only():
     assert texts["LightningDiT-XL/1 training, 256 tokens"] == "40 images/s (ours compiled); 2 x reference eager, 1.6 x reference compiled"
     assert texts["guided sampling, 249 evaluations"] == "16 images/s (ours, fp32, batch 32, prepared); 4 x official way, fp32, batch 4"
     assert texts["first training step of XL/1 from a cold cache"] == "30 s" and texts["latent loading"].endswith("200 x per sample")
-    assert texts["VA-VAE encoding, training step"] == UNMEASURED
+    codec = "40 images/s (ours); 4 x fp32 eager, 0.8 x diffusers, fp32"
+    assert texts["VA-VAE encoding, training step"] == f"encode: {codec}; step: {codec}"
     on_cpu = report.goals({"kernels_a.json": file(*records)})
     assert [text for _, text, _ in on_cpu] == [UNMEASURED] * len(report.GOALS)
 
