@@ -396,6 +396,8 @@ def test_unknown_files_regions_and_records_are_errors(tmp_path):
         rows(file(schema="other"), "kernels_a.json")
     with pytest.raises(ValueError, match="step_a.json holds records of kind 'riddle', expected"):
         rows(file(dict(kind="riddle")), "step_a.json")
+    with pytest.raises(ValueError, match="demo_a.json has no 'runs', expected what its kind of files holds"):
+        report.results_page({"demo_a.json": ABOUT})
     with pytest.raises(ValueError, match="here has a region 'riddle', expected one of demo"):
         report.fill("<!-- results riddle --><!-- /results -->", {}, "here")
     for text in ("<!-- results demo -->", "<!-- results demo --> <!-- results demo --><!-- /results -->", "<!-- /results -->"):
