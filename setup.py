@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 DALI = "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"  # its CPU operators need no GPU
 EVALUATION = ["torch-fidelity>=0.4", "lpips>=0.1.4", "timm>=1.0.20", "torchvision", "diffusers>=0.35"]
+DEMO = ["gradio>=6"]
 MISSING = "native_missing.txt"  # the name that lightningdit_kernels/native.py reads
 
 
@@ -97,7 +98,8 @@ setup(
         "dali": [DALI],
         "eval": EVALUATION,
         "peers": ["xformers", "liger-kernel", "quack-kernels", "flash-attn-4"],
-        "demo": ["gradio"],
-        "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.8", "torchao>=0.18", DALI, *EVALUATION],
+        "demo": DEMO,
+        "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.8", "torchao>=0.18", "selenium>=4.20", DALI,
+                *EVALUATION, *DEMO],
     },
 )

@@ -275,6 +275,7 @@ def official_model(path: Path, config: configuration.DiTConfig) -> torch.nn.Modu
 # The first step
 
 
+FIRST_STEP_S = 150  # at most; a stage of gpu.py has two of them
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
@@ -284,7 +285,10 @@ def first_step(contestant: str, shapes: str, device: str) -> dict:
     Returns: {"first_step_s"}, or {"first_step_failed": reason}.
     """
     command = [sys.executable, __file__, "--shapes", shapes, "--device", device, "--contestant", contestant, "--begun", repr(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=FIRST_STEP_S)
+    except subprocess.TimeoutExpired:
+        return dict(first_step_failed=f"not done after {FIRST_STEP_S} s")
     if done.returncode:
         return dict(first_step_failed=(done.stderr.strip().splitlines() or ["no message"])[-1][:200])
     return json.loads(done.stdout.splitlines()[-1])

@@ -28,7 +28,7 @@ PREVIEWS = 24  # pictures on the way to an image, at most
 LARGEST = dict(steps=1000, scale=100.0)  # what the page accepts
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; frame-ancestors 'self'"
 STYLE = """
-.gradio-container {max-width: 980px !important; margin: auto}
+.gradio-container {width: 960px !important; max-width: 100% !important; margin: auto}
 footer {display: none !important}
 #picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
 """
@@ -191,19 +191,19 @@ def page(gradio, painter, folder, title=""):
         yield picture, text, gradio.update(value=str(file), interactive=True)
 
     with gradio.Blocks(title="LightningDiT", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
-        gradio.Markdown(f"# LightningDiT\nImages out of noise, by the model of **{title}**.")
+        gradio.Markdown(f"## LightningDiT: images out of noise, by the model of {title}")
         with gradio.Row():
-            with gradio.Column(scale=2):
+            with gradio.Column(scale=2, min_width=280):
                 name = gradio.Dropdown(painter.choices, value=painter.choices[0], label="Class", elem_id="class")
                 seed = gradio.Number(0, label="Seed", info="Another seed is another image.", elem_id="seed")
-                scale = gradio.Number(painter.defaults["scale"], label="Guidance scale", elem_id="scale",
+                scale = gradio.Number(painter.defaults["scale"], label="Guidance scale", elem_id="scale", step=0.1,
                                       info="1: none. More: closer to the class, less varied.")
                 steps = gradio.Number(painter.defaults["steps"], label="Steps", info="More: more exact, slower.", elem_id="steps")
                 with gradio.Row():
-                    go = gradio.Button("Draw", variant="primary", elem_id="draw")
-                    stop = gradio.Button("Stop", variant="stop", elem_id="stop")
-            with gradio.Column(scale=3):
-                picture = gradio.Image(label="Image", format="png", interactive=False, height=440, buttons=["fullscreen"],
+                    go = gradio.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+                    stop = gradio.Button("Stop", elem_id="stop", min_width=100)
+            with gradio.Column(scale=3, min_width=320):
+                picture = gradio.Image(label="Image", format="png", interactive=False, height=380, buttons=["fullscreen"],
                                        elem_id="picture")
                 status = gradio.Markdown("Choose a class and press *Draw*.", elem_id="status")
                 file = gradio.DownloadButton("Download PNG", interactive=False, elem_id="download")
@@ -237,10 +237,11 @@ def serve(gradio, blocks, port):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # those of the machine
     blocks.queue(max_size=32)
+    print(f"http://127.0.0.1:{port}   Ctrl-C ends it", flush=True)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             blocks.launch(server_name="127.0.0.1", server_port=port, share=False, inbrowser=False, ssr_mode=False, mcp_server=False,
-                          pwa=False, enable_monitoring=False, run_history=False, theme=theme, css=STYLE, footer_links=[],
+                          pwa=False, quiet=True, enable_monitoring=False, run_history=False, theme=theme, css=STYLE, footer_links=[],
                           app_kwargs=dict(middleware=[Middleware(Policy)]))
     finally:
         blocks.close()

@@ -147,6 +147,7 @@ class RunLog:
     @_naming
     def score(self, step, values):
         """An event with what scoring.Scorer measured, beside the images seen and the seconds of training so far; draws run/score.png."""
+        self.flush()
         self.event(step, images=step * self.images_per_step, seconds=round(self.seconds, 3), **values)
         if self.writes:
             plot_scores(self.path.parent)

@@ -63,6 +63,17 @@ def test_kernels_are_switched_one_by_one(settings):
     json.dumps(record)
 
 
+@pytest.mark.gpu
+def test_kernels_are_switched_on_a_gpu(settings):
+    settings.device = "cuda"
+    bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    (record,) = settings.records
+    rows = {row["name"]: row for row in record["rows"]}
+    assert {"reference eager", "ours compiled", "ours compiled without norm", "ours compiled without swiglu"} <= rows.keys()
+    assert "ours compiled with triton attention" in rows and all(row["mfu"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+    assert record["dtype"] == "bfloat16" and all(row["status"] == "unavailable" for row in record["left_out"])
+
+
 def test_flops_of_xl_are_the_papers():
     config = step.configure("xl/N256", "cuda")
     with torch.device("meta"):

@@ -25,6 +25,7 @@ from lightningdit.model import LightningDiT
 from lightningdit.trained import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 CODE = "from lightningdit.cli import main; raise SystemExit(main())"
 
 
@@ -157,18 +158,15 @@ def server(weights):
 
 @pytest.fixture
 def browser(tmp_path):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("the demo is clicked through in Chromium, which is not installed: apt install chromium chromium-driver")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1100,860"):
         options.add_argument(argument)
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield browser
     browser.quit()
 
@@ -190,6 +188,7 @@ def wait(condition, what, seconds=60):
     raise AssertionError(f"{what} did not come within {seconds} s")
 
 
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium to click through the demo: apt install chromium chromium-driver")
 def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
     expected = sampled(weights, tmp_path / "a.png", "--classes", "3", "--seed", "11", "--guidance-scale", "2", "--num-steps", "200")
 
