@@ -176,7 +176,7 @@ def missing(results: Results) -> dict[str, list[str]]:
     """By topic, lines about what no file holds, or none that was made on a GPU."""
     wanted = COMMANDS | {prefix: (kind.topic, kind.command) for prefix, kind in KINDS.items() if kind is not HARNESS}
     held = {(what, about(name, content).cuda) for name, content in results.items()
-            for what in (kind_of(name), *(record["kind"] for record in records_of(content)))}
+            for what in ([record["kind"] for record in records_of(content)] or [kind_of(name)])}
     found = collections.defaultdict(list)
     for what, (topic, command) in wanted.items():
         if not {(what, False), (what, True)} & held:

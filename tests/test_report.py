@@ -331,6 +331,8 @@ def test_what_only_a_gpu_can_tell_is_named():
     line = f"- training_step: {UNMEASURED}"
     assert line in report.results_page({"step_a.json": file(training_step())})
     assert line not in report.results_page({"step_a.json": file(training_step(), **GPU)})
+    page = report.results_page({"sampling_a.json": file(latents())})  # records count, not the file's name
+    assert "- sampling: not yet measured (`" in page and "- latents: " not in page
 
 
 def test_registers_and_spills_by_hand(monkeypatch):
