@@ -176,7 +176,7 @@ def missing(results: Results) -> dict[str, list[str]]:
     """By topic, lines about what no file holds, or none that was made on a GPU."""
     wanted = COMMANDS | {prefix: (kind.topic, kind.command) for prefix, kind in KINDS.items() if kind is not HARNESS}
     held = {(what, about(name, content).cuda) for name, content in results.items()
-            for what in (kind_of(name), *(record["kind"] for record in records_of(content)))}
+            for what in ([record["kind"] for record in records_of(content)] or [kind_of(name)])}
     found = collections.defaultdict(list)
     for what, (topic, command) in wanted.items():
         if not {(what, False), (what, True)} & held:
@@ -367,7 +367,7 @@ def write_all(folder: Path, root: Path) -> list[Path]:
     for name, draw in figures(results).items():
         drawn = io.BytesIO()
         draw().savefig(drawn, dpi=100)
-        Image.open(drawn).convert("RGB").quantize(64).save(docs / name, optimize=True)  # a third of the bytes, and no metadata
+        Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(docs / name, optimize=True)  # small, no metadata
         written.append(docs / name)
     stems = tuple(f"{Path(name).stem}" for name in results)
     for path in docs.glob("*.png"):

@@ -426,4 +426,11 @@ def records_of(content: dict) -> list[dict]:
 
 
 def parts_of(results: Results) -> list[tuple[str, Part]]:
-    return [(name, part) for name, content in results.items() for part in KINDS[kind_of(name)].parts(name, content)]
+    """Of all files, by their names. ValueError for one that lacks what its kind of files has."""
+    found = []
+    for name, content in results.items():
+        try:
+            found += [(name, part) for part in KINDS[kind_of(name)].parts(name, content)]
+        except KeyError as error:
+            raise ValueError(f"{name} has no {error}, expected what its kind of files holds: measure again") from error
+    return found

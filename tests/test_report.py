@@ -331,6 +331,8 @@ def test_what_only_a_gpu_can_tell_is_named():
     line = f"- training_step: {UNMEASURED}"
     assert line in report.results_page({"step_a.json": file(training_step())})
     assert line not in report.results_page({"step_a.json": file(training_step(), **GPU)})
+    page = report.results_page({"sampling_a.json": file(latents())})  # records count, not the file's name
+    assert "- sampling: not yet measured (`" in page and "- latents: " not in page
 
 
 def test_registers_and_spills_by_hand(monkeypatch):
@@ -396,6 +398,8 @@ def test_unknown_files_regions_and_records_are_errors(tmp_path):
         rows(file(schema="other"), "kernels_a.json")
     with pytest.raises(ValueError, match="step_a.json holds records of kind 'riddle', expected"):
         rows(file(dict(kind="riddle")), "step_a.json")
+    with pytest.raises(ValueError, match="demo_a.json has no 'runs', expected what its kind of files holds"):
+        report.results_page({"demo_a.json": ABOUT})
     with pytest.raises(ValueError, match="here has a region 'riddle', expected one of demo"):
         report.fill("<!-- results riddle --><!-- /results -->", {}, "here")
     for text in ("<!-- results demo -->", "<!-- results demo --> <!-- results demo --><!-- /results -->", "<!-- /results -->"):
