@@ -31,22 +31,25 @@ DATA = ROOT.parent / "shared" / "data" / "tiny-imagenet"
 
 # The plan
 
-# images: that each DiT sees. batch, lr: of the first rows; later ones have 4 times the batch and twice the rate, and so a quarter of the
-# steps. parts: checkpoints of a run; points: those of them that are scored. latents: channels, narrow and wide. rows: None for all.
+# shift: pixels that the classifiers' images are moved by. latents: channels, narrow and wide. images: that each DiT sees. batch, lr: of the
+# first rows; later ones have 4 times the batch and twice the rate, and so a quarter of the steps. parts: checkpoints of a run; points:
+# those of them that are scored. rows: None for all.
 SIZES = dict(
-    tiny=dict(image_size=8, channels=1, flip=False, target="test_vit", classifier_steps=3, classifier_batch=64, target_lr=1e-3, shift=1,
-              judge_width=8, ch=8, ch_mult=(1, 1), groups=8, attention=(), vae_steps=3, vae_batch=16, vae_lr=1e-3, kl_weight=1e-3,
-              latents=(2, 4), depth=1, hidden_size=16, heads=2, images=128, batch=8, lr=1e-3, ema=0.9, parts=2, points=(1, 2), seeds=1,
-              samples=16, sample_steps=2, uniformity=0, rows=("rope", "aligned")),
-    smoke=dict(image_size=8, channels=1, flip=False, target="test_vit", classifier_steps=120, classifier_batch=128, target_lr=2e-3, shift=1,
-               judge_width=16, ch=16, ch_mult=(1, 1), groups=8, attention=(), vae_steps=150, vae_batch=64, vae_lr=3e-3, kl_weight=3e-3,
-               latents=(4, 8), depth=2, hidden_size=64, heads=4, images=8_192, batch=16, lr=1e-3, ema=0.99, parts=8, points=(1, 2, 4, 8),
-               seeds=3, samples=500, sample_steps=15, uniformity=0, rows=None),
-    full=dict(image_size=64, channels=3, flip=True, target="vit_small_patch8_224", classifier_steps=4_000, classifier_batch=256,
-              target_lr=5e-4, shift=4, judge_width=32, ch=64, ch_mult=(1, 2, 2, 4), groups=32, attention=(8,), vae_steps=2_500,
-              vae_batch=128, vae_lr=2e-4, kl_weight=1e-6, latents=(16, 32), depth=12, hidden_size=384, heads=6, images=819_200, batch=128,
-              lr=2e-4, ema=0.999, parts=16, points=(1, 2, 3, 4, 6, 8, 12, 16), seeds=3, samples=2_000, sample_steps=40, uniformity=2_000,
-              rows=None),
+    tiny=dict(
+        image_size=8, channels=1, flip=False, shift=1, classifier_batch=64, target="test_vit", target_steps=3, target_lr=1e-3,
+        judge_width=8, judge_steps=3, ch=8, ch_mult=(1, 1), groups=8, attention=(), latents=(2, 4), vae_steps=3, vae_batch=16, vae_lr=1e-3,
+        kl_weight=1e-3, depth=1, hidden_size=16, heads=2, images=128, batch=8, lr=1e-3, ema=0.9, parts=2, points=(1, 2), seeds=1,
+        samples=16, sample_steps=2, uniformity=0, rows=("rope", "aligned")),
+    smoke=dict(
+        image_size=8, channels=1, flip=False, shift=0, classifier_batch=128, target="test_vit", target_steps=200, target_lr=2e-3,
+        judge_width=16, judge_steps=300, ch=16, ch_mult=(1, 1), groups=8, attention=(), latents=(4, 8), vae_steps=150, vae_batch=64,
+        vae_lr=3e-3, kl_weight=3e-3, depth=2, hidden_size=64, heads=4, images=8_192, batch=16, lr=1e-3, ema=0.99, parts=8,
+        points=(1, 2, 4, 8), seeds=3, samples=500, sample_steps=15, uniformity=0, rows=None),
+    full=dict(
+        image_size=64, channels=3, flip=True, shift=4, classifier_batch=256, target="vit_small_patch8_224", target_steps=4_000,
+        target_lr=5e-4, judge_width=32, judge_steps=4_000, ch=64, ch_mult=(1, 2, 2, 4), groups=32, attention=(8,), latents=(16, 32),
+        vae_steps=2_500, vae_batch=128, vae_lr=2e-4, kl_weight=1e-6, depth=12, hidden_size=384, heads=6, images=819_200, batch=64, lr=2e-4,
+        ema=0.999, parts=16, points=(1, 2, 3, 4, 6, 8, 12, 16), seeds=3, samples=2_000, sample_steps=40, uniformity=2_000, rows=None),
 )
 VF_WEIGHT, COSINE_MARGIN, DISTANCE_MARGIN = 0.5, 0.5, 0.25  # the weight is of the paper's first stage: these tokenizers train for short
 KEEP = 1_000  # checkpoints: all of them, and each interruption makes one more
