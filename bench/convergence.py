@@ -264,8 +264,9 @@ def paired(final, a, b):
     return tuple(statistics.fmean(final[row][seed] for seed in seeds) for row in (a, b))
 
 
-def cell(values):
-    """Mean, and with several seeds their standard deviation."""
+def cell(by_seed):
+    """Mean of {seed: value}, and with several seeds their standard deviation."""
+    values = by_seed.values()
     spread = f" ± {statistics.stdev(values):.2g} ({len(values)} seeds)" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4g}{spread}"
 
@@ -363,13 +364,13 @@ def report(study):
             pairs = paired(final, before, name), (ROWS[before].paper_fid, ROWS[name].paper_fid)
             ratios = [after / first for first, after in pairs]
             changes = [f"{100 * (ratio - 1):+.1f} %" for ratio in ratios]
-        ladder.append([("+ " if before else "") + ROWS[name].title, cell(final[name].values()), changes[0],
+        ladder.append([("+ " if before else "") + ROWS[name].title, cell(final[name]), changes[0],
                        f"{runs[name]['seconds'][-1]:.4g}", f"{ROWS[name].paper_fid:.2f}", changes[1]])
         before = name
     lines += table(["ladder, one step at a time", "final distance", "change, same seeds", "training, s",
                     "the paper: FID-50k of XL on ImageNet 256", "its change"], ladder)
     lines += [ladder_sentence(final), ""]
-    ablation = [[ROWS[name].title, cell(final[name].values()), f"{paper:.2f}"] for name, paper in ABLATIONS.items() if name in final]
+    ablation = [[ROWS[name].title, cell(final[name]), f"{paper:.2f}"] for name, paper in ABLATIONS.items() if name in final]
     lines += table(["ablation of the alignment", "final distance", "the paper: FID-10k of B on ImageNet 256"], ablation)
     lines += [ablation_sentence(final), ""]
     metrics = dict(psnr="PSNR, dB", rfd_judge="reconstructions, Frechet distance", density_cv="density CV", gini="Gini")

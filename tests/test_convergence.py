@@ -135,6 +135,7 @@ def test_report_of_a_hand_made_study():
     made = hand_made()
     lines = convergence.report(made)
     assert all(isinstance(line, str) and "\n" not in line for line in lines)
+    assert convergence.cell(convergence.finals(made)["aligned"]) == "10.5 ± 0.71 (2 seeds)"
     text = "\n".join(lines)
     mean, low, high = interval([4.0, 2.0])
     assert f"| alignment | {mean:.2f} ({low:.2f} to {high:.2f}) |" in text and "| 4.00, 2.00 | 2.54 (32 channels), 2.76 (64) |" in text
