@@ -384,7 +384,7 @@ def figures(study):
     """{"ladder", "alignment"}: matplotlib figures from one results file; distance against images seen and against seconds of training."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter
 
     by_row = {}
     for run in study["runs"]:
@@ -396,6 +396,7 @@ def figures(study):
     other = dict(rope="tab:blue", aligned="tab:red", no_mcos="tab:orange", no_mdms="tab:green", no_margin="tab:purple",
                  plain_narrow="tab:blue", aligned_narrow="tab:red")
     other = {name: dict(color=color, linestyle="--" if "narrow" in name else "-") for name, color in other.items() if name in by_row}
+    plain = FuncFormatter(lambda value, _: f"{value:,.10g}" if f"{value:e}"[0] in "12357" else "")
     found = {}
     for name, chosen in dict(ladder=styles, alignment=other).items():
         figure = Figure(figsize=(12, 5.5), layout="constrained")
@@ -415,8 +416,8 @@ def figures(study):
             axes.set(xscale="log", yscale="log", xlabel=label)
             axes.grid(alpha=0.3, which="both")
             for ticks in (axes.xaxis, axes.yaxis):
-                ticks.set_major_formatter(LogFormatter(labelOnlyBase=False))
-                ticks.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+                ticks.set_major_formatter(plain)
+                ticks.set_minor_formatter(plain)
         panels[0].set_ylabel("Frechet distance, judge's features (no FID)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         figure.suptitle(f"{study['data']}, {study['environment']['hardware']}", fontsize=10)
