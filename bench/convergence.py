@@ -31,22 +31,25 @@ DATA = ROOT.parent / "shared" / "data" / "tiny-imagenet"
 
 # The plan
 
-# images: that each DiT sees. batch, lr: of the first rows; later ones have 4 times the batch and twice the rate, and so a quarter of the
-# steps. parts: checkpoints of a run; points: those of them that are scored. latents: channels, narrow and wide. rows: None for all.
+# shift: pixels that the classifiers' images are moved by. latents: channels, narrow and wide. images: that each DiT sees. batch, lr: of the
+# first rows; later ones have 4 times the batch and twice the rate, and so a quarter of the steps. parts: checkpoints of a run; points:
+# those of them that are scored. rows: None for all.
 SIZES = dict(
-    tiny=dict(image_size=8, channels=1, flip=False, target="test_vit", classifier_steps=3, classifier_batch=64, target_lr=1e-3, shift=1,
-              judge_width=8, ch=8, ch_mult=(1, 1), groups=8, attention=(), vae_steps=3, vae_batch=16, vae_lr=1e-3, kl_weight=1e-3,
-              latents=(2, 4), depth=1, hidden_size=16, heads=2, images=128, batch=8, lr=1e-3, ema=0.9, parts=2, points=(1, 2), seeds=1,
-              samples=16, sample_steps=2, uniformity=0, rows=("rope", "aligned")),
-    smoke=dict(image_size=8, channels=1, flip=False, target="test_vit", classifier_steps=120, classifier_batch=128, target_lr=2e-3, shift=1,
-               judge_width=16, ch=16, ch_mult=(1, 1), groups=8, attention=(), vae_steps=150, vae_batch=64, vae_lr=3e-3, kl_weight=3e-3,
-               latents=(4, 8), depth=2, hidden_size=64, heads=4, images=8_192, batch=16, lr=1e-3, ema=0.99, parts=8, points=(1, 2, 4, 8),
-               seeds=3, samples=500, sample_steps=15, uniformity=0, rows=None),
-    full=dict(image_size=64, channels=3, flip=True, target="vit_small_patch8_224", classifier_steps=4_000, classifier_batch=256,
-              target_lr=5e-4, shift=4, judge_width=32, ch=64, ch_mult=(1, 2, 2, 4), groups=32, attention=(8,), vae_steps=2_500,
-              vae_batch=128, vae_lr=2e-4, kl_weight=1e-6, latents=(16, 32), depth=12, hidden_size=384, heads=6, images=819_200, batch=128,
-              lr=2e-4, ema=0.999, parts=16, points=(1, 2, 3, 4, 6, 8, 12, 16), seeds=3, samples=2_000, sample_steps=40, uniformity=2_000,
-              rows=None),
+    tiny=dict(
+        image_size=8, channels=1, flip=False, shift=1, classifier_batch=64, target="test_vit", target_steps=3, target_lr=1e-3,
+        judge_width=8, judge_steps=3, ch=8, ch_mult=(1, 1), groups=8, attention=(), latents=(2, 4), vae_steps=3, vae_batch=16, vae_lr=1e-3,
+        kl_weight=1e-3, depth=1, hidden_size=16, heads=2, images=128, batch=8, lr=1e-3, ema=0.9, parts=2, points=(1, 2), seeds=1,
+        samples=16, sample_steps=2, uniformity=0, rows=("rope", "aligned")),
+    smoke=dict(
+        image_size=8, channels=1, flip=False, shift=0, classifier_batch=128, target="test_vit", target_steps=200, target_lr=2e-3,
+        judge_width=16, judge_steps=300, ch=16, ch_mult=(1, 1), groups=8, attention=(), latents=(4, 8), vae_steps=150, vae_batch=64,
+        vae_lr=3e-3, kl_weight=3e-3, depth=2, hidden_size=64, heads=4, images=8_192, batch=16, lr=1e-3, ema=0.99, parts=8,
+        points=(1, 2, 4, 8), seeds=3, samples=500, sample_steps=15, uniformity=0, rows=None),
+    full=dict(
+        image_size=64, channels=3, flip=True, shift=4, classifier_batch=256, target="vit_small_patch8_224", target_steps=4_000,
+        target_lr=5e-4, judge_width=32, judge_steps=4_000, ch=64, ch_mult=(1, 2, 2, 4), groups=32, attention=(8,), latents=(16, 32),
+        vae_steps=2_500, vae_batch=128, vae_lr=2e-4, kl_weight=1e-6, depth=12, hidden_size=384, heads=6, images=819_200, batch=64, lr=2e-4,
+        ema=0.999, parts=16, points=(1, 2, 3, 4, 6, 8, 12, 16), seeds=3, samples=2_000, sample_steps=40, uniformity=2_000, rows=None),
 )
 VF_WEIGHT, COSINE_MARGIN, DISTANCE_MARGIN = 0.5, 0.5, 0.25  # the weight is of the paper's first stage: these tokenizers train for short
 KEEP = 1_000  # checkpoints: all of them, and each interruption makes one more
@@ -261,8 +264,9 @@ def paired(final, a, b):
     return tuple(statistics.fmean(final[row][seed] for seed in seeds) for row in (a, b))
 
 
-def cell(values):
-    """Mean, and with several seeds their standard deviation."""
+def cell(by_seed):
+    """Mean of {seed: value}, and with several seeds their standard deviation."""
+    values = by_seed.values()
     spread = f" ± {statistics.stdev(values):.2g} ({len(values)} seeds)" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4g}{spread}"
 
@@ -360,13 +364,13 @@ def report(study):
             pairs = paired(final, before, name), (ROWS[before].paper_fid, ROWS[name].paper_fid)
             ratios = [after / first for first, after in pairs]
             changes = [f"{100 * (ratio - 1):+.1f} %" for ratio in ratios]
-        ladder.append([("+ " if before else "") + ROWS[name].title, cell(final[name].values()), changes[0],
+        ladder.append([("+ " if before else "") + ROWS[name].title, cell(final[name]), changes[0],
                        f"{runs[name]['seconds'][-1]:.4g}", f"{ROWS[name].paper_fid:.2f}", changes[1]])
         before = name
     lines += table(["ladder, one step at a time", "final distance", "change, same seeds", "training, s",
                     "the paper: FID-50k of XL on ImageNet 256", "its change"], ladder)
     lines += [ladder_sentence(final), ""]
-    ablation = [[ROWS[name].title, cell(final[name].values()), f"{paper:.2f}"] for name, paper in ABLATIONS.items() if name in final]
+    ablation = [[ROWS[name].title, cell(final[name]), f"{paper:.2f}"] for name, paper in ABLATIONS.items() if name in final]
     lines += table(["ablation of the alignment", "final distance", "the paper: FID-10k of B on ImageNet 256"], ablation)
     lines += [ablation_sentence(final), ""]
     metrics = dict(psnr="PSNR, dB", rfd_judge="reconstructions, Frechet distance", density_cv="density CV", gini="Gini")
@@ -380,7 +384,7 @@ def figures(study):
     """{"ladder", "alignment"}: matplotlib figures from one results file; distance against images seen and against seconds of training."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter
 
     by_row = {}
     for run in study["runs"]:
@@ -392,6 +396,7 @@ def figures(study):
     other = dict(rope="tab:blue", aligned="tab:red", no_mcos="tab:orange", no_mdms="tab:green", no_margin="tab:purple",
                  plain_narrow="tab:blue", aligned_narrow="tab:red")
     other = {name: dict(color=color, linestyle="--" if "narrow" in name else "-") for name, color in other.items() if name in by_row}
+    plain = FuncFormatter(lambda value, _: f"{value:,.10g}" if f"{value:e}"[0] in "12357" else "")
     found = {}
     for name, chosen in dict(ladder=styles, alignment=other).items():
         figure = Figure(figsize=(12, 5.5), layout="constrained")
@@ -411,8 +416,8 @@ def figures(study):
             axes.set(xscale="log", yscale="log", xlabel=label)
             axes.grid(alpha=0.3, which="both")
             for ticks in (axes.xaxis, axes.yaxis):
-                ticks.set_major_formatter(LogFormatter(labelOnlyBase=False))
-                ticks.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+                ticks.set_major_formatter(plain)
+                ticks.set_minor_formatter(plain)
         panels[0].set_ylabel("Frechet distance, judge's features (no FID)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         figure.suptitle(f"{study['data']}, {study['environment']['hardware']}", fontsize=10)

@@ -123,8 +123,8 @@ class Convergence(Stages):
             flops = dict(target=count_flops(TargetClassifier(s["target"], 100, self.grid), pixels),
                          judge=count_flops(SmallEncoder(s["channels"], 100, autoencoder.downsample, s["judge_width"]), pixels),
                          autoencoder=count_flops(lambda x: autoencoder.decode(autoencoder.encode(x).mean), pixels))
-        seen = s["classifier_steps"] * s["classifier_batch"]
-        found = {name: seconds(3 * flops[name] * seen, s["classifier_steps"]) for name in ("target", "judge")}
+        steps = dict(target=s["target_steps"], judge=s["judge_steps"])
+        found = {name: seconds(3 * flops[name] * n * s["classifier_batch"], n) for name, n in steps.items()}
         # Beside forward and backward: the target's features, and the second backward pass through one layer that weighs the alignment.
         found["tokenizer"] = seconds((3.5 * flops["autoencoder"] + flops["target"]) * s["vae_steps"] * s["vae_batch"], s["vae_steps"])
         found["reconstruction"] = seconds(flops["autoencoder"] * 5_000)
@@ -160,12 +160,12 @@ class Convergence(Stages):
                                           in_memory=True, progress=True)
         return self.images
 
-    def train_on_classes(self, classifier, seed, lr):
+    def train_on_classes(self, classifier, seed, steps, lr):
         """Trains it, and returns what there is to say about it."""
         s, data = self.settings, self.training_images()
         batches = data.batches(s["classifier_batch"], seed_for(seed, "classifier"))
-        train_classifier(classifier, mirrored(batches, seed) if s["flip"] else batches, steps=s["classifier_steps"], lr=lr,
-                         translate=s["shift"], seed=seed)
+        train_classifier(classifier, mirrored(batches, seed) if s["flip"] else batches, steps=steps, lr=lr, translate=s["shift"],
+                         seed=seed)
         classifier.eval()
         return dict(held_out_accuracy=accuracy(classifier, *data.held_out, self.device), held_out_images=len(data.held_out[1]), seed=seed,
                     images=len(data), classes=len(data.classes))
@@ -173,7 +173,7 @@ class Convergence(Stages):
     def train_target(self):
         torch.manual_seed(seed_for(TARGET_SEED, "target"))
         classifier = TargetClassifier(self.settings["target"], len(self.training_images().classes), self.grid).to(self.device)
-        about = self.train_on_classes(classifier, TARGET_SEED, self.settings["target_lr"])
+        about = self.train_on_classes(classifier, TARGET_SEED, self.settings["target_steps"], self.settings["target_lr"])
         save_weights(self.out / "target.safetensors", classifier.model.state_dict())
         write(self.out / "target.json", dict(name=self.settings["target"], stand_in=True, **about))
 
@@ -181,7 +181,7 @@ class Convergence(Stages):
         s, data = self.settings, self.training_images()
         torch.manual_seed(seed_for(JUDGE_SEED, "judge"))
         judge = SmallEncoder(s["channels"], len(data.classes), 2 ** (len(s["ch_mult"]) - 1), s["judge_width"]).to(self.device)
-        about = self.train_on_classes(judge, JUDGE_SEED, 1e-3)
+        about = self.train_on_classes(judge, JUDGE_SEED, s["judge_steps"], 1e-3)
         judge.save(self.out / "judge.safetensors", dict(data=self.data or "scikit-learn digits"))
         write(self.out / "judge.json", dict(name="SmallEncoder", features=judge.feature_channels, **about))
 

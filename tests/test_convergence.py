@@ -51,7 +51,7 @@ def test_a_row_changes_what_it_says_and_nothing_else():
     assert {name: changed(name) for name in ROWS if name != "dit"} == expected
     assert [ROWS[name].before for name in LADDER] == [None, *LADDER[:-1]]
     first, last = (parsed(DiTConfig, dit_settings("full", name, 3)) for name in ("dit", "rope"))
-    assert (first.batch_size, first.optim.lr, last.batch_size, last.optim.lr) == (128, 2e-4, 512, 4e-4) and first.seed == 3
+    assert (first.batch_size, first.optim.lr, last.batch_size, last.optim.lr) == (64, 2e-4, 256, 4e-4) and first.seed == 3
     official = DiTConfig()
     assert last.flow == official.flow and last.optim.betas == official.optim.betas
     assert all(getattr(last.model, flag) for flag in ("use_swiglu", "use_rmsnorm", "use_rope"))
@@ -135,6 +135,7 @@ def test_report_of_a_hand_made_study():
     made = hand_made()
     lines = convergence.report(made)
     assert all(isinstance(line, str) and "\n" not in line for line in lines)
+    assert convergence.cell(convergence.finals(made)["aligned"]) == "10.5 ± 0.71 (2 seeds)"
     text = "\n".join(lines)
     mean, low, high = interval([4.0, 2.0])
     assert f"| alignment | {mean:.2f} ({low:.2f} to {high:.2f}) |" in text and "| 4.00, 2.00 | 2.54 (32 channels), 2.76 (64) |" in text
