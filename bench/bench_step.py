@@ -33,7 +33,7 @@ REFERENCE = "reference eager"
 GEMM = dict(cuda=8192, cpu=1024)
 STEPS_A_SAMPLE, PRODUCTS = dict(cuda=5, cpu=1), dict(cuda=20, cpu=1)
 COLD = ("reference compiled", "ours compiled")  # whose first step is timed in a fresh process
-OVERLAY_STEPS, OVERLAY_BATCH = dict(cuda=300, cpu=60), dict(cuda=128, cpu=32)
+OVERLAY_STEPS, OVERLAY_BATCH = dict(cuda=300, cpu=60), dict(cuda=128, cpu=8)
 # Of the mean difference of the two loss curves to the mean loss: rounding grows from step to step, and more in bf16.
 OVERLAY_TOLERANCE = 0.01
 

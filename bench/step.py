@@ -254,7 +254,7 @@ def bounds(eager: dict[str, float]) -> dict[str, float]:
 def official_model(path: Path, config: configuration.DiTConfig) -> torch.nn.Module:
     """The official code's model from a checkout of github.com/hustvl/LightningDiT, called as ours is. It compiles itself.
 
-    Raises: ValueError for a folder without it.
+    Raises: ValueError for a folder without it; ImportError without the packages that it imports (timm, einops, fairscale).
     """
     if not (path / "models" / "lightningdit.py").is_file():
         raise ValueError(f"official: got {path}, expected a checkout that has models/lightningdit.py")

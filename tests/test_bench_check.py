@@ -103,7 +103,7 @@ def test_every_case_runs_the_kernels_it_is_for(tmp_path):
         elif name in ("VA-VAE step", "encode", "decode"):
             assert "lightningdit::group_norm_silu" in operators, name
         elif name not in ("image decoding", "latent loading"):
-            assert f"lightningdit::{name}" in operators, name
+            assert any(one.startswith(f"lightningdit::{name}") for one in operators), name
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -64,6 +64,7 @@ def test_kernels_are_switched_one_by_one(settings):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
 def test_kernels_are_switched_on_a_gpu(settings):
     settings.device = "cuda"
     bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
