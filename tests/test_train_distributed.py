@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from bench.chaos import TINY, Fault, Life, difference, outcome
-from lightningdit import checkpoint, cli
+from lightningdit import checkpoint, cli, replay
 from lightningdit.config import DiTConfig, load
 from lightningdit.distributed import REQUEUE
 from lightningdit.log import read_log
 from lightningdit.model import LightningDiT
+from lightningdit.training import losses
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,9 +104,9 @@ def test_four_replicas_go_on_bitwise(live, tmp_path):
     assert difference(outcome(run), outcome(whole), exact=True) is None
 
 
-def test_the_average_is_the_same_however_it_is_spread(live, tmp_path):
+def test_the_average_is_the_same_however_it_is_spread(live, tmp_path, monkeypatch):
     """Model guidance, validation losses and scores all pass through the average weights, which change at every step. A run that goes on in
-    the middle is bitwise the same."""
+    the middle is bitwise the same; a batch that is looked at again is guided too."""
     more = ("--flow.model-guidance", 0.4, "--flow.model-guidance-start", 2, "--optim.ema", 0.5, "--validate-every", 2, "--score.every", 4,
             "--score.num", 21, "--score.num-steps", 2, "--sample.batch-size", 8, "--sample.guidance-scale", 1)
     runs = {name: tmp_path / name for name in ("alone", "ddp", "fsdp", "again")}
@@ -121,6 +122,15 @@ def test_the_average_is_the_same_however_it_is_spread(live, tmp_path):
     shutil.rmtree(runs["again"] / "checkpoints" / "step_0000008")
     live(runs["again"], *more)
     assert difference(outcome(runs["again"]), outcome(runs["alone"]), exact=True) is None
+
+    x1, x0 = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    batch = dict(x1=x1, x0=x0, t=torch.tensor([0.3, 0.7]), y=torch.tensor([1, 2]), drop_labels=torch.tensor([False, False]))
+    incident, guides = runs["alone"] / "incidents" / "step_0000006.safetensors", []
+    checkpoint.save_weights(incident, batch | dict(indices=torch.tensor([5, 6])))
+    monkeypatch.setattr(replay, "losses", lambda *given, guide, **batch: guides.append(guide) or losses(*given, guide=guide, **batch))
+    assert cli.main(["replay", "--incident", str(incident)]) == 0 and len(guides) == 2
+    average = checkpoint.load_tensors(runs["alone"] / "checkpoints" / "step_0000004", "ema")
+    assert all(torch.equal(guides[0].state_dict()[name], value) for name, value in average.items() if "feat_rope" not in name)
 
 
 def test_export_of_a_sharded_checkpoint_is_one_official_file(alone, sharded, tmp_path):
