@@ -17,15 +17,20 @@ COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v c
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
 GPU_PY = PYTHONPATH=.:kernels $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help setup demo test lint audit bench chaos fuzz report assets test-gpu bench-gpu clean
+.PHONY: help setup demo test lint audit bench bench-check growth chaos levers fuzz convergence convergence-smoke report assets test-gpu bench-gpu clean
 
 help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
 	@echo "demo       train on the bundled digits and draw some; ARGS='--steps 100' adds flags"
 	@echo "test       all tests      lint   ruff      audit   the machine code of the Triton kernels, without a GPU"
 	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
+	@echo "bench-check      fails where an op or a stage is over 15 % slower than bench/results/check_cpu.json; ARGS=--update rewrites that"
+	@echo "growth     how a training step's time and memory grow with batch, tokens, width and depth"
 	@echo "chaos      100 trainings that are killed, starved and damaged, and must end as if nothing had been; ARGS='--runs 20 --seed 1'"
-	@echo "fuzz       some thousand damaged configurations, checkpoints, latent stores and images; ARGS='--examples 1000 --seed 1'"
+	@echo "fuzz       10,000 damaged configurations, checkpoints, latent stores and images; ARGS='--examples 5000 --seed 1'"
+	@echo "levers     the options beyond bf16 and AdamW, each against the training without it: docs/levers.md"
+	@echo "convergence              from DiT to LightningDiT on aligned latents, distance against images and time: an hour of a GPU, in stages"
+	@echo "convergence-smoke        the same on the digits, minutes on a CPU"
 	@echo "assets     remake the bundled tokenizer"
 	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
 	@echo "clean      remove what builds and tests left (not .venv, not runs)"
@@ -55,11 +60,28 @@ audit: $(READY)
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
+bench-check: $(READY)
+	$(PY) bench/check.py $(ARGS)
+
+growth: $(READY)
+	$(PY) -m pytest bench/bench_growth.py --benchmark-only --device cpu --results bench/results/growth_cpu.json $(ARGS)
+
 chaos: $(READY)
 	$(PY) bench/chaos.py --out bench/results/chaos_cpu.json $(ARGS)
 
 fuzz: $(READY)
 	$(PY) bench/fuzz.py --out bench/results/fuzz_cpu.json $(ARGS)
+
+# bf16 residual, Muon, batched adaLN, split-K, float8, each against the training without it.
+levers: $(READY)
+	$(PY) bench/levers.py $(ARGS)
+
+# Says how long it will take before it begins; what is done is kept. ARGS='--budget-s 540' ends in time, Error 3 then means: run it again.
+convergence:
+	$(GPU_PY) bench/convergence.py --size full --publish $(ARGS)
+
+convergence-smoke: $(READY)
+	$(PY) bench/convergence.py --size smoke --device cpu --publish $(ARGS)
 
 assets: $(READY)
 	$(PY) train/vavae.py --tokenizer-out lightningdit/assets/digits_tokenizer.safetensors --encoder-out lightningdit/assets/digits_encoder.safetensors $(ARGS)

@@ -14,13 +14,14 @@ LOCAL = Path(__file__).parent / "results" / "local"  # not tracked by git: copy 
 
 def pytest_addoption(parser):
     group = parser.getgroup("lightningdit")
-    group.addoption("--shapes", choices=("xl", "b", "s", "all", "tiny"), help="default: xl on CUDA, s on CPU")
+    group.addoption("--shapes", choices=("xl", "l", "b", "s", "all", "tiny"), help="default: xl on CUDA, s on CPU")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group.addoption("--batch", help="batches in place of the preset's, separated by commas: 8,32,128,256")
     group.addoption("--tokens", help="tokens in place of 256: 256,1024")
     group.addoption("--head-dim", help="head dimensions in place of the preset's, for attention: 64,72")
     group.addoption("--dtypes", help="default: bfloat16,float16,float32 on CUDA, float32,bfloat16 on CPU")
     group.addoption("--case-s", type=float, help="seconds to measure a case; default: 20 on CUDA, 2 on CPU")
+    group.addoption("--official", type=Path, help="a checkout of github.com/hustvl/LightningDiT, for bench_step.py")
     group.addoption("--only", default="", help="contestants to keep, separated by commas: eager,ours")
     group.addoption("--rounds", type=int, default=20, help="most rounds of a case")
     group.addoption("--results", type=Path, help="the JSON file to write; default: bench/results/local/<device>_<date>.json")
@@ -103,7 +104,7 @@ def pytest_terminal_summary(terminalreporter, config):
     settings = getattr(config, "lightningdit_bench", None)
     if settings is None or not settings.records:
         return
-    from bench.report import text_table
+    from bench.report_kernels import text_table
 
     terminalreporter.section("medians of interleaved rounds")
     for line in text_table(settings.records):

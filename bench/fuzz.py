@@ -1,6 +1,6 @@
 """A fuzz campaign: configurations, checkpoints, weights, latent stores, archives and images with random damage, as many as one likes.
 
-    python bench/fuzz.py --examples 300 --seed 0 --out bench/results/fuzz_cpu.json      # of each kind; make fuzz
+    python bench/fuzz.py --examples 1000 --seed 0 --out bench/results/fuzz_cpu.json     # of each kind; make fuzz
     python -m pytest -m fuzz                                                            # the short version, part of `make test`
 
 The tests are those marked fuzz, which say what must be true of each input: refused with words that name what is damaged, or accepted
@@ -39,7 +39,7 @@ def tally(kind, outcome):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=300, help="of each kind")
+    parser.add_argument("--examples", type=int, default=1000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
@@ -55,9 +55,11 @@ def main():
     failed = code != pytest.ExitCode.OK
     print(f"{inputs} inputs, {'FAILED, see above' if failed else 'none crashed, no damage was accepted'}, {wall_s} s")
     if options.out:
+        about = environment(torch.device("cpu"))
+        del about["command"]  # paths of this machine
         options.out.write_text(json.dumps(dict(seed=options.seed, examples=options.examples, inputs=inputs, failed=failed, wall_s=wall_s,
                                                kinds={kind: dict(counts) for kind, counts in sorted(COUNTS.items())},
-                                               environment=environment(torch.device("cpu"))), indent=1) + "\n")
+                                               environment=about), indent=1) + "\n")
     return int(failed)
 
 

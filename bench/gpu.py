@@ -3,7 +3,8 @@
     python bench/gpu.py --out FOLDER [--stage NAME] [--budget-s SECONDS]
 
 Each stage is a process of its own, pytest, that writes FOLDER/stages/<name>.json and may take 9 minutes; a stage whose file is there is
-done. The stages <op>_1 to <op>_3 are the same in fresh processes, and one row each in the end; then come the sweeps over B, N and Dh.
+done. The stages <op>_1 to <op>_3 are the same in fresh processes, and one row each in the end. After the training steps and the ops come
+sampling, the tokenizer, data, the smaller models, growth, and the sweeps over B, N and Dh; `-- --official CHECKOUT` adds the official code.
 With a budget no stage is begun that might not end in time; exit status 3 then says: run again, to continue. When all are done they
 are merged into FOLDER/kernels_<device>.json. Copied to bench/results, that file is in the next `make report`.
 """
@@ -31,9 +32,23 @@ REPEATS = 3  # processes: layout in memory, allocator and compilation differ bet
 def stages() -> dict[str, list[str]]:
     """What pytest is called with, by name, in order of worth, should time run out."""
     ops = ("norm", "attention", "swiglu", "alignment", "groupnorm")
-    table = {"ceilings": ["bench/bench_ceilings.py", "-k", "copy or square"], "gemms": ["bench/bench_ceilings.py", "-k", "model_gemms"]}
+
+    def training(preset, tokens, part):
+        points = ["--shapes", preset, "--tokens", str(tokens), "--case-s", "120"]
+        return {f"step_{preset}_{tokens}_{part}": ["bench/bench_step.py", "-k", f"bench_step and {part}", *points]}
+
+    table = {"ceilings": ["bench/bench_ceilings.py", "-k", "copy or square"]}
+    table |= training("xl", 256, "ladder") | training("xl", 256, "kernels")
+    table["gemms"] = ["bench/bench_ceilings.py", "-k", "model_gemms"]
     for process in range(1, REPEATS + 1):  # a stage that is repeated is pooled by harness.merge
         table |= {f"{op}_{process}": [f"bench/bench_{op}.py", "--case-s", "10"] for op in ops}
+    table["overlay"] = ["bench/bench_step.py", "-k", "overlay", "--shapes", "xl"]
+    table["sampling"] = ["bench/bench_sampling.py", "--shapes", "xl", "--rounds", "3"]
+    table |= {f"vavae_{case}": ["bench/bench_tokenizer.py", "-k", case, "--case-s", "60"] for case in ("step", "encode", "decode")}
+    table |= {name: [f"bench/bench_{name}.py", "--case-s", "10"] for name in ("images", "latents")}
+    for preset, tokens in (("xl", 1024), ("l", 256), ("l", 1024), ("b", 256), ("b", 1024)):
+        table |= training(preset, tokens, "ladder") | training(preset, tokens, "kernels")
+    table |= {f"growth_{axis}": ["bench/bench_growth.py", "-k", axis, "--case-s", "10"] for axis in ("batch", "tokens", "width", "depth")}
     sweep = ["--batch", "8,32,128,256", "--dtypes", "bfloat16", "--case-s", "4"]
     for tokens in (256, 1024):
         for op in ("norm", "swiglu", "alignment"):

@@ -36,8 +36,8 @@ SCHEMA = "kernels/1"
 STEPS = ("forward", "backward", "forward_backward")
 
 # Width, heads, hidden size of the feed-forward. XL is LightningDiT-XL/1; tiny is for the tests of bench/ itself.
-PRESETS = {"xl": (1152, 16, 3072), "b": (768, 12, 2048), "s": (384, 6, 1024), "tiny": (32, 2, 64)}
-BATCH = {"cuda": dict(xl=128, b=256, s=256, tiny=2), "cpu": dict(xl=8, b=16, s=32, tiny=2)}
+PRESETS = {"xl": (1152, 16, 3072), "l": (1024, 16, 2730), "b": (768, 12, 2048), "s": (384, 6, 1024), "tiny": (32, 2, 64)}
+BATCH = {"cuda": dict(xl=128, l=128, b=256, s=256, tiny=2), "cpu": dict(xl=8, l=8, b=16, s=32, tiny=2)}
 # What rotates exceeds this many bytes: three times the L2 of a GPU, the usual last cache of a CPU.
 CPU_ROTATION = 64 * 2**20
 # Elements of the inputs up to which the gate compares with fp64 at full size; beyond, the batch of the gate is halved until it fits.
@@ -584,7 +584,8 @@ def pool(records: list[dict]) -> list[dict]:
     """
     groups = {}
     for record in records:
-        key = tuple(str(record.get(name)) for name in ("kind", "op", "shapes", "dtype", "tokens"))
+        names = ("kind", "op", "shapes", "dtype", "tokens", "case", "part", "axis", "resident")
+        key = tuple(str(record.get(name)) for name in names)
         groups.setdefault(key, []).append(record)
     return [_pooled(group) if len(group) > 1 and group[0]["kind"] == "op" else group[0] for group in groups.values()]
 

@@ -13,6 +13,7 @@ means something there, its time does not. In the end come bench/results/levers_<
 import argparse
 import functools
 import json
+import os
 import re
 import statistics
 import sys
@@ -26,7 +27,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench.harness import quantile, write  # noqa: E402
+from bench.harness import cpu_name, quantile, write  # noqa: E402
 from lightningdit import optim  # noqa: E402
 from lightningdit.config import DiTConfig, finish, from_dict, read_yaml  # noqa: E402
 from lightningdit.distributed import generator_for, pick_device  # noqa: E402
@@ -235,7 +236,7 @@ def speed_stage(size, lever, precision, device, data, tokenizer):
                 seconds[name].append((time.perf_counter() - begin) / steps)
     baseline_s, lever_s = ([float(f"{value:.5g}") for value in seconds[name]] for name in (BASELINE, lever))
     return dict(lever=lever, precision=precision, batch_size=trainer.config.batch_size, steps_a_round=steps, baseline_s=baseline_s,
-                lever_s=lever_s)
+                lever_s=lever_s, load=round(os.getloadavg()[0], 2))
 
 
 def stages(device):
@@ -309,10 +310,12 @@ def report(content):
     header = ["option", "compared in", "validation loss - AdamW's, a seed each", "standard deviation of AdamW's", "speed (95 %)",
               "kept for the backward, MiB", "weights, average and optimizer, MiB", "recommendation"]
     header += ["peak MiB"] if on_gpu else []
-    lines = [f"{about['hardware']}, torch {about['torch']}, commit {about['commit']}, {about['date']}. "
+    busy = not on_gpu and max(row["load"] for row in content["speeds"]) > 1.5 * about["cores"]
+    lines = [f"{about['hardware'] if on_gpu else about['cpu']}, torch {about['torch']}, commit {about['commit']}, {about['date']}. "
              f"{content['size']}: depth {model['depth']}, width {model['hidden_size']}, batch {settings['batch_size']}, "
              f"{settings['steps']} steps of {content['latents']}. "
-             f"Validation loss of AdamW: {', '.join(f'{v:.4f} in {k}' for k, v in baseline_losses(content).items())}.", ""]
+             f"Validation loss of AdamW: {', '.join(f'{v:.4f} in {k}' for k, v in baseline_losses(content).items())}."
+             f"{' Other processes shared the cores: the speeds are rough.' if busy else ''}", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
     for row in content["summary"]:
         speed = f"{row['speed']:.3f} ({row['low']:.3f}-{row['high']:.3f})" if row["speed"] else UNMEASURED
@@ -359,9 +362,12 @@ def figure(content):
         above.set_yscale("log")
         below.set_title("difference from AdamW with the same seed", fontsize=10)
         below.set_xlabel("step")
-        below.set_yscale("symlog", linthresh=1e-3)  # differences of rounding and of another optimizer in one picture
+        late = slice(len(xs) // 4, None)  # the first steps, on the way down, differ by far the most
+        distances = [line.get_ydata()[late] for line in below.lines] + [spread[late]]
+        reach = 1.2 * max(abs(value) for values in distances for value in values)
+        below.set_ylim(-reach, reach)
         for axis in (above, below):
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper right")
             axis.grid(alpha=0.3)
     return drawing
 
@@ -385,7 +391,8 @@ def main(argv=None):
     if not args.redraw:
         folder, begin, longest = (args.out or Path(f"runs/levers_{size}")) / "stages", time.perf_counter(), 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        done, about = {}, environment(device)  # as the program began: its source may change while it runs
+        # As the program began: its source may change while it runs.
+        done, about = {}, environment(device) | dict(cpu=cpu_name(), cores=os.cpu_count())
         for stage, (work, arguments) in stages(device).items():
             file = folder / f"{stage}.json"
             if file.is_file():

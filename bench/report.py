@@ -1,330 +1,392 @@
-"""Writes docs/results.md and its plots from the files bench/results/kernels_*.json and nothing else: make report.
+"""Writes docs/results.md, docs/results_kernels.md, their plots, and the marked regions of the READMEs and docs/*.md: make report.
 
-    python bench/report.py [--results FOLDER] [--docs FOLDER]
+    python bench/report.py [--results FOLDER] [--root FOLDER]
 
-Every row of every file appears, winning or losing; a case that no file holds for a GPU reads "not yet measured on a GPU".
+Everything comes from the files in bench/results and from kernels/audit.json. A file that report_kinds does not know is an error. Every row
+appears, winning or losing; ratios are of the medians in a file, or of its samples where it has them. What no file holds reads "not yet
+measured". A region lies between `<!-- results NAME WORDS -->` and `<!-- /results -->`; REGIONS says what NAME writes.
 """
 
 import argparse
+import collections
+import dataclasses
+import io
 import json
-import math
 import re
-import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench.harness import SCHEMA, STEPS  # noqa: E402
-from lightningdit_kernels.testing import OPS  # noqa: E402
+from bench import report_kernels, tokenizer_study  # noqa: E402
+from bench.report_kinds import (  # noqa: E402
+    COMMANDS,
+    CONTESTS,
+    FOR_GPUS,
+    HARNESS,
+    KINDS,
+    TOPICS,
+    Part,
+    Results,
+    kind_of,
+    load,
+    parts_of,
+    records_of,
+    study_sentence,
+)
+from bench.tables import UNMEASURED, about, cell, link, markdown, number, origin, percent, shared, times  # noqa: E402
 
-RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
-PATTERN = "kernels_*.json"
-UNMEASURED = "not yet measured on a GPU"
-STEP_NAMES = dict(forward="forward", backward="backward", forward_backward="both")
+# What no file holds yet
 
 
-def load(folder: Path) -> dict[str, dict]:
-    """The runs in a folder by file name, oldest name first. ValueError for a file of another schema."""
-    runs = {}
-    for path in sorted(folder.glob(PATTERN)):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("schema") != SCHEMA:
-            raise ValueError(f"{path.name} has schema {content.get('schema')!r}, expected {SCHEMA!r}")
-        runs[path.name] = content
-    return runs
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A goal for one GPU. measured: from the records of one file that was made on a GPU, what they say of it, or None."""
+
+    what: str
+    goal: str
+    measured: Callable[[list[dict]], str | None]
 
 
-def ceilings(records: list[dict]) -> dict[str, float]:
-    """Measured copy bandwidth in GB/s as "copy", and the square products' TFLOP/s by dtype."""
-    found = {}
-    for record in records:
-        if record["kind"] == "copy":
-            found["copy"] = record["rows"][0]["gb_per_s"]
-        elif record["kind"] == "gemm":
-            found[record["dtype"]] = record["rows"][0]["tflop_per_s"]
+def op_on_gpu(records: list[dict], op: str, tokens: int = 256) -> dict | None:
+    """The bf16 record of an op at XL's width with so many tokens, of the largest batch, if ours was timed."""
+    found = [r for r in records if r["kind"] == "op" and r["op"] == op and r["dtype"] == "bfloat16" and r["shapes"].startswith("xl")
+             and r["sizes"]["rows"] * r["sizes"]["columns"] == tokens and "ours" in report_kernels.timed(r) and "Dh64" not in r["shapes"]]
+    return max(found, key=lambda r: r["sizes"]["batch"], default=None)
+
+
+def against(record: dict, step: str) -> str:
+    """Ours against the fastest other one, in words."""
+    others = [name for name in report_kernels.timed(record) if not name.startswith("ours")]
+    best = min(others, key=lambda name: report_kernels.ratio(record, name, step))
+    return f"{times(report_kernels.ratio(record, best, step))} {best}"
+
+
+def of_copy(records: list[dict], op: str) -> str | None:
+    record, copy = op_on_gpu(records, op), report_kernels.ceilings(records).get("copy")
+    if record is None or copy is None:
+        return None
+    ours = report_kernels.timed(record)["ours"]
+    passes = [f"{step} {percent(ours[step]['gb_per_s'], copy)}" for step in ("forward", "backward") if step in ours]
+    return f"of copy bandwidth: {', '.join(passes)}; both passes {against(record, 'forward_backward')}"
+
+
+def of_attention(records: list[dict]) -> str | None:
+    found = {tokens: op_on_gpu(records, "rope_attention", tokens) for tokens in (256, 1024)}
+    parts = [f"N = {tokens}: forward {against(record, 'forward')}, both passes {against(record, 'forward_backward')}"
+             for tokens, record in found.items() if record]
+    return "; ".join(parts) or None
+
+
+def of_margin_losses(records: list[dict]) -> str | None:
+    record = op_on_gpu(records, "marginal_distance_matrix_loss", 1024)
+    if record is None:
+        return None
+    ours, eager = (report_kernels.timed(record)[name] for name in ("ours", "eager"))
+    return f"{times(report_kernels.ratio(record, 'eager'))} eager, peak memory {percent(ours['peak_mib'], eager['peak_mib'])} of eager"
+
+
+def of_contest(kind: str, wanted: Callable[[dict], bool]) -> Callable[[list[dict]], str | None]:
+    """Of the first record of a kind that is wanted: the best of ours, and the peers that it met."""
+
+    def measured(records: list[dict]) -> str | None:
+        record, contest = next((r for r in records if r["kind"] == kind and wanted(r)), None), CONTESTS[kind]
+        if record is None or (ours := contest.best(record, contest.ours)) is None:
+            return None
+        rate = contest.rate(record, ours)
+        peers = [row for row in record["rows"] if re.match(contest.peers, row["name"])]
+        met = [f"{times(rate / contest.rate(record, row))} {row['name']}" for row in peers]
+        return f"{number(rate)} {contest.unit} ({ours['name']}); {', '.join(met)}"
+
+    return measured
+
+
+def xl_step(record: dict) -> bool:
+    model = record["model"]
+    return (model["tokens"], model["width"], model["depth"]) == (256, 1152, 28) and record.get("part") != "kernels"
+
+
+def of_first_step(records: list[dict]) -> str | None:
+    found = [row["first_step_s"] for r in records if r["kind"] == "training_step" and xl_step(r) for row in r["rows"]
+             if row["name"] == "ours compiled" and "first_step_s" in row]
+    return f"{number(found[0])} s" if found else None
+
+
+def of_tokenizer(records: list[dict]) -> str | None:
+    parts = {name: of_contest("tokenizer", lambda r, name=name: r["case"] == name and r["preset"] == "f16d32")(records)
+             for name in ("encode", "step")}
+    return "; ".join(f"{name}: {text}" for name, text in parts.items() if text) or None
+
+
+GOALS = (
+    Goal("LightningDiT-XL/1 training, 256 tokens", "700 images/s; 1.2 x the official graph compiled; 4 x its published 169 images/s",
+         of_contest("training_step", xl_step)),
+    Goal("fused norm, gate, modulation, residual", "90 % of copy bandwidth forward, 85 % backward; backward 1.8 x Inductor",
+         lambda records: of_copy(records, "gated_residual_rms_norm_modulate")),
+    Goal("RoPE attention, head dimension 72", "N = 256: faster than RoPE + the best peer, both ways; N = 1024: level", of_attention),
+    Goal("SwiGLU", "93 % of copy bandwidth, bias gradients in the same pass", lambda records: of_copy(records, "swiglu")),
+    Goal("alignment margin losses, N = 1024", "3 x eager, at most 10 % of its peak memory", of_margin_losses),
+    Goal("guided sampling, 249 evaluations", "5.3 images/s; 4 x the official script as written",
+         of_contest("sampling", lambda record: record["num_steps"] == 249)),
+    Goal("VA-VAE encoding, training step", "1,500 and 200 images/s", of_tokenizer),
+    Goal("latent loading", "50 x the official loader", of_contest("latents", lambda record: True)),
+    Goal("first training step of XL/1 from a cold cache", "60 s", of_first_step),
+)  # fmt: skip
+
+
+def goals(results: Results) -> list[tuple[Goal, str, str]]:
+    """(goal, what was measured on a GPU, file) of each; the newest file that holds it."""
+    on_gpu = [(name, run) for name, run in results.items() if about(name, run).cuda and records_of(run)]
+    on_gpu.sort(key=lambda item: item[1]["date"])
+    found = []
+    for goal in GOALS:
+        told = [(text, name) for name, run in on_gpu if (text := goal.measured(records_of(run)))]
+        found.append((goal, *(told[-1] if told else (UNMEASURED, ""))))
     return found
 
 
-def percent(value: float | None, of: float | None) -> str:
-    return f"{100 * value / of:.0f} %" if value and of else ""
-
-
-def number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def op_records(records: list[dict]) -> list[dict]:
-    order = list(OPS)
-    return sorted((r for r in records if r["kind"] == "op"), key=lambda r: (order.index(r["op"]), r["shapes"], r["dtype"] != "float32"))
-
-
-def shape_of(record: dict) -> str:
-    sizes = record["sizes"]
-    if record["op"] == "group_norm_silu":
-        return f"({sizes['batch']}, {sizes['width']}, {sizes['rows']}, {sizes['columns']})"
-    width = 2 * sizes["width"] if record["op"] == "swiglu" else sizes["width"]
-    heads = f", {sizes['heads']} heads" if record["op"] == "rope_attention" else ""
-    return f"({sizes['batch']}, {sizes['rows'] * sizes['columns']}, {width}){heads}"
-
-
-HEADER = ["", "step", "ms: median (p20-p80)", "speed-up over eager (95 %)"]
-HEADER += ["GB/s", "of copy", "TFLOP/s", "of product", "peak MiB", "launch us", "first call s"]
-
-
-def op_rows(record: dict, limits: dict[str, float]) -> list[list[str]]:
-    """Rows under HEADER. Who is not installed or not for this device is left to absent()."""
-    rows = []
-    for row in record["contestants"]:
-        name = f"**{row['name']}** ({row['version']})" if row["name"] == "ours" else f"{row['name']} {row['version']}"
-        if row["status"] == "unavailable":
-            continue
-        if row["status"] != "ok":
-            rows.append([row["name"], "", f"{row['status']}: {row['reason']}".replace("|", "/"), *[""] * 8])
-            continue
-        for step in (step for step in STEPS if step in row):
-            one = row[step]
-            interval = f"{one['speedup']:.2f} ({one['speedup_low']:.2f}-{one['speedup_high']:.2f})"
-            spread = f"{number(one['median_ms'])} ({number(one['p20_ms'])}-{number(one['p80_ms'])})"
-            if "medians_ms" in one:
-                spread += f"; per process {'/'.join(map(number, one['medians_ms']))}"
-            rates = [number(one["gb_per_s"]), percent(one["gb_per_s"], limits.get("copy"))]
-            flops = one.get("tflop_per_s")
-            rates += [number(flops), percent(flops, limits.get(record["dtype"]))]
-            once = [number(row.get("peak_mib")), number(row.get("launch_us"))] if step == "forward_backward" else ["", ""]
-            rows.append([name, STEP_NAMES[step], spread, interval, *rates, *once, number(row["first_call_s"])])
-    return rows
-
-
-def absent(record: dict) -> list[str]:
-    """One line about the contestants that could not take part, by reason; [] if all could."""
-    reasons = {}
-    for row in record["contestants"]:
-        if row["status"] == "unavailable":
-            reasons.setdefault(row["reason"], []).append(row["name"])
-    return ["Unavailable: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items()) + ".", ""] if reasons else []
-
-
-def is_point(record: dict) -> bool:
-    """Whether it is one point of a sweep, and not a preset's own shape."""
-    return "/" in record["shapes"]
-
-
-def sweep_tables(records: list[dict]) -> list[str]:
-    """Per op, dtype and preset one table: a row for each point, forward + backward of everybody who was timed."""
-    groups, lines = {}, []
-    for record in filter(is_point, records):
-        groups.setdefault((record["op"], record["dtype"], record["shapes"].partition("/")[0]), []).append(record)
-    for (op, dtype, preset), points in groups.items():
-        points.sort(key=lambda record: [int(number) for number in re.findall(r"\d+", record["shapes"])])
-        names = list(dict.fromkeys(row["name"] for record in points for row in record["contestants"] if row["status"] == "ok"))
-        rows = []
-        for record in points:
-            timed = {row["name"]: row for row in record["contestants"] if row["status"] == "ok"}
-            cells = []
-            for name in names:
-                one, peak = timed.get(name, {}).get("forward_backward"), number(timed.get(name, {}).get("peak_mib"))
-                cells.append(f"{number(one['median_ms'])} ({one['speedup']:.2f} x{f', {peak} MiB' if peak else ''})" if one else "")
-            rows.append([shape_of(record), *cells])
-        title = f"### {op}, {dtype}, {preset.upper()}: forward + backward, ms (speed-up over eager, peak memory)"
-        lines += [title, "", *markdown(["shape", *names], rows), ""]
-    return lines
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
-def headline(records: list[dict]) -> list[str]:
-    """One sentence per dtype: ours over eager and over torch.compile, forward and backward, geometric mean over the ops."""
-    lines = []
-    for dtype in ("float32", "bfloat16"):
-        chosen = [record for record in op_records(records) if record["dtype"] == dtype and not is_point(record)]
-        by_op = {record["op"]: {row["name"]: row for row in record["contestants"] if row["status"] == "ok"} for record in chosen}
-        rivals = {}
-        for rival in ("eager", "compiled"):
-            pairs = [rows for rows in by_op.values() if {"ours", rival} <= rows.keys()]
-            ratios = [rows[rival]["forward_backward"]["median_ms"] / rows["ours"]["forward_backward"]["median_ms"] for rows in pairs]
-            if ratios:
-                rivals[rival] = f"{geometric_mean(ratios):.2f} x as fast as {rival} ({sum(ratio < 1 for ratio in ratios)} lose)"
-        if rivals:
-            lines.append(f"{dtype}, forward + backward, geometric mean over {len(by_op)} ops: ours is {', '.join(rivals.values())}.")
-    return lines
-
-
-def environment_line(run: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
-    device = run.get("gpu") or f"{run['cpu']}, {run['threads']} of {run['cores']} cores"
-    loads = [record["load"] for record in run["results"] if "load" in record]
-    load = f"; load average during the run {min(loads):.1f} to {max(loads):.1f}" if loads and run["device"] == "cpu" else ""
-    if load and max(loads) > 1.5 * run["cores"]:
-        load += ": **other processes shared the cores, so these figures are rough**"
-    return f"{device}; {versions}; native library: {run['native']}; commit {run['commit']}; {run['date']}{load}."
-
-
-def section(name: str, run: dict, plots: list[str]) -> list[str]:
-    records, limits = run["results"], ceilings(run["results"])
-    title = run.get("gpu") or f"CPU: {run['cpu']}"
-    lines = [f"## {title}", "", f"[{name}](../bench/results/{name}). {environment_line(run)}", ""]
-    if limits:
-        parts = [f"copy {number(limits['copy'])} GB/s"] if "copy" in limits else []
-        parts += [f"{dtype} matrix product {number(value)} TFLOP/s" for dtype, value in limits.items() if dtype != "copy"]
-        lines += [f"Ceilings measured in this run: {', '.join(parts)}.", ""]
-    for line in headline(records):
-        lines += [line, ""]
-    lines += [f"![{Path(plot).stem}]({plot})" for plot in plots] + [""]
-    for record in op_records(records):
-        if not is_point(record):
-            title = f"### {record['op']}, {record['dtype']}, {record['shapes'].upper()} {shape_of(record)}"
-            lines += [title, "", *markdown(HEADER, op_rows(record, limits)), "", *absent(record)]
-    lines += sweep_tables(op_records(records))
-    for record in records:
-        if record["kind"] == "model_gemms":
-            lines += [f"### Matrix products of one block, {record['dtype']}, {record['shapes'].upper()}, {record['tokens']} tokens", ""]
-            rows = []
-            for row in record["rows"]:
-                shape = " x ".join(map(str, record["mnk"][row["name"]]))
-                of = percent(row["tflop_per_s"], limits.get(record["dtype"]))
-                rows.append([row["name"], shape, number(row["median_ms"]), number(row["tflop_per_s"]), of])
-            lines += markdown(["product", "M x N x K", "ms: median", "TFLOP/s", "of square product"], rows) + [""]
-    return lines
-
-
-def unmeasured(runs: dict[str, dict]) -> list[str]:
-    """The ops that no file holds for a GPU."""
-    done = {record["op"] for run in runs.values() if run["device"] == "cuda" for record in run["results"] if record["kind"] == "op"}
-    missing = [op for op in OPS if op not in done]
-    if not missing:
-        return []
-    return ["## GPU", "", "`make bench-gpu` measures these.", "", *markdown(["op", ""], [[f"`{op}`", UNMEASURED] for op in missing]), ""]
+# The documents
 
 
 INTRODUCTION = """# Results
 
-Written by `make report` from the files in bench/results; do not edit. bench/harness.py says how each figure is taken: contestants are
-gated against fp64, take turns, and work on inputs that rotate through more memory than the last cache holds. Bytes and FLOPs are those of
-one perfect pass. "backward" is what both take beyond the forward, left out where noise hides it. "compiled" is torch.compile of the op's
-definition; "ours" is the public function, with the backend that serves it here. Speed-ups are over eager, medians of the ratios per round
-with a 95 % bootstrap interval; below 1 is a loss, and stays. "peak MiB" is what one forward + backward allocates at most, "launch us" how
-long the CPU is busy with enqueueing one on a GPU, "first call s" compilation and everything else that only the first one does."""
+Written by `make report` from the files in bench/results; do not edit. Each row is one measurement against the fastest peer of the same
+run: the ratio is how many times better ours is, by the medians of both; **below 1 ours loses**. The spread is from the 20th to the 80th
+percentile of the rounds unless it says otherwise. [results_kernels.md](results_kernels.md) has every contestant of every op."""
+
+OVERVIEW = ["what", "shape", "hardware", "versions", "commit", "date", "value", "spread", "peer", "ratio", "file"]
 
 
-def render(runs: dict[str, dict]) -> str:
+def overview(parts: list[tuple[str, Part]], results: Results) -> list[str]:
+    rows = []
+    for topic in TOPICS:
+        for name, row in ((name, row) for name, part in parts if part.topic == topic for row in part.rows):
+            made = about(name, results[name])
+            ratio = f"**{times(row.ratio)}**" if row.ratio is not None and row.ratio < 1 else times(row.ratio)
+            origins = [made.hardware, made.versions, made.commit, made.date[:10]]
+            rows.append([row.what, row.shape, *origins, row.value, row.spread, row.peer, ratio, link(name)])
+    return markdown(OVERVIEW, [list(map(cell, row)) for row in rows])
+
+
+def missing(results: Results) -> dict[str, list[str]]:
+    """By topic, lines about what no file holds, or none that was made on a GPU."""
+    wanted = COMMANDS | {prefix: (kind.topic, kind.command) for prefix, kind in KINDS.items() if kind is not HARNESS}
+    held = {(what, about(name, content).cuda) for name, content in results.items()
+            for what in ([record["kind"] for record in records_of(content)] or [kind_of(name)])}
+    found = collections.defaultdict(list)
+    for what, (topic, command) in wanted.items():
+        if not {(what, False), (what, True)} & held:
+            found[topic].append(f"- {what}: not yet measured (`{command}`)")
+        elif what in FOR_GPUS and (what, True) not in held:
+            found[topic].append(f"- {what}: {UNMEASURED}")
+    return found
+
+
+def picture(name: str, suffix: str) -> str:
+    return "_".join(filter(None, (Path(name).stem, suffix))) + ".png"
+
+
+def results_page(results: Results) -> str:
     """docs/results.md."""
-    lines = [INTRODUCTION, ""]
-    lines += unmeasured(runs)
-    for name, run in sorted(runs.items(), key=lambda item: item[1]["device"] != "cuda"):
-        lines += section(name, run, [f"{Path(name).stem}_{plot}.png" for plot in ("speedup", "roofline")])
-    return "\n".join(lines).rstrip() + "\n"
+    parts, absent = parts_of(results), missing(results)
+    lines = [INTRODUCTION, "", "## Overview", "", *overview(parts, results), "", "## Goals on a GPU", ""]
+    lines += [f"One H200, bf16, measured side by side in one run. What no file holds is {UNMEASURED}.", ""]
+    rows = [[goal.what, goal.goal, text, name and link(name)] for goal, text, name in goals(results)]
+    lines += markdown(["what", "goal", "measured", "file"], rows)
+    for topic in TOPICS:
+        lines += ["", f"## {topic}", ""]
+        for name, part in ((name, part) for name, part in parts if part.topic == topic):
+            lines += [f"### {Path(name).stem}: {about(name, results[name]).hardware}", "", origin(name, results[name]), ""]
+            lines += part.lines + [line for suffix in part.figures for line in (f"![{suffix or part.topic}]({picture(name, suffix)})", "")]
+        lines += absent[topic]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
-def figures(run: dict) -> dict:
-    """The plots of one run by name: speed-up bars of forward + backward, and the roofline. Matplotlib figures."""
-    from matplotlib.figure import Figure
-
-    records, limits = [record for record in op_records(run["results"]) if not is_point(record)], ceilings(run["results"])
-    groups = [(r, {c["name"]: c["forward_backward"] for c in r["contestants"] if c["status"] == "ok"}) for r in records]
-    names = list(dict.fromkeys(name for _, rows in groups for name in rows if name != "eager"))
-
-    bars = Figure(figsize=(9, 1 + 0.22 * sum(len(rows) for _, rows in groups)), layout="constrained")
-    axes = bars.subplots()
-    at, ticks = 0.0, {}
-    for record, rows in groups:
-        inside = [name for name in names if name in rows]
-        ticks[f"{record['op']}\n{record['dtype']} {record['shapes'].upper()}"] = at + (len(inside) - 1) / 2
-        for name in inside:
-            row, color = rows[name], f"C{names.index(name)}"
-            low, high = row["speedup"] - row["speedup_low"], row["speedup_high"] - row["speedup"]
-            axes.barh(at, row["speedup"], xerr=[[max(low, 0)], [max(high, 0)]], color=color, ecolor="0.3", height=0.9)
-            axes.text(row["speedup_high"] + 0.03, at, f"{row['speedup']:.2f}", va="center", fontsize=7)
-            at += 1
-        at += 1
-    axes.axvline(1, color="0.2", linewidth=1)
-    axes.set_yticks(list(ticks.values()), list(ticks), fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("speed-up over eager, forward + backward (the line is eager)")
-    handles = [axes.barh([0], [0], color=f"C{index}") for index in range(len(names))]
-    axes.legend(handles, names, fontsize=7, loc="lower right")
-
-    roofline = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = roofline.subplots()
-    kept = [(record, name, rows[name]) for record, rows in groups for name in ("eager", "ours") if name in rows]
-    points = [(record, name, row, record["counted"]["forward_backward"]) for record, name, row in kept]
-    intensities = [counted["flops"] / counted["bytes"] for *_, counted in points if counted["flops"]]
-    if "copy" in limits and intensities:
-        ridges = [1e3 * peak / limits["copy"] for dtype, peak in limits.items() if dtype != "copy"]
-        low, high = min(intensities + ridges) / 8, 8 * max(intensities + ridges)
-        for dtype, peak in limits.items():
-            if dtype != "copy":
-                xs = [low, 1e3 * peak / limits["copy"], high]
-                axes.plot(xs, [min(peak, x * limits["copy"] / 1e3) for x in xs], color="0.4", linestyle="-" if dtype == "float32" else "--")
-                axes.text(xs[-1], peak, dtype, ha="right", va="bottom", fontsize=7)
-        for record, name, row, counted in points:
-            if counted["flops"]:
-                marker = dict(eager="o", ours="s")[name]
-                axes.plot(counted["flops"] / counted["bytes"], row["tflop_per_s"], marker, color="C0" if name == "eager" else "C1")
-                text = f" {record['op']} {record['dtype']} {name}"
-                axes.text(counted["flops"] / counted["bytes"], row["tflop_per_s"], text, fontsize=6, va="center")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-    else:
-        axes.text(0.5, 0.5, "no ceilings in this run", ha="center")
-    axes.set_xlabel("FLOP per byte that one perfect pass moves")
-    axes.set_ylabel("TFLOP/s, forward + backward")
-    return dict(speedup=bars, roofline=roofline)
+def kernels_page(results: Results) -> str:
+    """docs/results_kernels.md."""
+    held = {name: run for name, run in results.items() if any(record["kind"] == "op" for record in records_of(run))}
+    return report_kernels.document(held)
 
 
-def write_all(results: Path, docs: Path) -> list[Path]:
-    """Writes results.md and the plots; removes plots of runs that are gone. Returns what it wrote."""
-    runs = load(results)
+# Regions of documents that people write
+
+
+def short_table(results: Results) -> str:
+    """The README's: one line of each topic, what loses included."""
+    rows = []
+    told = [(goal.what, text, f"goal: {goal.goal}", name) for goal, text, name in goals(results) if name]
+    rows += [[what, value, peer, link(name, "")] for what, value, peer, name in told]
+    if len(told) < len(GOALS):
+        what = "everything on a GPU" if not told else f"{len(GOALS) - len(told)} other goals on a GPU"
+        rows.append([what, UNMEASURED, "", "[goals](docs/results.md#goals-on-a-gpu)"])
+    if not any(kind_of(name) == "convergence" and about(name, content).cuda for name, content in results.items()):
+        paper = "the paper: 2.5 to 2.8 x by alignment, 21.8 x in all"
+        rows.append(["convergence, from DiT to LightningDiT on aligned latents", UNMEASURED, paper, "`make convergence`"])
+    for name, run in results.items():
+        for dtype in ("float32", "bfloat16"):
+            met = {rival: report_kernels.rivalry(records_of(run), rival, dtype) for rival in ("eager", "compiled")}
+            values = [f"{times(found[0])} {rival} ({found[1]} of {found[2]} lose)" for rival, found in met.items() if found]
+            if values:
+                rough = "; rough: other processes shared the cores" if shared(run) else ""
+                what = f"our ops, {dtype}, forward + backward, geometric mean; {about(name, run).hardware}{rough}"
+                rows.append([what, ", ".join(values), "", link(name, "")])
+    parts = parts_of(results)
+    for name, row in ((name, row) for topic in TOPICS for name, part in parts if part.topic == topic for row in part.rows if row.short):
+        value = f"{row.value}; {times(row.ratio)}" if row.ratio is not None else row.value
+        rows.append([f"{row.what}; {row.shape}; {about(name, results[name]).hardware}", value, row.peer, link(name, "")])
+    rows.append(audit_row())
+    return "\n".join(markdown(["what was measured", "value", "against", "file"], [list(map(cell, row)) for row in rows]))
+
+
+def audit() -> dict[str, dict[str, dict]]:
+    """What `make audit` compiled without a GPU: {kernel and configuration: {architecture: what came out}}."""
+    return json.loads((ROOT / "kernels" / "audit.json").read_text(encoding="utf-8"))["cases"]
+
+
+def spills(found: dict) -> bool:
+    return bool(found["stack"] or found["local_loads"] or found["local_stores"])
+
+
+def audit_row() -> list[str]:
+    compiled = [found for by_architecture in audit().values() for found in by_architecture.values()]
+    names = ", ".join(f"sm_{name}" for name in sorted({name for case in audit().values() for name in case}, key=int))
+    found = f"{sum(map(spills, compiled)) or 'no'} spills in {len(compiled)} compilations"
+    return [f"every Triton kernel compiled for {names} and its machine code read", found, "", "[kernels/audit.json](kernels/audit.json)"]
+
+
+# Rows of the table in kernels/README.md: title, and the case of the audit.
+REGISTERS = [(f"norm {name}, {residual} residual", f"norm: norm_{short}{{}} D=1152 residual {residual}", bias)
+             for residual in ("fp32", "bf16") for name, short, bias in (("forward", "fwd", "bias"), ("backward", "bwd", "bias gradient"))]
+REGISTERS += [(f"swiglu {name}", f"swiglu: swiglu_{short}{{}} F=3072", bias)
+              for name, short, bias in (("forward", "fwd", "bias"), ("backward", "bwd", "bias gradient"))]
+
+
+def region_registers(results: Results) -> str:
+    """Of the norm and swiglu kernels at XL's widths, with and without the bias that they take over."""
+    cases, rows = audit(), []
+    for title, case, bias in REGISTERS:
+        for name, key in ((title, case.format("")), (f"the same with the {bias}", case.format("+bias"))):
+            found = [cases[key][architecture] for architecture in ("80", "90", "100")]
+            rows.append([name, " / ".join(str(one["registers"]) for one in found), "some" if any(map(spills, found)) else "none",
+                         f"{100 * cases[key]['90']['wide_loads']:.0f} %"])
+    header = ["kernel", "registers on sm_80 / sm_90 / sm_100", "spills", "share of loads 16 bytes wide (sm_90)"]
+    return "\n" + "\n".join(markdown(header, rows)) + "\n"
+
+
+def of_kind(results: Results, prefix: str) -> tuple[str, dict] | None:
+    """The newest file PREFIX_*.json that was not made on a GPU, if there is one."""
+    found = [(name, content) for name, content in results.items() if kind_of(name) == prefix and not about(name, content).cuda]
+    return max(found, key=lambda item: about(*item).date, default=None)
+
+
+def region_table(results: Results) -> str:
+    return f"\n{short_table(results)}\n"
+
+
+def region_demo(results: Results) -> str:
+    """Of the recipe of the digits."""
+    found = of_kind(results, "demo")
+    if found is None:
+        return "not yet measured"
+    name, content = found
+    return f"[{100 * content['runs'][0]['recognised']:.1f} % of the generated digits recognised](bench/results/{name})"
+
+
+def region_study(results: Results) -> str:
+    """Every tokenizer study: settings, both arms, and the picture that bench/tokenizer_study.py drew."""
+    lines = []
+    for name, content in ((name, content) for name, content in results.items() if kind_of(name) == "tokenizer_study"):
+        lines += ["", origin(name, content), "", *study_sentence(content), "", *tokenizer_study.table(content).splitlines(), ""]
+        lines += [f"![held-out images, reconstructions and samples of both]({Path(name).stem}.png)"]
+    return "\n" + "\n".join(lines[1:] or ["Not yet measured."]) + "\n"
+
+
+def region_origin(results: Results, prefix: str) -> str:
+    found = of_kind(results, prefix)
+    return f"\n{origin(*found)}\n" if found else "\nNot yet measured.\n"
+
+
+def region_op(results: Results, op: str) -> str:
+    """Speed-ups over eager, of ours and of torch.compile, forward + backward in fp32 on a CPU."""
+    found = of_kind(results, "kernels")
+    for record in report_kernels.op_records(found[1]["results"]) if found else ():
+        contestants = report_kernels.timed(record)
+        if record["op"] == op and record["dtype"] == "float32" and not report_kernels.is_point(record) and "ours" in contestants:
+            found = {name: times(row["forward_backward"]["speedup"]) for name, row in contestants.items()}
+            return f"{found['ours']} ({found.get('compiled', '-')})"
+    return "not measured"
+
+
+REGIONS = {"": region_table, "demo": region_demo, "study": region_study, "origin": region_origin, "op": region_op,
+           "registers": region_registers}
+MARKED = re.compile(r"(<!-- results *([^>]*?) *-->)(.*?)(<!-- /results -->)", re.DOTALL)
+
+
+def fill(text: str, results: Results, where: str) -> str:
+    """A document with all its regions written anew. ValueError for one that REGIONS does not know, or whose end is missing."""
+
+    def write(found: re.Match) -> str:
+        name, *words = found[2].split() or [""]
+        if name not in REGIONS:
+            raise ValueError(f"{where} has a region {found[2]!r}, expected one of {', '.join(filter(None, REGIONS))}")
+        return found[1] + REGIONS[name](results, *words) + found[4]
+
+    if text.count("<!-- results") != text.count("<!-- /results -->") or text.count("<!-- results") != len(MARKED.findall(text)):
+        raise ValueError(f"{where}: the regions <!-- results --> to <!-- /results --> do not match")
+    return MARKED.sub(write, text)
+
+
+def texts(results: Results, root: Path) -> dict[Path, str]:
+    """Every document that the report writes, whole or in regions, by its path: what it should read."""
+    docs = root / "docs"
+    found = {docs / "results.md": results_page(results), docs / "results_kernels.md": kernels_page(results)}
+    for path in (root / "README.md", root / "kernels" / "README.md", *sorted(docs.glob("*.md"))):
+        text = path.read_text(encoding="utf-8") if path not in found and path.is_file() else ""
+        if "<!-- results" in text:
+            found[path] = fill(text, results, str(path.relative_to(root)))
+    return found
+
+
+def figures(results: Results) -> dict[str, Callable]:
+    """Functions that draw the figures, by the names of their files."""
+    return {picture(name, suffix): draw for name, part in parts_of(results) for suffix, draw in part.figures.items()}
+
+
+def write_all(folder: Path, root: Path) -> list[Path]:
+    """Writes documents and plots under root; removes plots whose file is gone. Returns what it wrote."""
+    results, docs = load(folder), root / "docs"
     docs.mkdir(parents=True, exist_ok=True)
-    written = [docs / "results.md"]
-    written[0].write_text(render(runs), encoding="utf-8")
-    for name, run in runs.items():
-        for plot, figure in figures(run).items():
-            path = docs / f"{Path(name).stem}_{plot}.png"
-            figure.savefig(path, dpi=110, metadata={"Software": None})
-            written.append(path)
-    for stale in set(docs.glob("kernels_*.png")) - set(written):
-        stale.unlink()
+    written = []
+    for path, text in texts(results, root).items():
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    for name, draw in figures(results).items():
+        drawn = io.BytesIO()
+        draw().savefig(drawn, dpi=100)
+        Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(docs / name, optimize=True)  # small, no metadata
+        written.append(docs / name)
+    stems = tuple(f"{Path(name).stem}" for name in results)
+    for path in docs.glob("*.png"):
+        if re.match(rf"({'|'.join(KINDS)})_", path.name) and not path.name.startswith(stems):
+            path.unlink()
     return written
-
-
-def text_table(records: list[dict]) -> list[str]:
-    """The same for a terminal: one line per case and contestant."""
-    limits, lines = ceilings(records), []
-    for record in records:
-        for row in record.get("rows", ()):
-            rates = dict(images_per_s="images/s", tflop_per_s="TFLOP/s", gb_per_s="GB/s")
-            rate = next(f"{row[key]:8.3g} {unit}" for key, unit in rates.items() if key in row)
-            lines.append(f"{record['kind']:12} {record.get('dtype', ''):9} {row['name']:14} {row['median_ms']:10.4g} ms  {rate}")
-    for record in op_records(records):
-        lines.append(f"{record['op']} {record['dtype']} {record['shapes']} {shape_of(record)} on {record['device']}")
-        for row in record["contestants"]:
-            if row["status"] != "ok":
-                lines.append(f"  {row['name']:14} {row['status']}: {row['reason']}")
-                continue
-            parts = [f"{STEP_NAMES[step]} {row[step]['median_ms']:9.4g} ms {row[step]['speedup']:5.2f} x" for step in STEPS if step in row]
-            of = percent(row["forward_backward"]["gb_per_s"], limits.get("copy"))
-            lines.append(f"  {row['name']:14} " + "   ".join(parts) + (f"   {of} of copy" if of else ""))
-    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON files")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
     options = parser.parse_args()
-    for path in write_all(options.results, options.docs):
+    for path in write_all(options.results, options.root):
         print(path)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as problem:
+        sys.exit(f"error: {problem}")

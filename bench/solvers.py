@@ -1,6 +1,6 @@
 """Error of each solver against the number of model evaluations, on a trained model.
 
-    python bench/solvers.py                    # trains the digits first; writes bench/results/solvers_cpu.json and docs/solvers.png
+    python bench/solvers.py                    # trains the digits first; writes bench/results/solvers_cpu.json, which make report draws
     python bench/solvers.py --run runs/digits
 
 The reference is Heun with 1,000 steps. The error of an image is the root mean square of its latent's difference from the reference of the
@@ -17,16 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
 import torch
 from tqdm import tqdm
 
 from lightningdit.cli import load_run
 from lightningdit.log import environment
 from lightningdit.sampler import Prepared, sample
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLVERS = {"euler": 1, "heun": 2, "ab2": 1, "dpmpp_2m": 1, "unipc": 1}  # evaluations a step
@@ -77,20 +73,23 @@ def table(rows, scale):
     return lines
 
 
-def plot(rows, path):
+def figure(rows):
+    """The medians, a panel a guidance scale. A matplotlib figure."""
+    from matplotlib.figure import Figure
+
     scales = sorted({row["guidance_scale"] for row in rows})
-    figure, axes = plt.subplots(1, len(scales), figsize=(4.2 * len(scales), 3.4), sharey=True, squeeze=False)
-    for axis, scale in zip(axes[0], scales, strict=True):
+    drawn = Figure(figsize=(4.2 * len(scales), 3.4), layout="constrained")
+    axes = drawn.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    for axis, scale in zip(axes, scales, strict=True):
         for solver in SOLVERS:
             chosen = [row for row in rows if row["solver"] == solver and row["guidance_scale"] == scale]
             errors = [100 * row["median"] for row in chosen]
             axis.loglog([row["evaluations"] for row in chosen], errors, marker="o", markersize=3, label=solver)
         axis.set(title=f"guidance scale {scale:g}", xlabel="model evaluations")
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].set(ylabel="error of the latent, %")
-    axes[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    axes[0].set(ylabel="error of the latent, %")
+    axes[0].legend(frameon=False)
+    return drawn
 
 
 def main(argv=None):
@@ -101,7 +100,6 @@ def main(argv=None):
     parser.add_argument("--reference-steps", type=int, default=REFERENCE_STEPS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "solvers_cpu.json")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "solvers.png")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +117,7 @@ def main(argv=None):
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     for scale in sorted({row["guidance_scale"] for row in rows}):
         print(f"\nguidance scale {scale:g}\n" + "\n".join(table(rows, scale)))
-    plot(rows, options.plot)
-    print(f"\n{options.out}\n{options.plot}")
+    print(f"\n{options.out}")
 
 
 if __name__ == "__main__":

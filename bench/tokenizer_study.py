@@ -14,8 +14,6 @@ import argparse
 import io
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -27,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
+from bench.study import UNFINISHED, OutOfTime, Stages, launch  # noqa: E402
 from lightningdit.cli import load_run  # noqa: E402
 from lightningdit.distributed import pick_device  # noqa: E402
 from lightningdit.evaluation import EvaluationData, evaluate_samples, evaluate_tokenizer, open_pictures  # noqa: E402
@@ -64,31 +63,12 @@ ROWS = (
 )
 
 
-class OutOfTime(Exception):
-    pass
-
-
-def launch(script, arguments, deadline):
-    """Runs a script of train/; at the deadline it is interrupted, saves its state, and goes on at the next call."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train" / script), *map(str, arguments)], cwd=ROOT)
-    try:
-        code = process.wait(None if deadline is None else max(1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        raise OutOfTime(script) from None
-    if code:
-        raise SystemExit(f"error: train/{script} ended with exit code {code}")
-
-
-class Study:
+class Study(Stages):
     """The stages in `out`. Settings are those of SIZES; deadline: of time.monotonic(), or None."""
 
     def __init__(self, size, data, val, out, device, deadline):
-        self.settings, self.data, self.val, self.out, self.deadline = SIZES[size], data, val, Path(out), deadline
-        self.size, self.device = size, pick_device(device)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.seconds = {}
+        self.settings, self.data, self.val, self.size, self.device = SIZES[size], data, val, size, pick_device(device)
+        super().__init__(out, dict(size=size, data=str(data), **self.settings), deadline)
 
     def run(self):
         """All stages that are not done yet, then the report."""
@@ -98,22 +78,6 @@ class Study:
             for name in ("tokenizer", "reconstruction", "dit", "samples", "generation"):
                 self.stage(f"{arm}_{name}", getattr(self, f"make_{name}"), arm)
         return self.report()
-
-    def stage(self, name, work, *arguments):
-        marker, about = self.out / f"{name}.done.json", json.loads(json.dumps(dict(size=self.size, data=str(self.data), **self.settings)))
-        if marker.is_file():
-            done = json.loads(marker.read_text())
-            if done["settings"] != about:
-                raise ValueError(f"out: {self.out} holds a study of other settings; choose another --out")
-        else:
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                raise OutOfTime(name)
-            print(f"== {name}", flush=True)
-            begin = time.perf_counter()
-            work(*arguments)
-            done = dict(settings=about, seconds=round(time.perf_counter() - begin, 1))
-            marker.write_text(json.dumps(done))
-        self.seconds[name] = done["seconds"]
 
     def make_data(self):
         """train.tar and val.tar: the first images of the first classes, as they are."""
@@ -272,7 +236,7 @@ def main(argv=None):
         study.run()
     except OutOfTime as where:
         print(f"out of time at {where}; the same command again goes on from there")
-        return 3
+        return UNFINISHED
     if args.publish:
         name = f"tokenizer_study_{args.size}_{study.device.type}"
         shutil.copy(study.out / "report.json", ROOT / "bench" / "results" / f"{name}.json")

@@ -6,6 +6,7 @@ process writes what it holds, and any number of processes, sharded in any way, r
 flushed to the disk, and renamed: a killed or failed save leaves the previous checkpoint whole. Nothing is ever unpickled except official
 .pt files, and those with weights_only=True. With several processes the folder must be one that all of them see.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -361,6 +362,20 @@ def save_weights(path, state, ema=None, metadata=None):
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path, text):
+    """Writes a small file: whatever happens, it is the old one or the new one. Raises: OSError that names it."""
+    path = Path(path)
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _flush(partial)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}") from None
 
 
 def _digest(content):

@@ -19,6 +19,7 @@ import torch
 import tyro
 import yaml
 
+from .checkpoint import write_text
 from .model import PRESETS
 
 
@@ -163,8 +164,8 @@ class FlowConfig:
 
 @dataclass
 class OptimConfig:
-    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' attention and MLP matrices, adamw for the rest; docs/levers.md
     lr: float = 2e-4
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' attention and MLP matrices, adamw for the rest; docs/levers.md
     muon_momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -318,8 +319,8 @@ class DiTConfig:
 
     def _unsharded(self):
         """[(field, its value, what it may be with sharded weights)] of the options that need whole ones."""
-        options = (("optim.name", self.optim.name, "muon", "adamw"), ("model.batch_adaln", self.model.batch_adaln, True, "false"),
-                   ("precision", self.precision, "fp8", "bf16"))
+        options = (("optim.name", self.optim.name, "muon", "adamw"), ("optim.state", self.optim.state, "8bit", "fp32 or cpu"),
+                   ("model.batch_adaln", self.model.batch_adaln, True, "false"), ("precision", self.precision, "fp8", "bf16"))
         return [(name, got, expected) for name, got, unsharded, expected in options if got == unsharded]
 
     def resolve(self):
@@ -351,8 +352,6 @@ class DiTConfig:
             require(not any(n % 16 for n in (self.model.hidden_size, width, tokens)), "precision", "fp8", "bf16: float8 products need "
                     f"multiples of 16; model.hidden_size is {self.model.hidden_size}, the MLP's width {width}, tokens an image {tokens}")
         require(not self.model.bf16_residual or self.precision != "fp32", "model.bf16_residual", True, "false with precision = fp32")
-        require(self.optim.state != "8bit" or self.parallel not in ("fsdp", "hsdp"), "optim.state", self.optim.state,
-                f"fp32 or cpu with parallel = {self.parallel}: blocks of 8-bit moments would not survive resharding")
         dropout = self.model.class_dropout_prob
         require(not self.flow.model_guidance or dropout > 0, "model.class_dropout_prob", dropout,
                 "more than 0 with flow.model_guidance: without dropped labels there is no unconditional velocity")
@@ -707,9 +706,9 @@ def load(cls, path):
 
 
 def save(config, path):
-    """Writes every field of `config` as YAML, in the order of the dataclass."""
+    """Writes every field of `config` as YAML, in the order of the dataclass, atomically."""
     values = dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def differences(old, new, ignore=(), name=""):

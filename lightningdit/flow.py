@@ -188,8 +188,8 @@ def model_guidance(conditional, unconditional, t, scale, interval=(0.0, 1.0), dr
     Returns: (B, C, ...), fp32 (fp64 for fp64 inputs), detached.
     Raises: ValueError for a scale or an interval out of range, or shapes that differ.
     Source: Diffusion Models without Classifier-free Guidance, arXiv:2502.12154. Sign, average weights in both terms, w = 0.45 (there:
-        scale 1.45), plain null targets and the interval (0.25, 1), their time below 0.75, are read from the authors' code
-        (tzco/Diffusion-wo-CFG, train.py). The fixed point is our derivation, and so is its use in the cosine loss.
+        scale 1.45), plain null targets and the interval (0.25, 1), their time below 0.75, are read from its code (tzco/Diffusion-wo-CFG,
+        train.py, in the copy Peterande/Diffusion-wo-CFG), not from its text. The fixed point is our derivation, the cosine loss our choice.
     """
     low, high = interval
     if not 0 <= scale < 1:

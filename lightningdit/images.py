@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
@@ -604,7 +604,11 @@ def decode_image(data, size, channels=3, place=None, flip=False):
     """
     if not data:
         raise ValueError("empty file")
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:  # its words hold an address in memory, another one each time, and latent stores keep reasons
+        raise ValueError(f"cannot identify the format, expected {', '.join(FORMATS)}") from None
+    with opened as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
         ImageOps.exif_transpose(image, in_place=True)

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from .checkpoint import save_weights
 from .distributed import generator_for
+from .images import MAX_CLASSES
 from .latents import DTYPES, LatentStore, Writer, channel_sums, combine, digest, draw, make_plan, normalisation_of, renormalise, spans
+from .tokenizer.formats import read_statistics
 from .tokenizer.vavae import Tokenizer
 
 OFFICIAL_SHARD = 10_000  # images
@@ -119,8 +121,9 @@ def _official_header(file):
     if names[:1] != ["latents"] or len(shapes[0]) != 4 or labels.ndim != 1 or any(shape != expected for shape in shapes):
         raise ValueError(f"{file}: got {dict(zip(names, shapes, strict=True))} and labels {tuple(labels.shape)}, expected latents "
                          "(k, C, h, w), optionally latents_flip of that shape, and labels (k,)")
-    if not len(labels) or labels.min() < 0:
-        raise ValueError(f"{file}: got {len(labels)} images, labels from {labels.min() if len(labels) else None}; expected some, from 0")
+    if not len(labels) or not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        found = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no images"
+        raise ValueError(f"{file}: got {found}, expected some, with labels from 0 to below {MAX_CLASSES}")
     return (len(labels), len(names), *shapes[0][1:]), labels
 
 
@@ -128,14 +131,11 @@ def _official_statistics(file, channels):
     """{"mean", "std"} of latents_stats.pt as lists of C numbers; None where there is none."""
     if not file.is_file():
         return None
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-        found = {name: loaded[name].float().flatten().tolist() for name in ("mean", "std")}
-    except Exception as error:  # torch.load raises half a dozen types for damaged files, and UnpicklingError for what it refuses to run
-        raise ValueError(f"{file}: torch.load(weights_only=True) finds no mean and std: {str(error).splitlines()[0]}") from None
-    if any(len(values) != channels for values in found.values()):
-        raise ValueError(f"{file}: got statistics of {len(found['mean'])} channels, expected {channels}")
-    return found
+    mean, std = (values.double() for values in read_statistics(file))
+    if len(mean) != channels or len(std) != channels or not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise ValueError(f"{file}: got mean {mean.tolist()}, std {std.tolist()}, "
+                         f"expected {channels} finite numbers each, deviations above 0")
+    return dict(mean=mean.tolist(), std=std.tolist())
 
 
 def draw_map(store: tyro.conf.Positional[str], out: str = "map.png", num: int = 1000, classes: int = 10, seed: int = 0) -> int:

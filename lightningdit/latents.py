@@ -34,8 +34,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from lightningdit_kernels import native
+
 from .checkpoint import save_weights, sha256
-from .distributed import generator_for
+from .distributed import generator_for, world
 from .images import MAX_BAD_FRACTION, SHOWN, to_pixels
 from .tokenizer.vavae import Tokenizer, header
 
@@ -333,6 +335,7 @@ class LatentStore:
         self.blocks = [moments.flatten(0, 1).flatten(1) for moments, _ in opened]  # (k * M, P * C * h * w) each
         self.labels = torch.cat([labels for _, labels in opened])
         self.ends = torch.tensor([len(labels) for _, labels in opened]).cumsum(0)
+        self.addresses = torch.tensor([block.data_ptr() for block in self.blocks])
         self.places = None  # of a subset: places in the whole
         self.in_memory = False
         if verify:
@@ -385,7 +388,7 @@ class LatentStore:
 
     def verify(self, progress=False):
         """Reads every shard and compares it with its SHA-256. Raises: ValueError that names the first damaged one."""
-        for about in tqdm(self.index["shards"], desc="verifying", unit="shard", disable=not progress):
+        for about in tqdm(self.index["shards"], desc="verifying", unit="shard", disable=not progress, delay=1):
             if sha256(self.path / about["file"]) != about["sha256"]:
                 raise ValueError(f"{self.path / about['file']}: damaged, its SHA-256 differs from the one in the index")
         return self
@@ -419,7 +422,7 @@ class LatentStore:
                 where = "ram" if self.nbytes <= AUTO_FRACTION * ram else "none"
         if where == "none":
             return self
-        self.verify()
+        self.verify(progress=world()[0] == 0)
         held = copy.copy(self)
         block = torch.empty(int(self.ends[-1]) * self.views, self.blocks[0].shape[1], dtype=self.dtype,
                             device=device if where == "device" else "cpu")
@@ -453,12 +456,25 @@ class LatentStore:
             rows = places * self.views + views
             moments = torch.index_select(self.blocks[0], 0, rows.to(self.blocks[0].device, non_blocking=True), out=out)
         else:
-            shards = torch.bucketize(places, self.ends, right=True)
-            starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
-            rows = (places - starts[shards]) * self.views + views
-            # One copy, in the order asked for: index_select shard by shard would need a second one to undo the grouping.
-            moments = torch.stack([self.blocks[s].select(0, r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)], out=out)
+            moments = self._gather_from_shards(places, torch.as_tensor(views), out)
         return moments.unflatten(1, (self.parts * self.shape[0], *self.shape[1:]))
+
+    def _gather_from_shards(self, places, views, out):
+        for name, given, end in (("indices", places, int(self.ends[-1])), ("views", views, self.views)):
+            if given.numel() and not 0 <= given.min() <= given.max() < end:
+                raise IndexError(f"{name}: got {given.min()} to {given.max()}, expected 0 to {end - 1}")
+        shape = (len(places), self.blocks[0].shape[1])
+        out = torch.empty(shape, dtype=self.dtype) if out is None else out
+        if out.shape != shape or out.dtype != self.dtype or not out.is_contiguous():
+            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, strides {out.stride()}, expected contiguous {self.dtype} {shape}")
+        shards = torch.bucketize(places, self.ends, right=True)
+        starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
+        rows = (places - starts[shards]) * self.views + views
+        if native.available:
+            native.gather_rows(self.addresses[shards] + rows * self.blocks[0][0].nbytes, out)
+        elif len(rows):  # slower: a view of each row costs as much as its bytes
+            torch.stack([self.blocks[s].select(0, r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)], out=out)
+        return out
 
 
 def draw(moments, noise):
@@ -584,7 +600,7 @@ class Loader:
     """Iterator over the updates start, start + 1, ...: (moments (b, P * C, h, w), labels (b,)) of this process's slice, on `device`.
 
     What update s gets depends on (seed, s) alone. Where the moments are not in memory already, or have to travel to a GPU, a thread reads
-    ahead into a ring of buffers, pinned on CUDA. A batch is valid until the next one is asked for.
+    ahead. Batches are gathered into a ring of buffers, pinned for CUDA: one is valid until the next is asked for.
 
     Args:
         store: LatentStore. batch_size: global, over all processes. flip: take the mirror image with probability 1/2.
@@ -603,47 +619,45 @@ class Loader:
         self.views = store.views if flip else 1
         self.share = slice(batch_size * rank // world, batch_size * (rank + 1) // world)
         self.device, held = torch.device(device), store.blocks[0].device
-        self.thread, self.stop = None, threading.Event()
-        if prefetch and held.type == "cpu" and (not store.in_memory or self.device.type == "cuda"):
-            self.queue = queue.Queue(prefetch)
-            # One in use, `prefetch` in the queue, one being filled.
-            shape = (self.share.stop - self.share.start, store.blocks[0].shape[1])
+        self.thread, self.stop, self.ring = None, threading.Event(), [(None, None)]
+        if held.type == "cpu":
             pin = self.device.type == "cuda"
+            ahead = prefetch if pin or not store.in_memory else 0
+            shape = (self.share.stop - self.share.start, store.blocks[0].shape[1])
+            # One in use; with a thread `ahead` in the queue and one being filled.
             self.ring = [(torch.empty(shape, dtype=store.dtype, pin_memory=pin), torch.cuda.Event() if pin else None)
-                         for _ in range(prefetch + 2)]
-            self.thread = threading.Thread(target=self._read_ahead, args=(start,), name="latents", daemon=True)
-            self.thread.start()
+                         for _ in range(ahead + 2 if ahead else 1)]
+            if ahead:
+                self.queue = queue.Queue(ahead)
+                self.thread = threading.Thread(target=self._read_ahead, args=(start,), name="latents", daemon=True)
+                self.thread.start()
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self.thread is None:
-            moments, labels = self._read(self.step)
-            copied = None
-        else:
-            got = self.queue.get()
-            if isinstance(got, BaseException):
-                raise got
-            moments, labels, copied = got
+        got = self._read(self.step) if self.thread is None else self.queue.get()
+        if isinstance(got, BaseException):
+            raise got
+        moments, labels, copied = got
         self.step += 1
         moments, labels = moments.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if copied is not None:
             copied.record()
         return moments, labels
 
-    def _read(self, step, out=None):
+    def _read(self, step):
         indices = batch_indices(step, self.batch_size, len(self.store), self.seed)[self.share]
         views = batch_views(step, self.batch_size, len(self.store), self.views, self.seed)[self.share] if self.views > 1 else 0
-        return self.store.gather(indices, views, out), self.store.labels[indices]
+        buffer, copied = self.ring[step % len(self.ring)]
+        if copied is not None:
+            copied.synchronize()  # the copy out of this buffer may still wait behind an earlier update
+        return self.store.gather(indices, views, buffer), self.store.labels[indices], copied
 
     def _read_ahead(self, step):
         try:
             while not self.stop.is_set():
-                buffer, copied = self.ring[step % len(self.ring)]
-                if copied is not None:
-                    copied.synchronize()  # the copy out of this buffer may still wait behind an earlier update
-                self._put((*self._read(step, buffer), copied))
+                self._put(self._read(step))
                 step += 1
         except BaseException as error:
             self._put(error)

@@ -1,5 +1,6 @@
 """What a run leaves behind while it trains: log.jsonl, TensorBoard files, loss.png, a progress bar and environment.json."""
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -16,7 +17,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .checkpoint import Saver
+from .checkpoint import Saver, write_text
 from .guard import LEFT_OUT
 
 
@@ -36,7 +37,7 @@ def environment(device):
 
 def write_environment(run, device):
     """run/environment.json: the `environment`."""
-    (Path(run) / "environment.json").write_text(json.dumps(environment(device), indent=1))
+    write_text(Path(run) / "environment.json", json.dumps(environment(device), indent=1))
 
 
 def _version(name):
@@ -44,6 +45,24 @@ def _version(name):
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+class LogError(OSError):
+    """A run cannot write its log any more: says which, why, and what is safe."""
+
+
+def _naming(method):
+    """The method of a RunLog, whose OSErrors, which say no more than "no space left", become LogErrors."""
+    @functools.wraps(method)
+    def write(log, *arguments, **options):
+        try:
+            return method(log, *arguments, **options)
+        except LogError:
+            raise
+        except OSError as error:
+            raise LogError(f"could not write the log of {log.path.parent}: {error}; {log.whole()}") from None
+
+    return write
 
 
 class RunLog:
@@ -64,9 +83,7 @@ class RunLog:
         if self.writes:
             kept = [line for line in read_log(run) if line["step"] <= start]
             self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             plot_scores(run)
         self.file = self.path.open("a") if self.writes else _Silent()
         self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start) if self.writes else _Silent()
@@ -85,6 +102,7 @@ class RunLog:
             self.flush()
         self.bar.update()
 
+    @_naming
     def flush(self):
         """Writes the pending steps. Returns the means of their values, for the caller to judge."""
         if not self.pending:
@@ -115,6 +133,7 @@ class RunLog:
         self.pending, self.since = [], time.perf_counter()
         return means
 
+    @_naming
     def event(self, step, **values):
         """A line of its own, for what does not happen every step: validation, a checkpoint, a picture, a failed save."""
         self.flush()
@@ -125,13 +144,16 @@ class RunLog:
                 self.tensorboard.add_scalar(name, value, step)
         self.since = time.perf_counter()
 
+    @_naming
     def score(self, step, values):
         """An event with what scoring.Scorer measured, beside the images seen and the seconds of training so far; draws run/score.png."""
+        self.flush()
         self.event(step, images=step * self.images_per_step, seconds=round(self.seconds, 3), **values)
         if self.writes:
             plot_scores(self.path.parent)
         self.since = time.perf_counter()
 
+    @_naming
     def image(self, step, name, picture):
         """Puts an (H, W, 3) uint8 array into TensorBoard."""
         self.tensorboard.add_image(name, picture, step, dataformats="HWC")
@@ -169,13 +191,17 @@ class RunLog:
         try:
             self.saved = self.saver.wait() or self.saved
         except OSError as error:
-            text = f"could not save step {self.saver.saving}: {error}; " + (
-                f"the checkpoint of step {self.saved} is whole" if self.saved else "there is no earlier checkpoint")
+            text = f"could not save step {self.saver.saving}: {error}; {self.whole()}"
             if last:
                 raise SystemExit(f"error: {text}") from None
             self._write(dict(step=self.saver.saving, error=text))
             self.say(f"warning: {text}; training goes on")
 
+    def whole(self):
+        """In words, the newest whole checkpoint."""
+        return f"the checkpoint of step {self.saved} is whole" if self.saved else "there is no earlier checkpoint"
+
+    @_naming
     def close(self):
         self.flush()
         self.settle()
@@ -251,6 +277,7 @@ def plot_scores(run):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     unit, name = max(((s, name) for s, name in ((1, "seconds"), (60, "minutes"), (3600, "hours"))
                       if s == 1 or 2 * s < max(record["seconds"] for records in scores.values() for record in records)))
@@ -260,9 +287,12 @@ def plot_scores(run):
         for axis, key, scale in zip(axes, ("images", "seconds"), (1, unit), strict=True):
             axis.plot([record[key] / scale for record in records], values, ".-", label=f"{metric}, {samples:,} samples")
     axes[0].set(xlabel="images seen", ylabel="Frechet distance, EMA weights")
+    axes[0].xaxis.set_major_formatter(EngFormatter())
     axes[1].set(xlabel=f"time of training, {name}")
     for axis in axes:
         axis.set(yscale="log", xlim=(0, None))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}"), axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     figure.tight_layout()

@@ -211,7 +211,10 @@ class MuonAdamW(torch.optim.Optimizer):
         group = self.param_groups[0]
         lr, momentum, good = group["lr"], group["momentum"], 1.0 if self.found_inf is None else (self.found_inf == 0).float()
         params = [p for p in group["params"] if p.grad is not None]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         gradients = [p.grad for p in params]
         if self.found_inf is not None:  # the momentum itself as gradient leaves it as it is
             gradients = [torch.where(self.found_inf == 0, g, m) for g, m in zip(gradients, buffers, strict=True)]

@@ -20,7 +20,8 @@ def replay(incident: Path, checkpoint_step: int | None = None, device: str = "au
         incident: RUN/incidents/step_XXXXXXX.safetensors.
         checkpoint_step: whose weights; default: the newest checkpoint before the incident, or the oldest there is.
         device: auto, cpu or cuda.
-        precision: run (as it was trained), fp32 or bf16; one that is bad in bf16 and good in fp32 is a matter of range or rounding.
+        precision: run (as it was trained; fp8 as bf16), fp32 or bf16; one that is bad in bf16 and good in fp32 is a matter of range or
+            rounding.
         worst: images to list, by the norm of their own gradient; those that are not finite come first.
     """
     run, step = incident.parent.parent, int(incident.stem.removeprefix("step_"))

@@ -126,7 +126,6 @@ class Incidents:
         if self.policy != "skip" or self.count > self.most:
             log.settle()
         steps = [step for step, _ in bad]
-        log.settle()
         advice = "A lower optim.lr, optim.clip_grad_norm or model.use_qknorm helps against it"
         if self.policy == "stop" or self.count > self.most:
             why = "" if self.policy == "stop" else f" These are {self.count} incidents, guard.most is {self.most}."
@@ -138,9 +137,7 @@ class Incidents:
             self.lr_factor *= self.factor_each
             wait_for_all()
             if log.writes:
-                partial = self.path.with_suffix(".partial")
-                partial.write_text(json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor)))
-                partial.replace(self.path)
+                checkpoint.write_text(self.path, json.dumps(dict(left_out=sorted(self.left_out), lr_factor=self.lr_factor)))
             wait_for_all()
             log.say(f"going back to step {log.saved}; steps {', '.join(map(str, sorted(self.left_out)))} will be left out, the learning "
                     f"rate is {self.lr_factor:g} of the planned one")

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, on tiny shapes; the report is what the results files hold."""
+"""The benchmarks measure what they say, on tiny shapes."""
 
 import copy
 import dataclasses
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.testing.compare import compare_images
 
-from bench import gpu, harness, providers, report
+from bench import gpu, harness, providers
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, example_inputs, values_and_gradients
 
@@ -282,11 +281,12 @@ def test_inputs_rotate():
 
 def test_stages_find_their_benchmarks():
     """One stage of every form; that none of the others names a file or an option that these do not."""
-    forms = {"ceilings": 3, "gemms": 1, "alignment_3": 8, "attention_sweep_256_72": 4}
+    forms = {"ceilings": 3, "gemms": 1, "alignment_3": 8, "attention_sweep_256_72": 4, "step_xl_256_ladder": 1, "overlay": 1}
+    forms |= {"vavae_step": 1, "vavae_encode": 1, "sampling": 1, "images": 3, "latents": 2, "growth_width": 1}
     for name, arguments in gpu.STAGES.items():
         assert (ROOT / arguments[0]).is_file(), name
         options = {argument for argument in arguments if argument.startswith("-")}
-        assert options <= {"-k", "--batch", "--tokens", "--head-dim", "--dtypes", "--case-s"}, name
+        assert options <= {"-k", "--batch", "--tokens", "--head-dim", "--dtypes", "--case-s", "--shapes", "--rounds"}, name
     collect = """if True:
         import contextlib, io, sys, pytest
         from bench import gpu
@@ -339,31 +339,3 @@ def test_processes_are_pooled(settings):
     broken["contestants"][1] = dict(name="ours", version="native", status="failed", reason="lost the GPU")
     (pooled,) = harness.pool([record, broken])
     assert pooled["contestants"][1] == broken["contestants"][1]
-
-
-def test_report_is_what_the_results_hold(tmp_path):
-    written = report.write_all(report.RESULTS, tmp_path)
-    expected = {path.name for path in report.DOCS.glob("kernels_*.png")} | {"results.md"}
-    assert {path.name for path in written} == expected, "run make report"
-    assert (report.DOCS / "results.md").read_text() == (tmp_path / "results.md").read_text(), "run make report"
-    for path in written[1:]:
-        assert compare_images(str(report.DOCS / path.name), str(path), tol=10) is None, "run make report"
-
-
-def test_report_says_what_nobody_measured_and_keeps_losses(settings, tmp_path):
-    assert report.render({}).count(report.UNMEASURED) == len(OPS)
-    record = harness.run_case(Benchmark(), case_of("swiglu"), settings)
-    slow = copy.deepcopy(record["contestants"][1]) | dict(name="slow", version="1")
-    for step in ("forward", "forward_backward"):
-        slow[step] |= dict(speedup=0.5, speedup_low=0.4, speedup_high=0.6)
-    record["contestants"] += [slow, dict(name="gone", version="unknown", status="unavailable", reason="needs cuda")]
-    run = harness.environment("cpu") | dict(device="cuda", gpu="A Card", results=[record])
-    harness.write(tmp_path / "kernels_a.json", run)
-    report.write_all(tmp_path, tmp_path)
-    text = (tmp_path / "results.md").read_text()
-    assert text.count(report.UNMEASURED) == len(OPS) - 1 and f"| `swiglu` | {report.UNMEASURED} |" not in text
-    assert "| slow 1 | both |" in text and "0.50 (0.40-0.60)" in text and "Unavailable: gone (needs cuda)." in text
-    assert (tmp_path / "kernels_a_roofline.png").stat().st_size > 1000
-    harness.write(tmp_path / "kernels_a.json", run | dict(schema="other"))
-    with pytest.raises(ValueError, match="kernels_a.json has schema 'other'"):
-        report.load(tmp_path)

@@ -1,4 +1,6 @@
 """Configuration: one default each, YAML over it, command line over that, and errors that name the field."""
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,23 @@ CONFIGS = Path(__file__).parent.parent / "train" / "configs"
 
 def parse(*argv, recipe=None):
     return configuration.parse(DiTConfig, argv, recipe=recipe)
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """As on a full disk, which refuses bytes, not names: a resumption writes config.yaml anew, and must not cost the run."""
+    path = tmp_path / "config.yaml"
+    configuration.save(DiTConfig(steps=3), path)
+    before = path.read_bytes()
+
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # the kernel refuses all further bytes of a file
+        with pytest.raises(OSError, match=f"could not write {path}: "):
+            configuration.save(DiTConfig(steps=4), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_layers_override_each_other(tmp_path):
@@ -30,7 +49,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("stepz: 10", "stepz: unknown key; did you mean steps?"),
-    ("optim: {learning_rate: 1}", "optim.learning_rate: unknown key; expected lr"),
+    ("optim: {learning_rate: 1}", "optim.learning_rate: unknown key; expected name, lr"),
     ("steps: ten", "steps: got 'ten', expected int"),
     ("steps: true", "steps: got True, expected int"),
     ("optim: {lr: 2e-4}", "1.0e-4"),
@@ -63,6 +82,8 @@ def test_bad_yaml(tmp_path, text, message):
     ("--sample.guidance-channels 64", "at most tokenizer.latent_channels = 32"),
     ("--flow.prediction noise", "flow.cosine_loss: got True, expected false"),
     ("--data.val-fraction 1", "data.val_fraction: got 1.0, expected a fraction in [0, 1)"),
+    ("--optim.state 8bit --parallel fsdp", "optim.state: got '8bit', expected fp32 or cpu with parallel = fsdp"),
+    ("--optim.state cpu --optim.name muon", "optim.state: got 'cpu', expected fp32 with optim.name = muon"),
     ("--config nowhere.yaml", "no file nowhere.yaml"),
     ("--config", "--config needs a file"),
 ])

@@ -119,6 +119,11 @@ def test_gray_images_are_shown_in_three_channels(pixels):
     assert torch.equal(encoder.features(pixels[:, :1]), encoder.features(pixels[:, :1].repeat(1, 3, 1, 1)))
 
 
+def test_random_weights_say_so(capsys):
+    load_encoder(VIT, weights="random", grid=4)
+    assert "with random weights is for tests and timing" in capsys.readouterr().err
+
+
 def test_frozen_and_of_the_dtype_asked_for(file, pixels):
     timm_model(VIT, file)
     encoder = load_encoder(VIT, weights=file, grid=4)

@@ -25,6 +25,15 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.di
 CLASSES = (DiTConfig, VAVAEConfig, EncodeConfig)
 
 
+def near(value):
+    """Values of the same type, many of them valid."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.integers(-1, 2 * abs(value) + 8)
+    return st.floats(0, 2) | st.floats() if isinstance(value, float) else VALUES
+
+
 def places(values, prefix=()):
     """The paths of all settings of a nested dictionary."""
     for key, value in values.items():
@@ -60,7 +69,7 @@ def test_configurations_are_loaded_or_refused_with_words(whole, tmp_path, data):
             inner = inner[parent]
         if data.draw(st.integers(0, 4)) == 0:
             name = data.draw(st.text(max_size=8))
-        inner[name] = data.draw(VALUES)
+        inner[name] = data.draw(near(inner.get(name)) if data.draw(st.booleans()) else VALUES)
         touched.add(".".join([*parents, name]))
     path.write_text(yaml.safe_dump(values))
     try:

@@ -20,6 +20,7 @@ from lightningdit.distributed import generator_for, seed_for
 from lightningdit.images import TensorBatches, digits
 from lightningdit.latents import LatentStore, Loader, Writer, batch_indices, batch_views, make_plan, spans
 from lightningdit.tokenizer.vavae import Tokenizer, latent_statistics
+from lightningdit_kernels import native
 
 SHAPE = (3, 2, 4)  # C, h, w
 
@@ -98,7 +99,11 @@ def test_seed_rule_mixes():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("shard_size", [7, 100])
-def test_gather_is_what_was_written_whatever_the_shards(tmp_path, dtype, shard_size):
+@pytest.mark.parametrize("library", [True, False])
+def test_gather_is_what_was_written_whatever_the_shards(tmp_path, monkeypatch, dtype, shard_size, library):
+    if library and not native.available:
+        pytest.skip(native.about)
+    monkeypatch.setattr(native, "available", library)
     moments = random_moments(25)
     store = write(tmp_path / "s", moments, torch.arange(25) % 3, shard_size, dtype=dtype)
     assert len(store.blocks) == (4 if shard_size == 7 else 1) and store.classes == ["class 0", "class 1", "class 2"]
@@ -112,6 +117,19 @@ def test_gather_is_what_was_written_whatever_the_shards(tmp_path, dtype, shard_s
         part = held.subset(torch.tensor([3, 20, 24])).subset(torch.tensor([2, 0]))
         assert torch.equal(part.gather(torch.tensor([0, 1])), moments.to(expected)[[24, 3], 0]) and part.labels.tolist() == [0, 0]
     assert store.resident("auto").in_memory and store.resident("none") is store
+    assert store.gather(indices[:0]).shape == (0, *expected.shape[1:])
+    for bad in (torch.tensor([25]), torch.tensor([-1])):
+        with pytest.raises(IndexError):
+            store.gather(bad)
+
+
+def test_gather_keeps_to_its_memory(numbered):
+    store, row = numbered[1], numbered[0][0, 0].numel()
+    with pytest.raises(IndexError, match="views: got 0 to 2, expected 0 to 1"):
+        store.gather(torch.tensor([0, 24]), torch.tensor([0, 2]))
+    for out in (torch.empty(2, row), torch.empty(3, row, dtype=torch.float64), torch.empty(row, 3).T):
+        with pytest.raises(ValueError, match=f"out: got .*expected contiguous torch.float32 .3, {row}."):
+            store.gather(torch.arange(3), out=out)
 
 
 def test_split_is_disjoint_complete_and_repeatable(numbered):
@@ -381,6 +399,12 @@ def test_the_loader_says_what_it_cannot_do_and_passes_errors_on(numbered, tmp_pa
     assert not loader.thread.is_alive()
 
 
+def test_batches_of_a_set_in_memory_share_one_buffer(numbered):
+    """Fresh memory for each would cost more in page faults than the copying."""
+    loader = Loader(numbered[1].resident("ram"), 10, seed=0)
+    assert loader.thread is None and next(loader)[0].data_ptr() == next(loader)[0].data_ptr()
+
+
 # The official format
 
 
@@ -477,14 +501,24 @@ def test_bad_official_folders_are_refused(tmp_path):
     official_folder(tmp_path / "official", channels=5)
     refuse("got one of 4 latent channels, expected 5", "--tokenizer", "digits")
     torch.save(dict(mean=Touch(tmp_path / "harm"), std=1), tmp_path / "official" / "latents_stats.pt")
-    refuse("torch.load(weights_only=True) finds no mean and std")
+    refuse("torch.load(weights_only=True) refuses it: besides tensors it holds posix.mkdir")
     assert not (tmp_path / "harm").exists()
-    torch.save(dict(mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1)), tmp_path / "official" / "latents_stats.pt")
-    refuse("got statistics of 3 channels, expected 5")
+    for mean, std in ((torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)), (torch.zeros(5), torch.tensor([1.0, 1, 1, 1, 0])),
+                      (torch.full((5,), torch.nan), torch.ones(5))):
+        torch.save(dict(mean=mean, std=std), tmp_path / "official" / "latents_stats.pt")
+        refuse("expected 5 finite numbers each, deviations above 0")
+    torch.save([1], tmp_path / "official" / "latents_stats.pt")
+    refuse("latents_stats.pt holds no tensors 'mean' and 'std'")
+    for damage in (b"", b"PK\3\4", b"\x80\2junk"):
+        (tmp_path / "official" / "latents_stats.pt").write_bytes(damage)
+        refuse("latents_stats.pt: torch.load(weights_only=True) refuses it")
     file = tmp_path / "official" / "latents_rank01_shard000.safetensors"
     whole = load_file(file)
     save_file(whole | dict(latents_flip=whole["latents_flip"][:-1]), file)
     refuse("expected latents (k, C, h, w)")
+    for label in (-1, 10**12):
+        save_file(whole | dict(labels=torch.full_like(whole["labels"], label)), file)
+        refuse(f"got labels {label} to {label}, expected some, with labels from 0 to below 1000000")
     file.write_bytes(file.read_bytes()[:-100])
     refuse("not a whole official file of latents")
 

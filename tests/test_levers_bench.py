@@ -63,3 +63,10 @@ def test_stages_go_on_and_the_report_is_made_from_the_file_alone(tmp_path, monke
     other.write_text(json.dumps(row))
     with pytest.raises(ValueError, match="of several commits, devices or versions"):
         levers.main(arguments)
+
+
+@pytest.mark.parametrize("path", sorted(levers.RESULTS.glob("levers_*.json")), ids=lambda path: path.stem)
+def test_recommendations_in_the_results_follow_from_their_rows(path):
+    content = json.loads(path.read_text())
+    assert content["summary"] == levers.summarise(content) and len(content["summary"]) == len(levers.LEVERS)
+    assert content["rule"] == levers.RULE and len(levers.report(content)) > len(levers.LEVERS)

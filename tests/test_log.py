@@ -1,6 +1,8 @@
 """The run's log, plots and pictures."""
 import json
 import math
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -58,6 +60,22 @@ def test_a_term_that_comes_later_and_a_value_that_is_not_finite(tmp_path):
         log.close()
     assert ["extra" in line for line in read_log(tmp_path / "first")] == [False, False, True, True, True, True]
     assert list((tmp_path / "second").iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_log_that_cannot_be_written_says_so_and_what_is_safe(tmp_path):
+    """The kernel refuses further bytes of a file: of log.jsonl or of TensorBoard's, whose thread dies of it; both name the run."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = record(tmp_path, 0, 6)
+    log.saved = 4
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        with pytest.raises(OSError, match=f"could not write the log of {tmp_path}: .*; the checkpoint of step 4 is whole"):
+            for step in range(7, 200):
+                log.step(step, 1e-3, dict(loss=torch.tensor(1.0)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_loss_plot_shows_both_terms(tmp_path):

@@ -1,6 +1,7 @@
 """Model guidance: what it adds to the target, where the recursion ends, and that what is trained so needs no guidance in sampling."""
 import contextlib
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +203,13 @@ def test_being_guided_twice_is_said(recwarn):
     config.sample.guidance_scale = 2.0
     with pytest.warns(UserWarning, match="sample.guidance_scale: got 2.0, expected 1: the model has learnt its guidance"):
         config.sampling_arguments()
+
+
+def test_the_recipe_differs_from_that_of_64_epochs_in_guidance_only():
+    folder = Path(__file__).parent.parent / "train" / "configs"
+    plain, learnt = (configuration.load(DiTConfig, folder / f"lightningdit_xl_64ep{name}.yaml") for name in ("", "_mg"))
+    changed = {line.partition(":")[0] for line in configuration.differences(plain, learnt)}
+    assert changed == {"run", "flow.model_guidance", "flow.model_guidance_start", "flow.model_guidance_interval", "sample.guidance_scale",
+                       "sample.guidance_interval", "sample.guidance_channels"}
+    assert (learnt.flow.model_guidance, learnt.flow.model_guidance_start) == (0.45, 100_000 * 256 // learnt.batch_size)
+    assert learnt.flow.model_guidance_interval == (0.25, 1.0) and learnt.sample.guidance_scale == 1

@@ -1,4 +1,5 @@
 """The estimate of memory against what autograd really keeps, and the tables made from it."""
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightningdit import plan
 from lightningdit.config import ConfigError, DiTConfig, from_dict, parse
 from lightningdit.model import CHECKPOINTING, PRESETS, LightningDiT
+from lightningdit.optim import EMA, build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LIGHTNING = dict(use_swiglu=True, use_rope=True, use_rmsnorm=True)
@@ -66,6 +68,39 @@ def test_activations_are_those_that_autograd_keeps(shape, bf16, checkpointing):
     kept, peak = ((b - a) / 32 for a, b in zip(live_bytes(model, 32, bf16), live_bytes(model, 64, bf16), strict=True))
     assert plan._activations(model, 2 if bf16 else 4, checkpointing)[0] == pytest.approx(kept, rel=0.03)
     assert plan.activation_bytes(model, 2 if bf16 else 4) == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("state", ["fp32", "cpu"])
+def test_the_estimate_is_within_a_tenth_of_what_a_gpu_takes(checkpointing, state):
+    """B/1 in bf16, updates of two micro-batches: at the peak, in the second backward pass, all gradients are there."""
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of free GPU memory")
+    options = dict(use_checkpoint=checkpointing != "none", checkpoint_policy="selective" if checkpointing == "selective" else "full")
+    count = dict(none=32, selective=48, full=128)[checkpointing]
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = LightningDiT(**PRESETS["B/1"], **LIGHTNING, **options).cuda().train()
+    average, optimizer = EMA(model), build_optimizer(model, 1e-4, state=state)
+    x, t, y = (tensor.cuda() for tensor in (torch.randn(count, 32, 16, 16), torch.rand(count), torch.zeros(count).long()))
+    for step in range(3):
+        if step == 2:  # workspaces are there, kernels are compiled and tuned
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                prediction = model(x, t, y, y.bool())
+            prediction.float().square().mean().backward()
+            del prediction
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step)
+    measured = torch.cuda.max_memory_allocated() - before
+    estimate = sum(plan.training_memory(model, count, True, checkpointing=checkpointing, state=state).values())
+    print(f"B/1, {count} images, checkpointing {checkpointing}, state {state}: {measured / 1e9:.3f} GB, estimate {estimate / 1e9:.3f} GB")
+    assert estimate == pytest.approx(measured, rel=0.1)
 
 
 def meta(**options):

@@ -22,7 +22,9 @@ assert sys.argv[1] == "--kill-on-bad-exit=1"
 tasks = [subprocess.Popen(command, env=os.environ | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i)))
          for i in range(int(os.environ["SLURM_NTASKS"]))]
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
-sys.exit(max(abs(task.wait()) for task in tasks))
+open(os.environ["REQUESTS"] + ".begun", "w").close()
+codes = [task.wait() for task in tasks]
+sys.exit(max(128 - code if code < 0 else code for code in codes))
 """
 SCONTROL = """#!/bin/bash
 if [ "$1 $2" = "show hostnames" ]; then echo localhost; else echo "$@" >> "$REQUESTS"; fi
@@ -64,6 +66,19 @@ def test_preempted_it_saves_requeues_and_goes_on(cluster, tmp_path):
     assert again.returncode == 0, again.stderr
     assert f"resuming at step {step}" in again.stdout and "2 processes (ddp)" in again.stdout
     assert (tmp_path / "requests").read_text().count("\n") == 1
+
+
+def test_preempted_before_the_first_step_it_is_queued_again(cluster, tmp_path):
+    (tmp_path / "slow").write_text("#!/bin/bash\nexec sleep 100")  # as an interpreter that is importing torch
+    (tmp_path / "slow").chmod(stat.S_IRWXU)
+    job = subprocess.Popen(["bash", SCRIPT], env=cluster | dict(PYTHON=str(tmp_path / "slow")), stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "requests.begun").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 128 + signal.SIGUSR1, output
+    assert (tmp_path / "requests").read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
 
 
 def test_a_failure_is_not_queued_again(cluster, tmp_path):

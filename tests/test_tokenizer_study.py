@@ -1,8 +1,7 @@
-"""bench/tokenizer_study.py at its smallest size, with the scripts of train/ run in this process."""
+"""bench/study.py, and bench/tokenizer_study.py at its smallest size."""
 import io
 import json
-import runpy
-import sys
+import signal
 import tarfile
 import time
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import tokenizer_study
-from bench.tokenizer_study import ARMS, ROOT, OutOfTime, Study, table
+from bench import study, tokenizer_study
+from bench.study import OutOfTime
+from bench.tokenizer_study import ARMS, Study, table
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,13 @@ def tars(tmp_path_factory):
 
 
 @pytest.fixture
-def in_process(monkeypatch, capsys):
-    """Runs train/*.py here instead of in a process each; returns the list of what ran."""
+def ran(monkeypatch):
+    """The list of the scripts that ran, with their arguments."""
     ran, threads = [], torch.get_num_threads()
 
     def launch(script, arguments, deadline):
         ran.append((script, [str(argument) for argument in arguments]))
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [script, *ran[-1][1]])
-            runpy.run_path(str(ROOT / "train" / script))["main"](ran[-1][1])
+        study.launch(script, arguments, deadline)
 
     monkeypatch.setattr(tokenizer_study, "launch", launch)
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
@@ -53,16 +51,16 @@ def option(arguments, name):
     return arguments[arguments.index(name) + 1]
 
 
-def test_both_arms_from_data_to_table(tars, tmp_path, in_process, capsys):
-    def study(deadline=None):
+def test_both_arms_from_data_to_table(tars, tmp_path, ran, capsys):
+    def begin(deadline=None):
         return Study("tiny", tars / "train.tar", tars / "val.tar", tmp_path, "cpu", deadline)
 
     with pytest.raises(OutOfTime, match="data"):
-        study(deadline=time.monotonic() - 1).run()
-    report = study().run()
-    scripts = [script for script, _ in in_process]
+        begin(deadline=time.monotonic() - 1).run()
+    report = begin().run()
+    scripts = [script for script, _ in ran]
     assert scripts == ["vavae.py", "vavae.py", "dit.py", "vavae.py", "dit.py"]
-    (_, judge), (_, plain), (_, plain_dit), (_, aligned), (_, aligned_dit) = in_process
+    (_, judge), (_, plain), (_, plain_dit), (_, aligned), (_, aligned_dit) = ran
     different = {a for a, b in zip(plain, aligned, strict=True) if a != b}
     assert different == {str(tmp_path / "plain_tokenizer"), "0.0", "0.5", "0.25"} and option(aligned, "--loss.vf-weight") == "0.5"
     assert option(judge, "--seed") == "1" != option(plain, "--seed") == option(aligned, "--seed")  # the judge never aligned anything
@@ -83,9 +81,9 @@ def test_both_arms_from_data_to_table(tars, tmp_path, in_process, capsys):
     first, last = picture[20:60, 5:70], picture[20:60, -70:-5]  # held-out images, from the first class to the last: red and blue
     assert first[..., 0].mean() > first[..., 2].mean() + 50 and last[..., 2].mean() > last[..., 0].mean() + 50
 
-    assert study().run()["arms"] == report["arms"] and len(in_process) == 5  # nothing is done twice
+    assert begin().run()["arms"] == report["arms"] and len(ran) == 5  # nothing is done twice
     (tmp_path / "aligned_generation.done.json").unlink()
-    assert study().run()["arms"] == report["arms"] and len(in_process) == 5
+    assert begin().run()["arms"] == report["arms"] and len(ran) == 5
     with pytest.raises(ValueError, match="holds a study of other settings"):
         Study("tiny", tars / "val.tar", tars / "val.tar", tmp_path, "cpu", None).run()
 
@@ -97,17 +95,24 @@ def test_too_few_images(tars, tmp_path):
 
 def test_a_script_is_interrupted_at_the_deadline(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
-    saves = ("import pathlib, signal, time\n"
-             "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored\n"
-             "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pathlib.Path('saved').touch()\n")
+    saves = ("import pathlib, time\n"
+             "def main(argv):\n"
+             "    try:\n        time.sleep(60)\n"
+             "    except KeyboardInterrupt:\n        pathlib.Path(argv[0]).touch()\n        return 130\n")
     (tmp_path / "train" / "slow.py").write_text(saves)
-    (tmp_path / "train" / "bad.py").write_text("raise SystemExit(7)")
-    monkeypatch.setattr(tokenizer_study, "ROOT", tmp_path)
+    (tmp_path / "train" / "user.py").write_text("def main(argv):\n    return 130")
+    (tmp_path / "train" / "bad.py").write_text("def main(argv):\n    return 7")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGINT)]
     with pytest.raises(OutOfTime, match="slow.py"):
-        tokenizer_study.launch("slow.py", [], time.monotonic() + 3)
+        study.launch("slow.py", [tmp_path / "saved"], time.monotonic() + 0.2)
     assert (tmp_path / "saved").exists()
-    with pytest.raises(SystemExit, match="bad.py ended with exit code 7"):
-        tokenizer_study.launch("bad.py", [], None)
+    with pytest.raises(KeyboardInterrupt):
+        study.launch("user.py", [], time.monotonic() + 60)
+    with pytest.raises(SystemExit, match="7"):
+        study.launch("bad.py", [], None)
+    assert [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGINT)] == handlers
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_the_better_number_is_bold():

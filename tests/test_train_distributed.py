@@ -209,7 +209,8 @@ def test_nan_is_skipped_or_rolled_back(live, tmp_path):
 
     lower = ("--guard.policy", "rollback", "--guard.lr-factor", 0.5)
     live(runs[3], *lower, faults=[Fault("nan", n=6)])
-    killed_at = [Fault("kill", "log", path="incidents.partial"), Fault("kill", n=7)]  # before it is noted, and when training is on its way
+    # Before it is noted, and when training is on its way.
+    killed_at = [Fault("kill", "log", path=".partial_incidents.json"), Fault("kill", n=7)]
     for fault in killed_at:
         live(runs[2], *lower, faults=[Fault("nan", n=6), fault], code=-signal.SIGKILL)
     live(runs[2], *lower, faults=[Fault("nan", n=6)])
@@ -268,6 +269,46 @@ training.draw_batch = draw_batch
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+COUNTED = """
+import json, runpy, sys, warnings, torch
+from lightningdit import training
+draw, waits = training.draw_batch, []
+def note(message, category, filename, line, *others):
+    if "synchroniz" in str(message):
+        waits.append(f"{filename}:{line}")
+def draw_batch(*arguments):
+    step = arguments[4] + 1
+    if step == 3:
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.set_warn_always(True)
+        torch.cuda.set_sync_debug_mode("warn")
+        torch.ones((), device="cuda").item()
+        assert len(waits) == 1, waits
+        waits.clear()
+    if step == 8:
+        torch.cuda.set_sync_debug_mode("default")
+        print("WAITS", json.dumps(waits))
+    return draw(*arguments)
+training.draw_batch = draw_batch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("resident", ["device", "none"])
+def test_a_gpu_is_never_waited_for_between_two_lines_of_the_log(tmp_path, resident):
+    """Five whole updates of two micro-batches, with clipping, without a synchronising call; the counter itself is tried on one."""
+    arguments = [*TINY, "--log-every", 10, "--steps", 10, "--micro-batch", 4, "--checkpoint-every", 100, "--optim.clip-grad-norm", 1.0,
+                 "--model.hidden-size", 64, "--data.resident", resident, "--device", "cuda", "--run", tmp_path / "run"]
+    command = [sys.executable, "-c", COUNTED, ROOT / "train" / "dit.py", *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=live_environment())
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.split("WAITS ")[1].splitlines()[0]) == []
 
 
 def test_steps_between_two_lines_of_the_log_never_wait_for_the_device(tmp_path):

@@ -178,6 +178,24 @@ def test_own_images_are_encoded_once_cached_and_trained_on(tmp_path):
     assert cli.main(["sample", "--checkpoint", str(run), "--classes", "dog", "--num", "2", "--out", str(tmp_path / "dogs.png")]) == 0
 
 
+def test_a_store_that_is_truncated_while_it_is_read_is_named_and_costs_no_checkpoint(undisturbed, tmp_path):
+    run, store = tmp_path / "run", next((undisturbed / "latents").iterdir())
+    shutil.copytree(store, tmp_path / "store")
+    arguments = ["--data.path", tmp_path / "store", "--data.resident", "none", "--steps", 100_000, "--log-every", 1]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train" / "dit.py"), "--run", str(run), *SMALL, *map(str, arguments)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not checkpoint.list_checkpoints(run) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    shard = next((tmp_path / "store").glob("shard_*.safetensors"))
+    os.truncate(shard, 0)
+    error = process.communicate(timeout=200)[1]
+    assert process.returncode == -signal.SIGBUS and "Bus error" in error and "latents.py" in error, error[-2000:]
+    assert checkpoint.latest_checkpoint(run)[1]["step"] >= 4
+    result = train(run, *arguments, check=False)
+    assert result.returncode == 1 and f"{shard}: truncated or overgrown, got 0 bytes" in result.stderr
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--data.path", "/nowhere/at/all"], "no folder or file /nowhere/at/all"),
     (["--model.hidden-size", 30], "model.hidden_size: got 30, expected a multiple of 4"),

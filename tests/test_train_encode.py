@@ -29,13 +29,13 @@ SMALL = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-siz
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """150 images of three classes, one of which is empty of bytes."""
+    """150 images of three classes, one of which is none."""
     root, rng = tmp_path_factory.mktemp("images") / "photos", np.random.default_rng(0)
     for level, name in enumerate(("bird", "cat", "dog")):
         (root / name).mkdir(parents=True)
         for i in range(50):
             Image.fromarray(rng.integers(0, 80 + 80 * level, (20, 24, 3), dtype=np.uint8)).save(root / name / f"{i:03d}.png")
-    (root / BAD).write_bytes(b"")
+    (root / BAD).write_bytes(b"this is text")
     return root
 
 
@@ -68,7 +68,7 @@ def test_what_a_store_holds(photos, undisturbed):
     store = LatentStore(undisturbed, verify=True)
     assert sorted(path.name for path in undisturbed.iterdir()) == ["index.json", *(f"shard_{i:05d}.safetensors" for i in range(30))]
     assert store.labels.bincount().tolist() == [50, 49, 50] and store.classes == ["bird", "cat", "dog"]
-    assert [name for name, _ in store.index["bad"]] == [BAD] and "ValueError" in store.index["bad"][0][1]
+    assert [name for name, _ in store.index["bad"]] == [BAD] and "ValueError: cannot identify" in store.index["bad"][0][1]
     assert (store.shape, store.views, store.plan["crop"], store.plan["decoder"]) == ((4, 8, 8), 2, "center", "pillow")
     assert store.plan["tokenizer"] == Tokenizer.load("digits").sha256
 

@@ -10,6 +10,7 @@ The same command run again resumes, on any number of processes. B global batch, 
 """
 
 import contextlib
+import faulthandler
 import gc
 import os
 import sys
@@ -127,6 +128,7 @@ def train(config, device):
     if found:
         log.say(f"micro-batch {config.micro_batch} of {config.batch_size // size} images a process, the largest that fits {found}")
     model.train()
+    pauses = config.log_every, config.checkpoint_every, config.validate_every, config.sample_every, config.score.every or config.steps
     loader = latents.Loader(train_set, config.batch_size, seed=config.seed, start=start, flip=config.data.flip, rank=rank, world=size,
                             device=device)
     with interruption() as interrupted, contextlib.closing(log), contextlib.closing(loader):
@@ -153,19 +155,18 @@ def train(config, device):
 
             end, stopped_by = done == config.steps, interrupted(done)
             stop = end or bool(stopped_by)
-            if done % config.log_every == 0 or done % config.checkpoint_every == 0 or stop:
+            if stop or any(done % every == 0 for every in pauses):  # before what takes time of its own
                 log.flush()
                 if log.bad:
                     incidents.handle(log.take_bad(), log, lambda step: redraw_batch(config, tokenizer, train_set, step - 1, device), run)
             if val_set is not None and (done % config.validate_every == 0 or end):
                 log.event(done, **validate(config, average.model, tokenizer, val_set, autocast, device))
             if scorer is not None and (done % config.score.every == 0 or end):
-                log.flush()
                 log.score(done, scorer(average.model, autocast))
             if done % config.sample_every == 0 or end:
-                log.image(done, "samples", save_samples(config, average.model, tokenizer, grid_path(run, done), autocast, device))
                 if rank == 0:
                     plot_losses(run)
+                log.image(done, "samples", save_samples(config, average.model, tokenizer, grid_path(run, done), autocast, device))
             if done % config.checkpoint_every == 0 or stop:
                 log.checkpoint(done, trainer_state(model, average.model, optimizer, guard), facts, last=stop)
             if stop and not end:
@@ -184,6 +185,7 @@ def train(config, device):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # names the place of a bus error: the store was truncated, or its mount vanished, while it was being read
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, ImportError) as problem:

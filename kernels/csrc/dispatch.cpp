@@ -72,12 +72,19 @@ static int level = detected_level;
   return baseline::call;
 
 // Raised with every change of a signature, so that a library left over from an older build is refused.
-EXPORT int lightningdit_abi_version() { return 5; }
+EXPORT int lightningdit_abi_version() { return 6; }
 
 EXPORT int lightningdit_level() { return level; }
 
 // Lowers the level for tests (never above what the processor has). Returns the level now in use.
 EXPORT int lightningdit_set_level(int wanted) { return level = wanted < detected_level ? wanted : detected_level; }
+
+// out (count, bytes) from `count` rows that lie anywhere. It computes nothing, so it needs no levels.
+EXPORT int lightningdit_gather_rows(const int64_t* addresses, char* out, int64_t count, int64_t bytes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; i++) memcpy(out + i * bytes, (const void*)addresses[i], bytes);
+  return LIGHTNINGDIT_OK;
+}
 
 EXPORT LIGHTNINGDIT_NORM_FORWARD(lightningdit_norm_forward) {
   DISPATCH(norm_forward(x, y, bias, gate, factor, shift, residual, h, mean, rstd, batch, tokens, width, eps, x_dtype, y_dtype, h_dtype,

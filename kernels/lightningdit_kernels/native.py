@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of common.h
 LEVELS = {1: "baseline", 3: "AVX2", 4: "AVX-512"}
 MISSING = "native_missing.txt"  # written by setup.py in place of a library that could not be built: why
@@ -22,6 +22,7 @@ _SIGNATURES = {
     "lightningdit_cosine_forward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
     "lightningdit_cosine_backward": [_pointer] * 4 + [_size] * 2 + [_float] * 2 + [_int] * 3,
     "lightningdit_distance": [_pointer] * 8 + [_size] * 4 + [_float] * 2 + [_int] * 3,
+    "lightningdit_gather_rows": [_pointer] * 2 + [_size] * 2 + [_int],
     "lightningdit_norm_forward": [_pointer] * 10 + [_size] * 3 + [_float] + [_int] * 4,
     "lightningdit_norm_backward": [_pointer] * 11 + [_size] * 3 + [_int] * 4,
     "lightningdit_groupnorm_forward": [_pointer] * 7 + [_size] * 4 + [_float] + [_int] * 4,
@@ -194,6 +195,14 @@ def swiglu_backward(grad, packed, bias):
     tensors = grad, packed, _or_constant(bias, 0, packed.shape[-1:]), grad_packed, sums
     _run("lightningdit_swiglu_backward", *map(_address, tensors), rows, hidden, DTYPES[grad.dtype], DTYPES[packed.dtype])
     return grad_packed, None if bias is None else sums.sum(0).to(bias.dtype)
+
+
+def gather_rows(addresses, out) -> None:
+    """out (n, K) from n rows in memory, of as many bytes each, that begin at addresses (n,) int64. The caller answers for what is there."""
+    bytes_per_row = out.nbytes // len(out) if len(out) else 0
+    threads = max(1, min(torch.get_num_threads(), out.nbytes >> 21))  # of 2 MiB each: few threads are enough to fill the memory's bandwidth
+    code = library.lightningdit_gather_rows(addresses.data_ptr(), out.data_ptr(), len(out), bytes_per_row, threads)
+    assert code == 0, f"lightningdit_gather_rows returned {code}"
 
 
 def marginal_cosine_loss(z, f, margin: float, eps: float):

@@ -103,7 +103,9 @@ def load_encoder(name_or_path, *, weights=None, image_size=None, grid=None, inpu
     input_size, grid = _sizes(model, reduction, image_size, grid, input_size, interpolate)
     if weights is None:
         weights = download_timm(model, timm_name)
-    if weights != "random":
+    if weights == "random":
+        print(f"note: {timm_name} with random weights is for tests and timing; to align latents with it teaches nothing", file=sys.stderr)
+    else:
         load_timm(model, weights, timm_name)
     if hasattr(model, "set_input_size"):  # position embeddings are interpolated once, in fp32
         model.set_input_size(img_size=input_size)

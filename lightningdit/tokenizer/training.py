@@ -89,6 +89,10 @@ def backward(nets, x, noise, features=None, *, micro_batch=None, adversarial=Fal
     Where there are several micro-batches, the adaptive weights need the gradients of all of them before any can be weighed: a first pass
     over the micro-batches measures them, a second one trains. Without adaptive weights there is no first pass.
 
+    Gradients are averaged at the end by torch.distributed's all-reduce. DistributedDataParallel expects a backward pass after each forward
+    pass, through the same parameters every time; here layers' gradients are asked for in between, the first pass has no backward, the
+    discriminator is frozen for half of the update, and the projection goes unused in stages without alignment.
+
     Args:
         nets: Networks. x: (b, C, H, W), pixels of this process in [-1, 1]. noise: (b, z, h, w), of the posterior samples.
         features: (b, N, F) of the frozen encoder; None: no alignment.

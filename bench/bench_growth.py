@@ -1,0 +1,155 @@
+"""How time and memory of a training step grow with batch, tokens, width and depth: fitted exponents, and their plot.
+
+    pytest bench/bench_growth.py --benchmark-only --results bench/results/growth_cpu.json
+    python bench/bench_growth.py bench/results/growth_cpu.json --docs docs                   # the plot, from the file alone
+
+One axis varies, the others stay; heads are 64 channels wide. The step is that of train/dit.py (bench/step.py), in eager mode, so that no
+point has to be compiled: fp32 on a CPU, bf16 autocast on a GPU. An exponent is the slope of a least-squares line through the logarithms,
+with the 95 % interval that its residuals give; "last" is the slope between the two largest points, which fixed costs blur least.
+Memory is what a step allocates at most on top of weights, optimizer and average.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
+
+import pytest  # noqa: E402
+
+from bench import step  # noqa: E402
+from bench.harness import Timer, gpu_state, interleave, quantile, rounds_for, short, synchronize  # noqa: E402
+from lightningdit.plan import largest_by_trial  # noqa: E402
+
+HEAD_DIM = 64
+AXES = ("batch", "tokens", "width", "depth")
+BASE = {
+    "cpu": dict(batch=4, tokens=64, width=192, depth=2),
+    "cuda": dict(batch=32, tokens=256, width=1152, depth=12),
+}
+VALUES = {
+    "cpu": dict(batch=(1, 2, 4, 8, 16), tokens=(16, 64, 256, 1024), width=(64, 128, 256, 512, 768), depth=(1, 2, 4, 8, 16)),
+    "cuda": dict(batch=(8, 16, 32, 64, 128), tokens=(64, 256, 1024, 4096), width=(384, 768, 1152, 1536, 2304), depth=(3, 6, 12, 24, 48)),
+}
+CONTESTANTS = (step.Contestant("reference eager", step.ALL), step.Contestant("ours eager"))
+
+
+def measure(point: dict[str, int], settings) -> list[dict]:
+    """A row a contestant at one point; {"name", "reason"} for one that does not fit the GPU."""
+    device = settings.device
+    config = step.configure("tiny" if settings.shapes == ("tiny",) else "s", device, heads=point["width"] // HEAD_DIM, **point)
+    trainer = step.Trainer(config, device)
+    batch, timers, rows = trainer.batch(), {}, []
+    for one in CONTESTANTS:
+        model = trainer.build(one)
+        if not largest_by_trial([config.batch_size], lambda _, model=model: trainer.step(model, batch)):
+            rows.append(dict(name=one.name, reason="out of memory"))
+            continue
+
+        def run(i, model=model):
+            trainer.step(model, batch)
+            synchronize(device)
+
+        timers[one.name] = Timer(run, 1, "cpu", settings.sample_ms)
+        rows.append(dict(name=one.name, peak_mib=short(trainer.peak_mib(model, batch))))
+    samples = interleave(timers, rounds_for(timers, settings), warmup_s=min(1.0, settings.warmup_s))
+    for row in rows:
+        if times := samples.get(row["name"]):
+            row |= {key: short(quantile(times, share)) for key, share in (("median_ms", 0.5), ("p20_ms", 0.2), ("p80_ms", 0.8))}
+    return rows
+
+
+def fit(xs: list[float], ys: list[float]) -> dict[str, float]:
+    """Exponent of y = c x^exponent with its 95 % interval, the factor c, and the exponent between the last two points.
+
+    Raises: ValueError for fewer than three points, or values that have no logarithm.
+    """
+    if len(xs) < 3 or len(xs) != len(ys) or min(*xs, *ys) <= 0:
+        raise ValueError(f"xs, ys: got {xs} and {ys}, expected at least three pairs of positive numbers")
+    from scipy import stats
+
+    line = stats.linregress([math.log(x) for x in xs], [math.log(y) for y in ys])
+    half = stats.t.ppf(0.975, len(xs) - 2) * line.stderr
+    last = math.log(ys[-1] / ys[-2]) / math.log(xs[-1] / xs[-2])
+    found = dict(exponent=line.slope, low=line.slope - half, high=line.slope + half, factor=math.exp(line.intercept), last=last)
+    return {key: short(float(value)) for key, value in found.items()}
+
+
+def fits(points: list[dict]) -> dict[str, dict]:
+    """{contestant: {"median_ms": fit, "peak_mib": fit}} of points {"value", "rows"}; without those that were measured at too few."""
+    found = {}
+    for name in dict.fromkeys(row["name"] for point in points for row in point["rows"]):
+        pairs = [(point["value"], row) for point in points for row in point["rows"] if row["name"] == name and "median_ms" in row]
+        if len(pairs) >= 3:
+            found[name] = {key: fit([value for value, _ in pairs], [row[key] for _, row in pairs]) for key in ("median_ms", "peak_mib")}
+    return found
+
+
+@pytest.mark.parametrize("axis", AXES)
+def bench_growth(benchmark, settings, axis):
+    device, tiny = settings.device, settings.shapes == ("tiny",)
+    base = dict(batch=1, tokens=16, width=64, depth=1) if tiny else BASE[device]
+    values, points = [base[axis] * factor for factor in (1, 4, 16)] if tiny else VALUES[device][axis], []
+
+    def run():
+        for value in values:
+            points.append(dict(value=value, rows=measure(base | {axis: value}, settings)))
+            gc.collect()
+
+    benchmark.pedantic(run, rounds=1, iterations=1)
+    record = dict(kind="growth", axis=axis, device=device, base=base, points=points, fits=fits(points), load=os.getloadavg()[0])
+    if device == "cuda":
+        record |= dict(after=gpu_state())
+    benchmark.extra_info.update(record)
+    settings.record(record)
+
+
+def figure(run: dict):
+    """Matplotlib figure of the growth records of a results file: time above, memory below, a column an axis."""
+    from matplotlib.figure import Figure
+
+    records = sorted((one for one in run["results"] if one["kind"] == "growth"), key=lambda one: AXES.index(one["axis"]))
+    plot = Figure(figsize=(3.4 * len(records), 6), layout="constrained")
+    grid = plot.subplots(2, len(records), squeeze=False)
+    for column, record in enumerate(records):
+        others = ", ".join(f"{name} {value}" for name, value in record["base"].items() if name != record["axis"])
+        for axes, key, label in zip(grid[:, column], ("median_ms", "peak_mib"), ("ms a step", "MiB a step"), strict=True):
+            for color, (name, fitted) in enumerate(record["fits"].items()):
+                pairs = [(p["value"], r) for p in record["points"] for r in p["rows"] if r["name"] == name and key in r]
+                xs, ys, line = [value for value, _ in pairs], [row[key] for _, row in pairs], fitted[key]
+                text = f"{name}: {line['exponent']:.2f} ({line['low']:.2f} to {line['high']:.2f}), last {line['last']:.2f}"
+                axes.plot(xs, [line["factor"] * x ** line["exponent"] for x in xs], color=f"C{color}", linewidth=1)
+                axes.plot(xs, ys, "os"[color], color=f"C{color}", markersize=4, label=text)
+                if key == "median_ms":
+                    axes.vlines(xs, [row["p20_ms"] for _, row in pairs], [row["p80_ms"] for _, row in pairs], color=f"C{color}")
+            axes.set(xscale="log", yscale="log", xlabel=record["axis"], ylabel=label if column == 0 else "")
+            values = [point["value"] for point in record["points"]]
+            axes.set_xticks(values, list(map(str, values)), fontsize=7)
+            axes.set_xticks([], minor=True)
+            axes.tick_params(axis="y", which="both", labelsize=7)
+            axes.legend(fontsize=6, loc="upper left")
+        grid[0, column].set_title(f"at {others}", fontsize=7)
+    plot.suptitle(f"Training step, exponents of growth with 95 % interval: {run.get('gpu') or run['cpu']}, {run['date'][:10]}", fontsize=9)
+    return plot
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the plot of a results file with growth records")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    run = json.loads(options.results.read_text(encoding="utf-8"))
+    if not any(one["kind"] == "growth" for one in run["results"]):
+        parser.error(f"results: {options.results} has no growth records")
+    path = options.docs / f"{options.results.stem}.png"
+    figure(run).savefig(path, dpi=110, metadata={"Software": None})
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

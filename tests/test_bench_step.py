@@ -1,0 +1,211 @@
+"""The training step's benchmark switches what it says, finds who is wrong or swapped, and halves what does not fit; growth is fitted."""
+
+import dataclasses
+import json
+import math
+import types
+
+import pytest
+import torch
+
+import lightningdit.model
+from bench import bench_growth, bench_step, bench_tokenizer, harness, step
+from lightningdit_kernels import native
+
+needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
+REQUEST = types.SimpleNamespace(config=types.SimpleNamespace(getoption={"--official": None}.__getitem__))
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as is used."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, function, rounds, iterations):
+        for _ in range(rounds * iterations):
+            function()
+
+
+@pytest.fixture
+def settings():
+    return harness.Settings(("tiny",), "cpu", (), rounds=(2, 2), case_s=0.1, sample_ms=0.01, warmup_s=0.0)
+
+
+@pytest.fixture
+def trainer():
+    return step.Trainer(step.configure("tiny", "cpu"), "cpu")
+
+
+def test_a_copy_of_a_module_is_apart():
+    copied = step.copy_of(lightningdit.model, "test", swiglu=max)
+    assert copied.swiglu is max and lightningdit.model.swiglu is not max
+    assert copied.LightningDiT.forward.__code__ is not lightningdit.model.LightningDiT.forward.__code__
+    with pytest.raises(ValueError, match="functions: got 'gelu', expected a name in lightningdit.model"):
+        step.copy_of(lightningdit.model, "test", gelu=max)
+
+
+@needs_kernels
+def test_kernels_are_switched_one_by_one(settings):
+    settings.only = ("reference eager", "ours eager", *(f"ours eager without {kernel}" for kernel in step.KERNELS))
+    bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    (record,) = settings.records
+    rows = {row["name"]: row for row in record["rows"]}
+    assert tuple(rows) == settings.only and record["left_out"] == []
+    for kernel, ops in step.KERNELS.items():
+        seen = {one.removeprefix("lightningdit::") for one in rows[f"ours eager without {kernel}"]["ran"]}
+        others = {op for other, own in step.KERNELS.items() if other != kernel for op in own}
+        assert others <= seen and not seen & set(ops), f"without {kernel}: {seen}"
+    for row in rows.values():
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"] and row["peak_mib"] > 0
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"], rel=1e-3)
+        assert row["tflop_per_s"] == pytest.approx(row["images_per_s"] * record["model"]["flops_per_image"] / 1e12, rel=1e-3)
+    json.dumps(record)
+
+
+@pytest.mark.gpu
+def test_kernels_are_switched_on_a_gpu(settings):
+    settings.device = "cuda"
+    bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    (record,) = settings.records
+    rows = {row["name"]: row for row in record["rows"]}
+    assert {"reference eager", "ours compiled", "ours compiled without norm", "ours compiled without swiglu"} <= rows.keys()
+    assert "ours compiled with triton attention" in rows and all(row["mfu"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+    assert record["dtype"] == "bfloat16" and all(row["status"] == "unavailable" for row in record["left_out"])
+
+
+def test_flops_of_xl_are_the_papers():
+    config = step.configure("xl/N256", "cuda")
+    with torch.device("meta"):
+        model = lightningdit.model.LightningDiT(**config.model_arguments())
+    assert 3 * lightningdit.model.forward_flops(model) == pytest.approx(711.8e9, rel=1e-3) and config.precision == "bf16"
+    batches = [step.configure(shapes, "cuda").batch_size for shapes in ("xl/N256", "xl/N1024", "xl/N1024/B16")]
+    assert batches == [128, 32, 16]
+    with pytest.raises(ValueError, match="tokens: got 200, expected a square"):
+        step.configure("xl/N200", "cuda")
+
+
+@needs_kernels
+def test_swapped_contestants_are_noticed(settings, monkeypatch):
+    """The reference computed by ours, and ours by the reference."""
+    pair = {one.name: one for one in step.contestants("cpu")["ladder"]}
+    swapped = {"reference eager": "ours eager", "ours eager": "reference eager"}
+
+    class Swapped(step.Contestant):
+        def module(self):
+            return pair[swapped[self.name]].module()
+
+    listed = [Swapped(**dataclasses.asdict(pair[name])) for name in swapped]
+    monkeypatch.setattr(step, "contestants", lambda device: dict(kernels=listed))
+    with pytest.raises(AssertionError, match="reference eager is not what ran: expected kernels \\[\\], saw"):
+        bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+
+
+@needs_kernels
+def test_who_is_wrong_is_not_timed(settings, monkeypatch):
+    module = step.Contestant("ours eager").module()
+    right = module.swiglu
+    monkeypatch.setattr(module, "swiglu", lambda packed, bias=None: right(packed, bias) * 1.001)
+    settings.only = ("reference eager", "ours eager")
+    with pytest.raises(AssertionError, match="ours eager: .*gradients is off by"):
+        bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    assert [row["name"] for row in settings.records[0]["rows"]] == ["reference eager"], "and the row is kept, without a time"
+
+
+@needs_kernels
+def test_a_batch_that_does_not_fit_is_halved(settings, monkeypatch):
+    right = step.Trainer.step
+
+    def small(self, model, batch, skip=False):
+        if len(batch["t"]) > 1 and "ours_eager" in type(model).__module__:
+            raise torch.OutOfMemoryError
+        return right(self, model, batch, skip)
+
+    monkeypatch.setattr(step.Trainer, "step", small)
+    settings.only = ("reference eager", "ours eager")
+    bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    reference, ours = settings.records[0]["rows"]
+    assert (reference["batch"], ours["batch"]) == (2, 1)
+    samples = settings.records[0]["samples_ms"]
+    ratios = [r / 2 / o for r, o in zip(samples["reference eager"], samples["ours eager"], strict=True)]  # of an image
+    assert ours["speedup"] == pytest.approx(sum(ratios) / 2, rel=1e-3)
+
+
+def test_official_code_takes_part_by_its_path(tmp_path, trainer):
+    """A stand-in with the official interface: its own label dropout, and no argument for it."""
+    config = trainer.config
+    with pytest.raises(ValueError, match="expected a checkout that has models/lightningdit.py"):
+        step.official_model(tmp_path, config)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "lightningdit.py").write_text(
+        "import lightningdit.model\n\nclass LightningDiT(lightningdit.model.LightningDiT):\n"
+        "    def forward(self, x, t, y):\n        return super().forward(x, t, y)\n")
+    model, batch = trainer.share(step.official_model(tmp_path, config)), trainer.batch()
+    batch["drop_labels"][0] = True
+    ours = trainer.build(step.Contestant("ours eager"))
+    errors = step.errors(trainer.gradients(model, batch), trainer.gradients(ours, batch))
+    assert errors == dict(loss=0.0, gradients=0.0)
+
+
+def test_skipping_changes_no_weights_and_training_does(trainer):
+    model, batch = trainer.build(step.Contestant("ours eager")), trainer.batch()
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.step(model, batch, skip=True)
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+    trainer.step(model, batch)
+    moved = {name for (name, p), old in zip(trainer.model.named_parameters(), before, strict=True) if not torch.equal(p, old)}
+    assert moved == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_loss_overlay(settings):
+    bench_step.bench_overlay(Benchmark(), settings, "tiny")
+    (record,) = settings.records
+    assert list(record["curves"]) == ["reference eager", "ours eager"] and [len(curve) for curve in record["curves"].values()] == [4, 4]
+    differences = [abs(a - b) for a, b in zip(*record["curves"].values(), strict=True)]
+    assert record["largest_difference"] == pytest.approx(max(differences), abs=1e-6) and max(differences) < 1e-4
+
+
+def test_exponents():
+    found = bench_growth.fit([1, 2, 4, 8], [3, 12, 48, 192])
+    assert found["exponent"] == pytest.approx(2) and found["factor"] == pytest.approx(3) and found["last"] == pytest.approx(2)
+    noisy = bench_growth.fit([1, 2, 4, 8, 16], [1, 1.1 * 2**1.5, 0.9 * 4**1.5, 1.05 * 8**1.5, 16**1.5])
+    assert noisy["low"] < 1.5 < noisy["high"] and noisy["high"] - noisy["low"] < 0.5
+    with pytest.raises(ValueError, match="expected at least three pairs of positive numbers"):
+        bench_growth.fit([1, 2], [1, 2])
+
+
+def test_growth_is_measured_and_drawn_from_the_file(settings, tmp_path):
+    bench_growth.bench_growth(Benchmark(), settings, "depth")
+    (record,) = settings.records
+    assert [point["value"] for point in record["points"]] == [1, 4, 16]
+    assert 0.3 < record["fits"]["ours eager"]["peak_mib"]["exponent"] <= 1.1
+    record["points"][1]["rows"][0] = dict(name="reference eager", reason="out of memory")
+    record["fits"] = bench_growth.fits(record["points"])
+    assert list(record["fits"]) == ["ours eager"], "two points are too few"
+    harness.write(tmp_path / "growth.json", harness.environment("cpu") | dict(results=[record]))
+    figure = bench_growth.figure(json.loads((tmp_path / "growth.json").read_text()))
+    (label,) = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert label.startswith(f"ours eager: {record['fits']['ours eager']['median_ms']['exponent']:.2f} (")
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["step", "encode", "decode"])
+def test_tokenizer_is_measured(case, settings):
+    if case == "step":
+        bench_tokenizer.bench_vavae_step(Benchmark(), settings)
+    else:
+        bench_tokenizer.bench_codec(Benchmark(), settings, case)
+    (record,) = settings.records
+    names = [row["name"] for row in record["rows"]]
+    assert names[:2] == ["fp32 eager", "ours"] and record["case"] == case
+    assert len(names) + len(record["left_out"]) == (2 if case == "step" else 3)
+    for row in record["rows"]:
+        assert all(math.isfinite(value) for value in row["differences"].values()) and row["images_per_s"] > 0
+
+
+@needs_kernels
+def test_swapped_tokenizers_are_noticed(settings, monkeypatch):
+    right = bench_tokenizer.networks
+    monkeypatch.setattr(bench_tokenizer, "networks", lambda plain, *rest: right(not plain, *rest))
+    with pytest.raises(AssertionError, match="fp32 eager is not what ran: it must not run lightningdit::"):
+        bench_tokenizer.bench_codec(Benchmark(), settings, "encode")
