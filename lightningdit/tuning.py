@@ -149,10 +149,10 @@ def tune_guidance(
         require(real.features is not None or metric not in ("kid", "precision", "recall"), "metric", metric,
                 f"another one: {reference} has statistics only, no images")
         chosen = parse_classes(classes, run.data.num_classes, names)
+        drawn = make_labels(labels, max_samples, chosen, seed)
         rule = labels if labels in LABELS else hashlib.sha256(Path(labels).read_bytes()).hexdigest()
         num_steps = num_steps or (run.sample.num_steps,)
-        trial = Trial(run, model, decoder, network, real, make_labels(labels, max_samples, chosen, seed), seed, device, compile,
-                      max(num_steps))
+        trial = Trial(run, model, decoder, network, real, drawn, seed, device, compile, max(num_steps))
         trial.plan |= dict(labels=rule, classes=chosen)
         settings = grid(scales, intervals, shifts or (run.sample.shift,), [c or None for c in channels] or [run.sample.guidance_channels],
                         num_steps)

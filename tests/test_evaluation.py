@@ -331,18 +331,18 @@ def test_torch_fidelitys_own_numbers_of_the_same_folders(tmp_path):
     """With the same random weights, from folders on. Not the FID: torch-fidelity's takes 20 s, and test_metrics.py has truer ones."""
     from torch_fidelity import calculate_metrics
 
-    smooth = torch.nn.functional.interpolate(torch.rand(40, 3, 6, 6, generator=torch.Generator().manual_seed(0)), 40, mode="bicubic")
+    smooth = torch.nn.functional.interpolate(torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(0)), 40, mode="bicubic")
     images = (smooth * 255).clamp(0, 255).byte().permute(0, 2, 3, 1)
-    write_folder(tmp_path / "made", images[:20])
-    write_folder(tmp_path / "real", images[20:] // 2 + 60)
+    write_folder(tmp_path / "made", images[:8])
+    write_folder(tmp_path / "real", images[8:] // 2 + 60)
     torch.save(load_extractor("inception", random_weights=True).network.state_dict(), tmp_path / "weights.pth")
     network = load_extractor("inception", tmp_path / "weights.pth")
-    made, real = (collect(open_pictures(tmp_path / name).batches(10), network) for name in ("made", "real"))
+    made, real = (collect(open_pictures(tmp_path / name).batches(8), network) for name in ("made", "real"))
     theirs = calculate_metrics(input1=str(tmp_path / "made"), input2=str(tmp_path / "real"), isc=True, kid=True, prc=True,
-                               kid_subset_size=20, isc_splits=1, feature_extractor="inception-v3-compat", feature_layer_prc="2048",
+                               kid_subset_size=8, isc_splits=1, feature_extractor="inception-v3-compat", feature_layer_prc="2048",
                                feature_extractor_weights_path=str(tmp_path / "weights.pth"), cuda=False, verbose=False, cache=False,
-                               batch_size=10)
-    kid, _ = metrics.kernel_distance(made.features, real.features, subset_size=20)
+                               batch_size=8)
+    kid, _ = metrics.kernel_distance(made.features, real.features, subset_size=8)
     assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
     assert metrics.inception_score(made.logits.double().softmax(1)) == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
     assert metrics.precision_recall(made.features, real.features) == pytest.approx((theirs["precision"], theirs["recall"]))

@@ -131,7 +131,7 @@ def test_nothing_is_measured_twice(tune, monkeypatch, tmp_path):
     (["--intervals", "0.5", "0.1"], "intervals: got"), (["--shifts", "0"], "shifts: got"), (["--channels", "5"], "channels: got"),
     (["--num-steps", "0"], "num_steps: got"), (["--method", "dopri5"], "method: got 'dopri5'"), (["--scales", "nan"], "scales: got"),
     (["--metric", "sfid"], "metric: got 'sfid', which no setting has: it is not among fd_pixels"),
-    (["--classes", "12"], "classes: got '12'")])
+    (["--classes", "12"], "classes: got '12'"), (["--labels", "none"], "labels: got 'none'")])
 def test_errors_name_the_argument(tune, options, message):
     with pytest.raises(SystemExit, match=f"error: {message}"):
         tune(*options)
