@@ -177,6 +177,7 @@ def enter(browser, field, value):
     box = browser.find_element("css selector", f"#{field} input")
     box.send_keys(Keys.CONTROL, "a")
     box.send_keys(str(value), Keys.TAB)
+    wait(lambda: box.get_attribute("value") == str(value), f"{value} as {field}")
 
 
 def wait(condition, what, seconds=60):
@@ -223,8 +224,8 @@ def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
     wait(lambda: "% of the steps" in status(), "a preview")
     wait(lambda: shown() is not None, "a picture")
     early = shown()
-    wait(lambda: status().startswith("3, seed 11"), "the image")
-    wait(lambda: np.array_equal(shown(), expected), "the image of lightningdit sample", 10)
+    wait(lambda: status() == "3, seed 11, guidance 2, 200 steps", "the image")
+    wait(lambda: np.array_equal(shown(), expected), "the image of lightningdit sample")
     assert not np.array_equal(early, expected)
     browser.find_element("id", "download").click()
     file = tmp_path / "3_seed_11.png"
