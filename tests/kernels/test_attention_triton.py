@@ -9,7 +9,14 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from lightningdit_kernels import attention, attention_triton, rope_attention  # noqa: E402
 from lightningdit_kernels.attention import fused  # noqa: E402
 from lightningdit_kernels.attention import rope_attention_ref as eager  # noqa: E402
-from lightningdit_kernels.testing import assert_matches_truth, random_tensor, values_and_gradients  # noqa: E402
+from lightningdit_kernels.testing import (  # noqa: E402
+    assert_matches_truth,
+    assert_within,
+    poisoned_memory,
+    random_tensor,
+    truth_and_bounds,
+    values_and_gradients,
+)
 from lightningdit_kernels.testing import rope_frequencies as frequencies  # noqa: E402
 from lightningdit_kernels.testing import token_grid as grid  # noqa: E402
 
@@ -99,7 +106,13 @@ def test_scores_far_below_zero(way):
     """Every score is near -400: exp2(-lse) overflows for a key of padding, which must not reach a gradient as inf * 0."""
     qkv = random_tensor(1, 5, 3, 1, 8) / 8
     qkv[:, :, 0], qkv[:, :, 1] = qkv[:, :, 0] + 12, qkv[:, :, 1] - 12
-    assert_matches_truth(fused, eager, dict(qkv=qkv))
+    truth, bounds = truth_and_bounds(eager, dict(qkv=qkv))
+    # exp2 makes the rounding of its argument, at most -577 = -400 log2(e), a relative error of every weight, and eager's product of
+    # matrices may by luck be exact: how it sums depends on the machine.
+    rounding = 577 * torch.finfo(torch.float32).eps
+    bounds = {name: bound + rounding * truth[name].abs().max().item() for name, bound in bounds.items()}
+    with poisoned_memory():
+        assert_within(values_and_gradients(fused, dict(qkv=qkv)), truth, bounds)
 
 
 @interpreted
