@@ -79,7 +79,7 @@ class Extractor(nn.Module):
             raise ValueError(f"images: got {images.dtype} of shape {tuple(images.shape)}, expected uint8 (B, H, W, 1 or 3)")
         if images.shape[3] > self.channels:
             raise ValueError(f"images: got {images.shape[3]} channels, but {self.name} takes {self.channels}")
-        images = images.expand(-1, -1, -1, self.channels)
+        images = images.expand(-1, -1, -1, self.channels).contiguous()  # of one layout: the resize rounds differently for others
         device = next(self.parameters()).device
         with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(device.type, enabled=False):
             return {name: values.float() for name, values in self.extract(images.to(device)).items()}

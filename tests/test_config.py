@@ -49,7 +49,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("stepz: 10", "stepz: unknown key; did you mean steps?"),
-    ("optim: {learning_rate: 1}", "optim.learning_rate: unknown key; expected name, lr"),
+    ("optim: {learning_rate: 1}", "optim.learning_rate: unknown key; expected lr, name"),
     ("steps: ten", "steps: got 'ten', expected int"),
     ("steps: true", "steps: got True, expected int"),
     ("optim: {lr: 2e-4}", "1.0e-4"),
