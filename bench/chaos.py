@@ -481,10 +481,8 @@ def main():
     wall_s = round(time.monotonic() - begin, 1)
     print(f"{wall_s} s")
     if options.out:
-        about = environment(torch.device("cpu"))
-        del about["command"]  # paths of this machine
         options.out.write_text(json.dumps(dict(seed=options.seed, steps=STEPS, checkpoint_every=EVERY, rtol=RTOL, atol=ATOL, wall_s=wall_s,
-                                               environment=about, table=table(results).splitlines(),
+                                               environment=environment(torch.device("cpu")), table=table(results).splitlines(),
                                                runs=results), indent=1) + "\n")
     return int(any(result["corruption"] or result["hung"] for result in results))
 

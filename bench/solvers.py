@@ -110,7 +110,6 @@ def main(argv=None):
             subprocess.run(command, cwd=ROOT, check=True, env=os.environ | dict(PYTHONPATH=paths))
         rows, settings = measure(run, options.images, device, options.evaluations, options.reference_steps)
     about = environment(device)
-    del about["command"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = about | dict(what="error of solvers, digits" if options.run is None else "error of solvers", images=options.images,
                           reference=f"heun, {options.reference_steps} steps", settings=settings, rows=rows)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -659,7 +660,7 @@ def finish(report, out, device):
     """Prints the table and writes OUT/evaluation.json, with the versions and the device."""
     file = Path(out) / "evaluation.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report | dict(environment=environment(device)), indent=1, allow_nan=False) + "\n")
+    file.write_text(json.dumps(report | dict(environment=environment(device) | dict(command=sys.argv)), indent=1, allow_nan=False) + "\n")
     print(f"{table(report['metrics'])}\nreport   {file}")
 
 

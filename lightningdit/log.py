@@ -22,7 +22,7 @@ from .guard import LEFT_OUT
 
 
 def environment(device):
-    """Versions, device, commit and command line, for whoever asks later what made these numbers: JSON values."""
+    """Versions, device, commit and date, for whoever asks later what made these numbers: JSON values."""
     versions = {name: _version(name) for name in ("lightningdit", "triton", "numpy", "safetensors")} | dict(torch=torch.__version__)
     on_cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
@@ -31,13 +31,13 @@ def environment(device):
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    return dict(date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), command=sys.argv, commit=commit or None,
+    return dict(date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), commit=commit or None,
                 python=platform.python_version(), platform=platform.platform(), device=str(device), hardware=hardware, **versions)
 
 
 def write_environment(run, device):
-    """run/environment.json: the `environment`."""
-    write_text(Path(run) / "environment.json", json.dumps(environment(device), indent=1))
+    """run/environment.json: the `environment`, and the command line."""
+    write_text(Path(run) / "environment.json", json.dumps(environment(device) | dict(command=sys.argv), indent=1))
 
 
 def _version(name):
