@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from lightningdit_kernels import native
 
-from .checkpoint import save_weights, sha256
+from .checkpoint import save_weights, sha256, write_text
 from .distributed import generator_for, world
 from .images import MAX_BAD_FRACTION, SHOWN, to_pixels
 from .tokenizer.vavae import Tokenizer, header
@@ -529,13 +529,8 @@ def _parse(file):
 
 
 def write_json(file, content):
-    """Writes JSON atomically: whatever happens, the file is the old one or the new one."""
-    partial = file.with_name(f".partial_{file.name}")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    """Writes JSON by checkpoint.write_text: whatever happens, the file is the old one or the new one."""
+    write_text(file, json.dumps(content, indent=1))
 
 
 def _shard_name(number):
