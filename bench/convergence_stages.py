@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.convergence import ROWS, SIZES, TOKENIZERS, comparisons, dit_settings, nested, rows_of, runs_of, tokenizer_of, vavae_settings
 from bench.harness import cpu_name
-from bench.study import Stages, launch
+from bench.study import OutOfTime, Stages, launch
 from lightningdit.checkpoint import list_checkpoints, save_weights, sha256
 from lightningdit.cli import load_run
 from lightningdit.config import DiTConfig, VAVAEConfig, finish, from_dict, require
@@ -62,9 +62,9 @@ class TargetClassifier(nn.Module):
             return self.model(((x + 1) / 2 - self.mean) / self.std).float()
 
 
-def mirrored(batches, seed):
-    """Each image of each batch (images, labels, ...) as it is or its mirror image."""
-    for step, (images, *rest) in enumerate(batches):
+def mirrored(batches, seed, start=0):
+    """Each image of each batch (images, labels, ...), of which the first is that of update `start`, as it is or its mirror image."""
+    for step, (images, *rest) in enumerate(batches, start):
         flip = torch.rand(len(images), generator=generator_for(seed, "mirror", step)) < 0.5
         yield torch.where(flip.view(-1, 1, 1, 1), images.flip(2), images), *rest
 
@@ -97,8 +97,8 @@ class Convergence(Stages):
         """[(name, work, arguments, estimated seconds, whether it can be interrupted)] of all stages, in order of worth."""
         cost, plan, known = self.estimate(), [], set()
         if self.foundation is None:
-            plan.append(("target", self.train_target, (), cost["target"], False))
-        plan.append(("judge", self.train_judge, (), cost["judge"], False))
+            plan.append(("target", self.train_target, (), cost["target"], True))
+        plan.append(("judge", self.train_judge, (), cost["judge"], True))
         for row, seed in runs_of(self.size):
             name = tokenizer_of(row)
             if name not in known:
@@ -160,30 +160,42 @@ class Convergence(Stages):
                                           in_memory=True, progress=True)
         return self.images
 
-    def train_on_classes(self, classifier, seed, steps, lr):
-        """Trains it, and returns what there is to say about it."""
+    def train_on_classes(self, name, classifier, seed, steps, lr):
+        """Trains it, and returns what there is to say about it. At the deadline it is kept in NAME_state.pt, which goes when it is done."""
         s, data = self.settings, self.training_images()
-        batches = data.batches(s["classifier_batch"], seed_for(seed, "classifier"))
-        train_classifier(classifier, mirrored(batches, seed) if s["flip"] else batches, steps=steps, lr=lr, translate=s["shift"],
-                         seed=seed)
+
+        def batches(start):
+            found = data.batches(s["classifier_batch"], seed_for(seed, "classifier"), start)
+            return mirrored(found, seed, start) if s["flip"] else found
+
+        try:
+            train_classifier(classifier, batches, steps=steps, lr=lr, translate=s["shift"], seed=seed, state=self.state(name),
+                             deadline=self.deadline)
+        except TimeoutError:
+            raise OutOfTime(name) from None
         classifier.eval()
         return dict(held_out_accuracy=accuracy(classifier, *data.held_out, self.device), held_out_images=len(data.held_out[1]), seed=seed,
                     images=len(data), classes=len(data.classes))
 
+    def state(self, name):
+        return self.out / f"{name}_state.pt"
+
     def train_target(self):
         torch.manual_seed(seed_for(TARGET_SEED, "target"))
         classifier = TargetClassifier(self.settings["target"], len(self.training_images().classes), self.grid).to(self.device)
-        about = self.train_on_classes(classifier, TARGET_SEED, self.settings["target_steps"], self.settings["target_lr"])
+        about = self.train_on_classes("target", classifier, TARGET_SEED, self.settings["target_steps"], self.settings["target_lr"])
         save_weights(self.out / "target.safetensors", classifier.model.state_dict())
         write(self.out / "target.json", dict(name=self.settings["target"], stand_in=True, **about))
+        self.state("target").unlink(missing_ok=True)
 
     def train_judge(self):
         s, data = self.settings, self.training_images()
         torch.manual_seed(seed_for(JUDGE_SEED, "judge"))
         judge = SmallEncoder(s["channels"], len(data.classes), 2 ** (len(s["ch_mult"]) - 1), s["judge_width"]).to(self.device)
-        about = self.train_on_classes(judge, JUDGE_SEED, s["judge_steps"], 1e-3)
+        about = self.train_on_classes("judge", judge, JUDGE_SEED, s["judge_steps"], 1e-3)
         judge.save(self.out / "judge.safetensors", dict(data=self.data or "scikit-learn digits"))
         write(self.out / "judge.json", dict(name="SmallEncoder", features=judge.feature_channels, **about))
+        self.state("judge").unlink(missing_ok=True)
 
     def train_tokenizer(self, name):
         plan = TOKENIZERS[name]

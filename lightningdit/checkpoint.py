@@ -6,7 +6,6 @@ process writes what it holds, and any number of processes, sharded in any way, r
 flushed to the disk, and renamed: a killed or failed save leaves the previous checkpoint whole. Nothing is ever unpickled except official
 .pt files, and those with weights_only=True. With several processes the folder must be one that all of them see.
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -351,14 +350,20 @@ def save_weights(path, state, ema=None, metadata=None):
     if path.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"path: got {str(path)!r}, expected a name that ends in .pt or .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt":
+        save_whole(path, lambda partial: torch.save({"model": state, "ema": state if ema is None else ema}, partial))
+    else:
+        save_whole(path, lambda partial: _save_safetensors(state if ema is None else ema, partial, metadata))
+
+
+def save_whole(path, write):
+    """Calls write(partial), which writes a file under that name, and gives it the name `path` when it is on the disk."""
+    path = Path(path)
     partial = path.with_name(f".partial_{path.name}")
     try:
-        if path.suffix == ".pt":
-            torch.save({"model": state, "ema": state if ema is None else ema}, partial)
-            _flush(partial)
-        else:
-            _save_safetensors(state if ema is None else ema, partial, metadata)
-        partial.rename(path)
+        write(partial)
+        _flush(partial)
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -366,15 +371,9 @@ def save_weights(path, state, ema=None, metadata=None):
 
 def write_text(path, text):
     """Writes a small file: whatever happens, it is the old one or the new one. Raises: OSError that names it."""
-    path = Path(path)
-    partial = path.with_name(f".partial_{path.name}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        _flush(partial)
-        partial.replace(path)
+        save_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}") from None
 
 
@@ -412,7 +411,6 @@ def _save_safetensors(tensors, path, metadata=None):
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)  # the writer makes files that only their owner can read
-    _flush(path)
 
 
 def _flush(path):

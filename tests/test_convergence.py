@@ -219,6 +219,11 @@ def test_every_stage_and_a_restart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convergence_stages, "launch", launch)
     with pytest.raises(OutOfTime, match="target"):
         begin(time.monotonic() - 1).run()
+    late = begin()
+    late.stage = lambda name, work, *arguments, **options: setattr(late, "deadline", time.monotonic()) or work(*arguments)
+    with pytest.raises(OutOfTime, match="target"):  # time runs out within the stage: what was learned is kept, and gone on from
+        late.run()
+    assert (tmp_path / "target_state.pt").is_file() and not (tmp_path / "target.safetensors").exists()
     found = begin().run()
     assert ran == [("vavae.py", "tokenizer_aligned"), ("dit.py", "dit_aligned_0"),
                    ("vavae.py", "tokenizer_plain"), ("dit.py", "dit_rope_0")]
@@ -232,6 +237,7 @@ def test_every_stage_and_a_restart(tmp_path, monkeypatch, capsys):
     report = convergence.report(found)
     assert any(line.startswith("| alignment |") for line in report) and set(convergence.figures(found)) == {"ladder", "alignment"}
 
+    assert not list(tmp_path.glob("*_state.pt"))
     again = begin().run()  # nothing is done twice
     assert again["runs"] == found["runs"] and len(ran) == 4
     scores = tmp_path / "scores" / "rope_0.json"

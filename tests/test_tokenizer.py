@@ -1,5 +1,6 @@
 """The tokenizer against numbers of the official implementation, its three spaces, its file, and the losses that train it."""
 
+import itertools
 import json
 import os
 
@@ -8,6 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lightningdit.checkpoint import CheckpointError
+from lightningdit.tokenizer import training
 from lightningdit.tokenizer.autoencoder import AutoencoderKL, Posterior
 from lightningdit.tokenizer.foundation import SmallEncoder
 from lightningdit.tokenizer.vavae import Tokenizer, latent_statistics
@@ -241,3 +244,36 @@ def test_encoder_features_lie_on_the_latent_grid(tmp_path):
 def test_impossible_encoders(arguments, message):
     with pytest.raises(ValueError, match=message):
         SmallEncoder(**dict(dict(in_channels=1, num_classes=2, downsample=2), **arguments))
+
+
+def test_a_classifier_goes_on_where_time_ran_out(tmp_path, monkeypatch):
+    images = torch.randint(256, (12, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def train(**options):
+        def batches(start):
+            asked.append(start)
+            return ((images[step % 3 :: 3], torch.arange(4) % 2) for step in itertools.count(start))
+
+        torch.manual_seed(1)
+        encoder = SmallEncoder(1, 2, 2, width=8)
+        return training.train_classifier(encoder, batches, **dict(steps=5, lr=1e-3, translate=1, seed=0) | options).state_dict()
+
+    truth, state = train(), tmp_path / "state.pt"
+    clock = itertools.count()
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))  # ticks once at the start and once a step
+    with pytest.raises(TimeoutError, match="step 2 of 5"):
+        train(state=state, deadline=2.5)
+    with pytest.raises(TimeoutError, match="step 2 of 5"):  # no time for a single step: nothing is lost
+        train(state=state, deadline=0)
+    with pytest.raises(CheckpointError, match="state: .*expected .*'steps': 6.*remove it"):
+        train(state=state, steps=6)
+    found = train(state=state)
+    assert asked == [0, 0, 2, 2] and all(torch.equal(found[name], value) for name, value in truth.items())
+    monkeypatch.setattr(training, "SAVE_EVERY_S", 1.5)
+    state.unlink()
+    train(state=state)  # every other step by that clock, so that a kill costs no more
+    assert torch.load(state, weights_only=True)["step"] == 3
+    torch.save(dict(torch.load(state, weights_only=True), encoder={}), state)
+    with pytest.raises(CheckpointError, match="of another encoder"):
+        train(state=state)

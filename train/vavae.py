@@ -168,10 +168,12 @@ def frozen_encoder(config, data, run, device):
     if world()[0] == 0 and not path.is_file():
         torch.manual_seed(seed_for(config.seed, "encoder"))
         encoder = SmallEncoder(config.data.channels, len(data.classes), config.autoencoder.downsample, c.width).to(device)
-        batches = data.batches(min(c.batch_size, len(data)), seed_for(config.seed, "encoder"))
-        train_classifier(encoder, batches, steps=c.steps, lr=c.lr, translate=c.shift, seed=config.seed, log_every=config.log_every)
+        state = run / "encoder_state.pt"  # a run of real images may be killed in here, too
+        train_classifier(encoder, lambda start: data.batches(min(c.batch_size, len(data)), seed_for(config.seed, "encoder"), start),
+                         steps=c.steps, lr=c.lr, translate=c.shift, seed=config.seed, log_every=config.log_every, state=state)
         for out in {path, Path(config.encoder_out or path)}:
             encoder.save(out, dict(data=config.data.path or "scikit-learn digits", images=len(data), seed=config.seed))
+        state.unlink(missing_ok=True)
     wait_for_all()
     return SmallEncoder.load(path, device)
 

@@ -6,6 +6,7 @@ code's are those of a process's batch.
 """
 
 import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from lightningdit.images import to_pixels
 from lightningdit.optim import lr_at
 from lightningdit.tokenizer import losses
 from lightningdit.tokenizer.autoencoder import Posterior
+
+SAVE_EVERY_S = 60  # how much of a classifier's training a kill may cost
 
 
 class Networks:
@@ -164,18 +167,33 @@ def update(optimizer, lr):
     optimizer.zero_grad()
 
 
-def train_classifier(encoder, batches, *, steps, lr, translate, seed, log_every=100):
+def train_classifier(encoder, batches, *, steps, lr, translate, seed, log_every=100, state=None, deadline=None):
     """Teaches a SmallEncoder the classes of images, each moved at random by up to `translate` pixels, and returns it.
 
     Args:
-        batches: iterator of (images uint8 (B, H, W, C), labels (B,), ...). seed: of the translations.
-    Raises: SystemExit when the loss is not finite.
+        batches: batches(start) -> iterator of (images uint8 (B, H, W, C), labels (B,), ...) from step `start` on. seed: of the moves.
+        state: a .pt file that gets all that is needed to go on, every minute and at the deadline; where it is there already, training goes
+            on from it, on a CPU to the same weights. It stays: remove it when the encoder is kept.
+        deadline: of time.monotonic(), or None.
+    Raises: TimeoutError at the deadline; SystemExit for a loss that is not finite; CheckpointError for another training's state.
     """
     device = next(encoder.parameters()).device
-    optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
-    bar = trange(steps, desc="encoder", unit="step", mininterval=1)
+    optimizer, start = torch.optim.AdamW(encoder.parameters(), fused=True), 0
+    schedule = dict(steps=steps, lr=lr, translate=translate, seed=seed)
+    if state is not None and state.is_file():
+        start = _load_classifier(state, encoder, optimizer, schedule)
+    found, saved = batches(start), time.monotonic()
+    bar = trange(start, steps, desc="encoder", unit="step", mininterval=1, initial=start, total=steps)
     for step in bar:
-        images, labels, *_ = next(batches)
+        now = time.monotonic()
+        late = deadline is not None and now > deadline
+        if state is not None and (late or now - saved > SAVE_EVERY_S):
+            content = dict(step=step, schedule=schedule, encoder=encoder.state_dict(), optimizer=optimizer.state_dict())
+            checkpoint.save_whole(state, lambda path, content=content: torch.save(content, path))
+            saved = now
+        if late:
+            raise TimeoutError(f"the deadline came at step {step} of {steps} of the classifier")
+        images, labels, *_ = next(found)
         x = _translated(to_pixels(images), translate, generator_for(seed, "shift", step)).to(device)
         loss = F.cross_entropy(encoder(x), labels.to(device), label_smoothing=0.1)
         loss.backward()
@@ -186,6 +204,19 @@ def train_classifier(encoder, batches, *, steps, lr, translate, seed, log_every=
                 raise SystemExit(f"error: the encoder's loss is {value} at step {step + 1}; a lower encoder.lr may help")
             bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
     return encoder
+
+
+def _load_classifier(path, encoder, optimizer, schedule):
+    """Fills both from a state of train_classifier, and returns the step to go on from."""
+    content = checkpoint.read_file(path)
+    if (found := content.get("schedule")) != schedule:
+        raise checkpoint.CheckpointError(f"state: {path} is of a training with {found}, expected {schedule}; remove it to begin anew")
+    try:
+        encoder.load_state_dict(content["encoder"])
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"state: {path} is of another encoder ({error})") from None
+    optimizer.load_state_dict(content["optimizer"])
+    return content["step"]
 
 
 def _translated(x, pixels, generator):
