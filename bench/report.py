@@ -9,7 +9,6 @@ measured". A region lies between `<!-- results NAME WORDS -->` and `<!-- /result
 
 import argparse
 import collections
-import dataclasses
 import io
 import json
 import re
@@ -22,10 +21,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench import report_kernels, tokenizer_study  # noqa: E402
+from bench import report_goals, report_kernels, tokenizer_study  # noqa: E402
 from bench.report_kinds import (  # noqa: E402
     COMMANDS,
-    CONTESTS,
     FOR_GPUS,
     HARNESS,
     KINDS,
@@ -38,116 +36,7 @@ from bench.report_kinds import (  # noqa: E402
     records_of,
     study_sentence,
 )
-from bench.tables import UNMEASURED, about, cell, link, markdown, number, origin, percent, shared, times  # noqa: E402
-
-# What no file holds yet
-
-
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """A goal for one GPU. measured: from the records of one file that was made on a GPU, what they say of it, or None."""
-
-    what: str
-    goal: str
-    measured: Callable[[list[dict]], str | None]
-
-
-def op_on_gpu(records: list[dict], op: str, tokens: int = 256) -> dict | None:
-    """The bf16 record of an op at XL's width with so many tokens, of the largest batch, if ours was timed."""
-    found = [r for r in records if r["kind"] == "op" and r["op"] == op and r["dtype"] == "bfloat16" and r["shapes"].startswith("xl")
-             and r["sizes"]["rows"] * r["sizes"]["columns"] == tokens and "ours" in report_kernels.timed(r) and "Dh64" not in r["shapes"]]
-    return max(found, key=lambda r: r["sizes"]["batch"], default=None)
-
-
-def against(record: dict, step: str) -> str:
-    """Ours against the fastest other one, in words."""
-    others = [name for name in report_kernels.timed(record) if not name.startswith("ours")]
-    best = min(others, key=lambda name: report_kernels.ratio(record, name, step))
-    return f"{times(report_kernels.ratio(record, best, step))} {best}"
-
-
-def of_copy(records: list[dict], op: str) -> str | None:
-    record, copy = op_on_gpu(records, op), report_kernels.ceilings(records).get("copy")
-    if record is None or copy is None:
-        return None
-    ours = report_kernels.timed(record)["ours"]
-    passes = [f"{step} {percent(ours[step]['gb_per_s'], copy)}" for step in ("forward", "backward") if step in ours]
-    return f"of copy bandwidth: {', '.join(passes)}; both passes {against(record, 'forward_backward')}"
-
-
-def of_attention(records: list[dict]) -> str | None:
-    found = {tokens: op_on_gpu(records, "rope_attention", tokens) for tokens in (256, 1024)}
-    parts = [f"N = {tokens}: forward {against(record, 'forward')}, both passes {against(record, 'forward_backward')}"
-             for tokens, record in found.items() if record]
-    return "; ".join(parts) or None
-
-
-def of_margin_losses(records: list[dict]) -> str | None:
-    record = op_on_gpu(records, "marginal_distance_matrix_loss", 1024)
-    if record is None:
-        return None
-    ours, eager = (report_kernels.timed(record)[name] for name in ("ours", "eager"))
-    return f"{times(report_kernels.ratio(record, 'eager'))} eager, peak memory {percent(ours['peak_mib'], eager['peak_mib'])} of eager"
-
-
-def of_contest(kind: str, wanted: Callable[[dict], bool]) -> Callable[[list[dict]], str | None]:
-    """Of the first record of a kind that is wanted: the best of ours, and the peers that it met."""
-
-    def measured(records: list[dict]) -> str | None:
-        record, contest = next((r for r in records if r["kind"] == kind and wanted(r)), None), CONTESTS[kind]
-        if record is None or (ours := contest.best(record, contest.ours)) is None:
-            return None
-        rate = contest.rate(record, ours)
-        peers = [row for row in record["rows"] if re.match(contest.peers, row["name"])]
-        met = [f"{times(rate / contest.rate(record, row))} {row['name']}" for row in peers]
-        return f"{number(rate)} {contest.unit} ({ours['name']}); {', '.join(met)}"
-
-    return measured
-
-
-def xl_step(record: dict) -> bool:
-    model = record["model"]
-    return (model["tokens"], model["width"], model["depth"]) == (256, 1152, 28) and record.get("part") != "kernels"
-
-
-def of_first_step(records: list[dict]) -> str | None:
-    found = [row["first_step_s"] for r in records if r["kind"] == "training_step" and xl_step(r) for row in r["rows"]
-             if row["name"] == "ours compiled" and "first_step_s" in row]
-    return f"{number(found[0])} s" if found else None
-
-
-def of_tokenizer(records: list[dict]) -> str | None:
-    parts = {name: of_contest("tokenizer", lambda r, name=name: r["case"] == name and r["preset"] == "f16d32")(records)
-             for name in ("encode", "step")}
-    return "; ".join(f"{name}: {text}" for name, text in parts.items() if text) or None
-
-
-GOALS = (
-    Goal("LightningDiT-XL/1 training, 256 tokens", "700 images/s; 1.2 x the official graph compiled; 4 x its published 169 images/s",
-         of_contest("training_step", xl_step)),
-    Goal("fused norm, gate, modulation, residual", "90 % of copy bandwidth forward, 85 % backward; backward 1.8 x Inductor",
-         lambda records: of_copy(records, "gated_residual_rms_norm_modulate")),
-    Goal("RoPE attention, head dimension 72", "N = 256: faster than RoPE + the best peer, both ways; N = 1024: level", of_attention),
-    Goal("SwiGLU", "93 % of copy bandwidth, bias gradients in the same pass", lambda records: of_copy(records, "swiglu")),
-    Goal("alignment margin losses, N = 1024", "3 x eager, at most 10 % of its peak memory", of_margin_losses),
-    Goal("guided sampling, 249 evaluations", "5.3 images/s; 4 x the official script as written",
-         of_contest("sampling", lambda record: record["num_steps"] == 249)),
-    Goal("VA-VAE encoding, training step", "1,500 and 200 images/s", of_tokenizer),
-    Goal("latent loading", "50 x the official loader", of_contest("latents", lambda record: True)),
-    Goal("first training step of XL/1 from a cold cache", "60 s", of_first_step),
-)  # fmt: skip
-
-
-def goals(results: Results) -> list[tuple[Goal, str, str]]:
-    """(goal, what was measured on a GPU, file) of each; the newest file that holds it."""
-    on_gpu = [(name, run) for name, run in results.items() if about(name, run).cuda and records_of(run)]
-    on_gpu.sort(key=lambda item: item[1]["date"])
-    found = []
-    for goal in GOALS:
-        told = [(text, name) for name, run in on_gpu if (text := goal.measured(records_of(run)))]
-        found.append((goal, *(told[-1] if told else (UNMEASURED, ""))))
-    return found
-
+from bench.tables import UNMEASURED, about, cell, link, markdown, origin, shared, times  # noqa: E402
 
 # The documents
 
@@ -193,10 +82,7 @@ def picture(name: str, suffix: str) -> str:
 def results_page(results: Results) -> str:
     """docs/results.md."""
     parts, absent = parts_of(results), missing(results)
-    lines = [INTRODUCTION, "", "## Overview", "", *overview(parts, results), "", "## Goals on a GPU", ""]
-    lines += [f"One H200, bf16, measured side by side in one run. What no file holds is {UNMEASURED}.", ""]
-    rows = [[goal.what, goal.goal, text, name and link(name)] for goal, text, name in goals(results)]
-    lines += markdown(["what", "goal", "measured", "file"], rows)
+    lines = [INTRODUCTION, "", "## Overview", "", *overview(parts, results), "", *report_goals.lines(results)]
     for topic in TOPICS:
         lines += ["", f"## {topic}", ""]
         for name, part in ((name, part) for name, part in parts if part.topic == topic):
@@ -218,10 +104,11 @@ def kernels_page(results: Results) -> str:
 def short_table(results: Results) -> str:
     """The README's: one line of each topic, what loses included."""
     rows = []
-    told = [(goal.what, text, f"goal: {goal.goal}", name) for goal, text, name in goals(results) if name]
-    rows += [[what, value, peer, link(name, "")] for what, value, peer, name in told]
-    if len(told) < len(GOALS):
-        what = "everything on a GPU" if not told else f"{len(GOALS) - len(told)} other goals on a GPU"
+    told = [(goal, found, name) for goal, found, name in report_goals.found_of(results, cuda=True) if found]
+    rows += [[goal.what, found.value, "; ".join(filter(None, (f"goal: {goal.goal}", found.peer))), link(name, "")]
+             for goal, found, name in told]
+    if len(told) < (count := len(report_goals.GOALS)):
+        what = "everything on a GPU" if not told else f"{count - len(told)} other goals on a GPU"
         rows.append([what, UNMEASURED, "", "[goals](docs/results.md#goals-on-a-gpu)"])
     if not any(kind_of(name) == "convergence" and about(name, content).cuda for name, content in results.items()):
         paper = "the paper: 2.5 to 2.8 x by alignment, 21.8 x in all"

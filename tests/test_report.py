@@ -7,7 +7,8 @@ import statistics
 
 import pytest
 
-from bench import harness, report, report_kernels, report_kinds
+from bench import harness, report, report_goals, report_kernels, report_kinds
+from bench.report_goals import Found
 from bench.tables import UNMEASURED, about, times
 from lightningdit_kernels.testing import OPS
 
@@ -66,7 +67,7 @@ def images():
 def training_step(**more):
     """The compiled reference had half the batch."""
     rows = [dict(name="reference eager", status="ok", batch=8, **timing(400.0)),
-            dict(name="reference compiled", status="ok", batch=4, **timing(160.0)),
+            dict(name="reference compiled", status="ok", batch=4, first_step_s=60.0, **timing(160.0)),
             dict(name="ours compiled", status="ok", batch=8, mfu=0.5, first_step_s=30.0, **timing(200.0)),
             dict(name="ours compiled, norm off", status="ok", batch=8, **timing(100.0))]
     return dict(kind="training_step", case="xl", device="cpu", batch=8, dtype="float32", load=1.0, rows=rows, left_out=[],
@@ -347,31 +348,54 @@ def test_registers_and_spills_by_hand(monkeypatch):
     assert report.audit_row()[1] == "1 spills in 36 compilations"
 
 
-def test_goals_are_measured_on_gpus_only():
-    """The same records, made on a CPU, meet no goal."""
+def test_goals_by_hand():
+    """On a GPU the records of the goal's size count, on a CPU those of the same work; a file of one never speaks for the other."""
     attention = op_record("rope_attention", dtype="bfloat16", shapes="xl", width=1152, heads=16)
     margin = op_record("marginal_distance_matrix_loss", dtype="bfloat16", shapes="xl/B8/N1024", rows=32, columns=32)
     swiglu, drawn = op_record("swiglu", dtype="bfloat16", shapes="xl"), sampling(num_steps=249)
-    records = [copy_record(5), swiglu, attention, margin, training_step(part="ladder"), drawn, latents(), tokenizer("encode"), tokenizer()]
-    texts = {goal.what: text for goal, text, _ in report.goals({"kernels_a.json": file(*records, **GPU)})}
+    records = [copy_record(5), swiglu, attention, margin, training_step(part="ladder"), drawn, latents(), tokenizer("encode"), tokenizer(),
+               images() | dict(case="imagenet-256-random")]
+    results = {"kernels_a.json": file(*records, **GPU)}
+    found = {goal.what: one for goal, one, _ in report_goals.found_of(results, cuda=True)}
+    both = "compiled: forward 0.6 x, both 0.6 x; eager: forward 2.5 x, both 2.5 x"
     # 3 MB in 0.667 and 1.33 ms are 4.5 and 2.25 GB/s of 5
-    assert texts["SwiGLU"] == "of copy bandwidth: forward 90 %, backward 45 %; both passes 0.6 x compiled"
-    assert texts["RoPE attention, head dimension 72"] == "N = 256: forward 0.6 x compiled, both passes 0.6 x compiled"
-    assert texts["alignment margin losses, N = 1024"] == "2.5 x eager, peak memory 10 % of eager"
-    assert texts["LightningDiT-XL/1 training, 256 tokens"] == "40 images/s (ours compiled); 2 x reference eager, 1.6 x reference compiled"
-    assert texts["guided sampling, 249 evaluations"] == "16 images/s (ours, fp32, batch 32, prepared); 4 x official way, fp32, batch 4"
-    assert texts["first training step of XL/1 from a cold cache"] == "30 s" and texts["latent loading"].endswith("200 x per sample")
-    codec = "40 images/s (ours); 4 x fp32 eager, 0.8 x diffusers, fp32"
-    assert texts["VA-VAE encoding, training step"] == f"encode: {codec}; step: {codec}"
-    on_cpu = report.goals({"kernels_a.json": file(*records)})
-    assert [text for _, text, _ in on_cpu] == [UNMEASURED] * len(report.GOALS)
+    shares = "forward 0.667 ms, 90 % of copy bandwidth; backward 1.33 ms, 45 % of copy bandwidth; both passes 2 ms, 30 % of copy bandwidth"
+    assert found["SwiGLU"] == Found(shares, both, pytest.approx(0.6))
+    assert found["RoPE attention, head dimension 72, N = 256"].value == "forward 0.667 ms; backward 1.33 ms; both passes 2 ms"
+    assert found["RoPE attention, head dimension 72, N = 1024"] is None and found["VA-VAE decoding"] is None
+    assert found["alignment margin losses, N = 1024"].value.endswith("; peak memory 10 % of eager")
+    assert found["LightningDiT-XL/1 training, 256 tokens"] == Found(
+        "40 images/s (ours compiled), MFU 50 %", "reference compiled: 1.6 x; reference eager: 2 x", pytest.approx(1.6))
+    assert found["guided sampling, 249 evaluations"].value == "16 images/s (ours, fp32, batch 32, prepared)"
+    assert found["first training step of XL/1 from a cold cache"] == Found("30 s", "reference compiled: 60 s", 2.0)
+    assert found["VA-VAE encoding"] == found["VA-VAE training step"] == Found(
+        "40 images/s (ours)", "diffusers, fp32: 0.8 x; fp32 eager: 4 x", pytest.approx(0.8))
+    decoding = found["image decoding, random crops of 256 pixels"]
+    assert decoding.value == "1600 images/s (dali, 1 threads)" and decoding.ratio == pytest.approx(0.5)
+    assert [one for _, one, _ in report_goals.found_of(results, cuda=False)] == [None] * len(report_goals.GOALS)
+
+    small = [sampling(), tokenizer("decode") | dict(preset="small-f8d16"), op_record("swiglu"), op_record("swiglu", shapes="s/B2", batch=9),
+             images(), training_step(part="kernels")]
+    results = {"kernels_b.json": file(*small), "sampling_a.json": file(sampling(), date="2026-01-01T00:00:00+00:00")}
+    on_gpu, on_cpu = ({goal.what: (one, name) for goal, one, name in report_goals.found_of(results, cuda)} for cuda in (True, False))
+    assert {one for one, _ in on_gpu.values()} == {None}
+    measured = {what: one.value for what, (one, _) in on_cpu.items() if one}
+    assert measured == {"SwiGLU": "forward 0.667 ms; backward 1.33 ms; both passes 2 ms; (2, 256, 128)",  # no copy in the file
+                        "guided sampling, 249 evaluations": "16 images/s (ours, fp32, batch 32, prepared); S, depth 4, 10 steps, 32 images",
+                        "VA-VAE decoding": "40 images/s (ours); small-f8d16, 256 pixels, batch 4"}
+    assert on_cpu["guided sampling, 249 evaluations"][1] == "kernels_b.json"  # the newer file
+    page = "\n".join(report_goals.lines(results))
+    rest = "40 images/s (ours); small-f8d16, 256 pixels, batch 4 | diffusers, fp32: 0.8 x; fp32 eager: 4 x | **0.8 x** |"
+    assert f"| VA-VAE decoding | {rest}" in page and "N = 1024" not in page.partition("on a CPU, where")[2]
+    assert page.count(UNMEASURED) == len(report_goals.GOALS) + 1 and "| latent loading | not measured on a CPU |  |  |  |" in page
 
 
 def test_nothing_measured(tmp_path):
     """Without files every goal and command is named, and nothing else."""
     page = report.results_page({})
-    for goal in report.GOALS:
+    for goal in report_goals.GOALS:
         assert f"| {goal.what} | {goal.goal} | {UNMEASURED} |  |" in page
+        assert not goal.work or f"| {goal.work} | not measured on a CPU |  |" in page
     commands = [*report_kinds.COMMANDS, *(prefix for prefix, kind in report_kinds.KINDS.items() if kind.command)]
     assert page.count(": not yet measured (`") == len(commands)
     assert len(report.short_table({}).splitlines()) == 5  # header, everything on a GPU, convergence, the audit
