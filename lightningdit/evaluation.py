@@ -1,7 +1,7 @@
 """What `lightningdit evaluate` does: images to features, features to numbers, numbers to one table and one JSON file.
 
     evaluate_tokenizer  originals against what a tokenizer makes of them, and its latents
-    evaluate_samples    a folder or file of generated images against a reference
+    evaluate_samples    generated images, from files or straight from a run's sampler, against a reference
     collect, compare    the same for images that come from anywhere, such as straight from the sampler
 
 Under torchrun each process takes every world-th image, and all that is measured is merged before it is judged.
@@ -24,15 +24,17 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from . import metrics
-from .checkpoint import save_weights
+from .checkpoint import save_weights, state_sha256, write_text
 from .config import require
 from .distributed import generator_for, pick_device, process_group, world
 from .features import Unavailable, load_extractor
 from .images import EXTENSIONS, ImageBatches, ImageSource, digits, open_images, to_pixels
 from .log import environment, image_grid, save_png
 from .metrics import FeatureStatistics
+from .sampler import sample_images
 from .tokenizer.losses import perceptual_loss
 from .tokenizer.vavae import load_tokenizer
+from .trained import load_run
 
 KEPT = 10_000  # features of a reference kept for KID, precision and recall: ADM's reference files hold as many images
 UNBIASED = 10_000  # with fewer images a Frechet distance is noticeably too large
@@ -130,7 +132,8 @@ def evaluate_tokenizer(
 
 
 def evaluate_samples(
-    images: str,
+    images: str | None = None,
+    checkpoint: str | None = None,
     reference: str = "digits",
     extractors: str = "auto",
     weights: str = "",
@@ -140,6 +143,8 @@ def evaluate_samples(
     workers: int = 4,
     batch_size: int = 64,
     device: str = "auto",
+    config: str | None = None,
+    tokenizer: str | None = None,
     out: str = "runs/evaluation",
 ) -> int:
     """Measures generated images against a reference: FID, sFID, Inception score, KID, precision and recall, by the ADM protocol.
@@ -148,24 +153,34 @@ def evaluate_samples(
 
     Args:
         images: a folder of images, with or without class folders, a .tar or .zip, or an .npz with arr_0 uint8 (n, H, W, C).
+        checkpoint: instead, a run or one of its checkpoints: its EMA weights draw --num-images images as its configuration says, those of
+            `lightningdit sample` with seeds from 0 on, and no file keeps them. Official weights need --config and --tokenizer too.
         reference: the same; or ADM's reference file, an .npz with mu, sigma, mu_s, sigma_s and arr_0; or "digits". Features of images are
             computed once and cached.
         extractors: inception, dinov2, timm:MODEL, digits, a file of a small encoder, separated by commas. auto: digits for that reference,
             else inception.
         weights: files of their weights, "inception=FILE,dinov2=FILE"; without one the download, or its cache.
         image_size: side in pixels that both are center-cropped to; None: that of the first generated image.
-        num_images: use so many of the generated images, evenly spaced (of an .npz the first); None: all.
+        num_images: use so many of the generated images, evenly spaced (of an .npz the first); None: all. With --checkpoint: draw so many.
         cache: folder of reference statistics; None: $XDG_CACHE_HOME/lightningdit or ~/.cache/lightningdit.
         workers: decoding threads.
         batch_size: images at once.
         device: auto, cpu or cuda.
+        config: with --checkpoint: a recipe, where it is not a run.
+        tokenizer: with --checkpoint: a tokenizer file or "digits", where it is not a run.
         out: folder to write.
     """
     require(batch_size > 0, "batch_size", batch_size, "a positive number")
+    require((images is None) != (checkpoint is None), "images", images, "files of generated images, or else --checkpoint")
+    require(checkpoint is None or (num_images or 0) > 1, "num_images", num_images, "at least 2, with --checkpoint")
+    require(checkpoint is None or image_size is None, "image_size", image_size, "None with --checkpoint: its images have a size")
     rank, ranks = world()
     with process_group(pick_device(device)) as device:
         channels = 1 if reference == "digits" else 3
-        samples = open_pictures(images, image_size=image_size, channels=channels, num_images=num_images, workers=workers)
+        if checkpoint is None:
+            samples = open_pictures(images, image_size=image_size, channels=channels, num_images=num_images, workers=workers)
+        else:
+            samples = drawn_pictures(checkpoint, num_images, device, config, tokenizer)
         names = ("digits" if reference == "digits" else "inception") if extractors == "auto" else extractors
         networks, rows = load_extractors(names, weights, device, "fid")
         references = []
@@ -237,6 +252,23 @@ def open_pictures(path, *, image_size=None, channels=3, num_images=None, workers
 
     about = dict(path=str(path), fingerprint=source.fingerprint, transform=f"ADM center crop to {image_size}")
     return Pictures(len(source), (image_size, image_size), about, batches)
+
+
+def drawn_pictures(checkpoint, num_images, device, recipe=None, tokenizer=None):
+    """Pictures that a run's EMA weights draw when they are asked for: image i of seed i, the classes in turn; see trained.load_run."""
+    config, model, decoder, _ = load_run(checkpoint, recipe, tokenizer, device)
+    settings, num_classes = config.sampling_arguments(), config.data.num_classes
+
+    def batches(batch_size, rank, world):
+        for indices in torch.arange(rank, num_images, world).split(batch_size):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.use_bf16(device)):
+                yield sample_images(model, decoder, labels=indices % num_classes, seeds=indices.tolist(), device=device,
+                                    **settings | dict(batch_size=min(batch_size, num_images))), indices
+
+    size = (config.data.image_size,) * 2
+    drawn = dict(path=str(checkpoint), fingerprint=state_sha256(model.state_dict()), transform="none", tokenizer=decoder.sha256,
+                 sampling=settings, bf16=config.use_bf16(device))
+    return Pictures(num_images, size, drawn, batches)
 
 
 class _FlatFolder(ImageSource):
@@ -660,7 +692,8 @@ def finish(report, out, device):
     """Prints the table and writes OUT/evaluation.json, with the versions and the device."""
     file = Path(out) / "evaluation.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report | dict(environment=environment(device) | dict(command=sys.argv)), indent=1, allow_nan=False) + "\n")
+    report = report | dict(environment=environment(device) | dict(command=sys.argv))
+    write_text(file, json.dumps(report, indent=1, allow_nan=False) + "\n")
     print(f"{table(report['metrics'])}\nreport   {file}")
 
 
