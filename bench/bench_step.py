@@ -3,6 +3,8 @@
     pytest bench/bench_step.py --benchmark-only --results bench/results/step_cpu.json
     pytest bench/bench_step.py --benchmark-only --shapes xl --tokens 256,1024 --official CHECKOUT    # on a GPU; also --shapes l, b
 
+--official names a checkout of github.com/hustvl/LightningDiT, whose model needs `pip install einops fairscale`; it compiles itself.
+
 A step is that of train/dit.py (bench/step.py). Before it is timed a contestant must agree with the reference in fp32: the loss and every
 gradient, in fp32 to LOSS_TOLERANCE and GRADIENT_TOLERANCE, in bf16 to twice the error of the eager reference in bf16; and a profile must
 show the kernels that are switched on and no others. A batch that does not fit a contestant is halved for it; speed-ups are per image.

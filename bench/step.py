@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -263,9 +264,8 @@ def official_model(path: Path, config: configuration.DiTConfig) -> torch.nn.Modu
         official = importlib.import_module("models.lightningdit")
     finally:
         sys.path.remove(str(path))
-    arguments = config.model_arguments()
-    del arguments["checkpoint_policy"]
-    model = official.LightningDiT(**arguments)
+    known = inspect.signature(official.LightningDiT).parameters  # it has none of our options, which are off in every contestant
+    model = official.LightningDiT(**{name: value for name, value in config.model_arguments().items() if name in known})
     model.y_embedder.dropout_prob = 0.0  # labels are dropped before
     forward = model.forward
     model.forward = lambda x, t, y, drop_labels: forward(x, t, torch.where(drop_labels, config.data.num_classes, y))

@@ -140,6 +140,11 @@ def test_official_code_takes_part_by_its_path(tmp_path, trainer):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "lightningdit.py").write_text(
         "import lightningdit.model\n\nclass LightningDiT(lightningdit.model.LightningDiT):\n"
+        "    def __init__(self, input_size=32, patch_size=2, in_channels=32, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,\n"
+        "                 class_dropout_prob=0.1, num_classes=1000, learn_sigma=False, use_qknorm=False, use_swiglu=False,\n"
+        "                 use_rope=False, use_rmsnorm=False, wo_shift=False, use_checkpoint=False):\n"
+        "        arguments = {name: value for name, value in locals().items() if name not in ('self', '__class__')}\n"
+        "        super().__init__(**arguments)\n\n"
         "    def forward(self, x, t, y):\n        return super().forward(x, t, y)\n")
     model, batch = trainer.share(step.official_model(tmp_path, config)), trainer.batch()
     batch["drop_labels"][0] = True
