@@ -34,7 +34,7 @@ BASE = {
     "cuda": dict(batch=32, tokens=256, width=1152, depth=12),
 }
 VALUES = {
-    "cpu": dict(batch=(1, 2, 4, 8, 16), tokens=(16, 64, 256, 1024), width=(64, 128, 256, 512, 768), depth=(1, 2, 4, 8, 16)),
+    "cpu": dict(batch=(1, 2, 4, 8, 16), tokens=(16, 64, 144, 256, 576, 1024), width=(64, 128, 256, 512, 768), depth=(1, 2, 4, 8, 16)),
     "cuda": dict(batch=(8, 16, 32, 64, 128), tokens=(64, 256, 1024, 4096), width=(384, 768, 1152, 1536, 2304), depth=(3, 6, 12, 24, 48)),
 }
 CONTESTANTS = (step.Contestant("reference eager", step.ALL), step.Contestant("ours eager"))
@@ -155,7 +155,8 @@ def figure(run: dict):
                 xs, ys, line = [value for value, _ in pairs], [row[key] for _, row in pairs], fitted[key]
                 text = f"{name}: {line['exponent']:.2f} ({interval(line)}) above {line['offset']:.3g}"
                 between = [xs[0] * (xs[-1] / xs[0]) ** (i / 50) for i in range(51)]
-                axes.plot(between, [line["offset"] + line["factor"] * x ** line["exponent"] for x in between], color=f"C{color}", linewidth=1)
+                fitted_line = [line["offset"] + line["factor"] * x ** line["exponent"] for x in between]
+                axes.plot(between, fitted_line, color=f"C{color}", linewidth=1)
                 axes.plot(xs, ys, "os"[color], color=f"C{color}", markersize=4, label=text)
                 if key == "median_ms":
                     axes.vlines(xs, [row["p20_ms"] for _, row in pairs], [row["p80_ms"] for _, row in pairs], color=f"C{color}")
@@ -166,7 +167,8 @@ def figure(run: dict):
             axes.tick_params(axis="y", which="both", labelsize=7)
             axes.legend(fontsize=6, loc="upper left")
         grid[0, column].set_title(f"at {others}", fontsize=7)
-    plot.suptitle(f"Training step, exponents of growth above a fixed cost, 95 % interval: {run.get('gpu') or run['cpu']}, {run['date'][:10]}", fontsize=9)
+    where = f"{run.get('gpu') or run['cpu']}, {run['date'][:10]}"
+    plot.suptitle(f"Training step, exponents of growth above a fixed cost with 95 % interval: {where}", fontsize=9)
     return plot
 
 
