@@ -131,11 +131,21 @@ struct Shape {
   int64_t stride;  // between rows of scores: lines a power of two apart would share few sets of the first-level cache, and evict each other
 
   Shape(int64_t n, int64_t d) : tokens(n), head_dim(d), padded(round_up(n, LANES)), width(round_up(d, LANES)) {
-    stride = padded + LANES;
+    stride = padded < 8 * LANES ? padded : padded + LANES;
     queries = SCORES / padded / ROWS * ROWS;
     queries = queries < ROWS ? int64_t(ROWS) : queries > QUERIES ? int64_t(QUERIES) : queries;
   }
 };
+
+// Rows of scores to their exponentials; short rows, which have nothing between them, in one loop: an exponential has to be waited for.
+static void exp_rows(float* scores, int64_t rows, const Shape& shape) {
+  const int64_t loops = shape.stride == shape.padded ? 1 : rows, length = loops == rows ? shape.padded : rows * shape.padded;
+  for (int64_t i = 0; i < loops; ++i) {
+    float* row = scores + i * shape.stride;
+#pragma omp simd
+    for (int64_t j = 0; j < length; ++j) row[j] = exp_f32(row[j]);
+  }
+}
 
 struct Arena {
   float* base;
@@ -323,14 +333,19 @@ static int forward(const In* qkv, const float* table, const float* bias, const N
       for (int64_t i = 0; i < count; ++i) {
         float* row = s.scores + i * shape.stride;
         for (int64_t j = tokens; j < shape.padded; ++j) row[j] = -INFINITY;  // whose exp is 0
-        vec largest = load_vec(row), sums = {};
+        vec largest = load_vec(row);
         for (int64_t j = LANES; j < shape.padded; j += LANES) largest = larger(load_vec(row + j), largest);
-        const float highest = highest_of(largest);
+        const float highest = s.inverse[i] = highest_of(largest);
 #pragma omp simd
-        for (int64_t j = 0; j < shape.padded; ++j) row[j] = exp_f32((row[j] - highest) * scale);
+        for (int64_t j = 0; j < shape.padded; ++j) row[j] = (row[j] - highest) * scale;
+      }
+      exp_rows(s.scores, count, shape);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* row = s.scores + i * shape.stride;
+        vec sums = {};
         for (int64_t j = 0; j < shape.padded; j += LANES) sums = multiply_add(1.0f, load_vec(row + j), sums);
         const float sum = sum_of(sums);
-        lse[item * tokens + first + i] = highest * scale + logf(sum);
+        lse[item * tokens + first + i] = s.inverse[i] * scale + logf(sum);
         s.inverse[i] = 1.0f / sum;
       }
       multiply<false>(s.scores, shape.stride, s.values, 0, shape.padded, count, s.result, shape.width, false);
@@ -386,13 +401,17 @@ static int backward(const Out* grad, const In* qkv, const float* lse, const floa
       multiply<false>(s.q + first * dim, dim, s.k_columns, 0, dim, count, s.weights, shape.stride, false);
       multiply<false>(s.grad + first * dim, dim, s.v_columns, 0, dim, count, s.slopes, shape.stride, false);
       for (int64_t i = 0; i < count; ++i) {
-        float *weights = s.weights + i * shape.stride, *slopes = s.slopes + i * shape.stride;
+        float* weights = s.weights + i * shape.stride;
         const float log_sum = lse[item * tokens + first + i];
-        // The whole row is at hand: its sum makes good the rounding of log_sum, and delta comes from the weights themselves, not
-        // from out, so that the slopes of a row add up to nothing: what rounding leaves of that is what sums over all tokens gather.
         for (int64_t j = tokens; j < shape.padded; ++j) weights[j] = -INFINITY;  // whose exp is 0
 #pragma omp simd
-        for (int64_t j = 0; j < shape.padded; ++j) weights[j] = exp_f32(weights[j] * scale - log_sum);
+        for (int64_t j = 0; j < shape.padded; ++j) weights[j] = weights[j] * scale - log_sum;
+      }
+      exp_rows(s.weights, count, shape);
+      for (int64_t i = 0; i < count; ++i) {
+        float *weights = s.weights + i * shape.stride, *slopes = s.slopes + i * shape.stride;
+        // The whole row is at hand: its sum makes good the rounding of log_sum, and delta comes from the weights themselves, not
+        // from out, so that the slopes of a row add up to nothing: what rounding leaves of that is what sums over all tokens gather.
         vec sums = {}, products = {};
         for (int64_t j = 0; j < shape.padded; j += LANES) {
           const vec weight = load_vec(weights + j);
