@@ -1,12 +1,13 @@
-"""How time and memory of a training step grow with batch, tokens, width and depth: fitted exponents, and their plot.
+"""How time and memory of a training step grow with batch, tokens, width and depth: a fixed cost, an exponent, and their plot.
 
     pytest bench/bench_growth.py --benchmark-only --results bench/results/growth_cpu.json
     python bench/bench_growth.py bench/results/growth_cpu.json --docs docs                   # the plot, from the file alone
 
 One axis varies, the others stay; heads are 64 channels wide. The step is that of train/dit.py (bench/step.py), in eager mode, so that no
-point has to be compiled: fp32 on a CPU, bf16 autocast on a GPU. An exponent is the slope of a least-squares line through the logarithms,
-with the 95 % interval that its residuals give; "last" is the slope between the two largest points, which fixed costs blur least.
-Memory is what a step allocates at most on top of weights, optimizer and average.
+point has to be compiled: fp32 on a CPU, bf16 autocast on a GPU. What is fitted is offset + factor x^exponent, by least squares of relative
+errors: a power law alone takes what a step costs at any size (calls, optimizer, average) for slow growth. The exponent's 95 % interval
+leaves offset and factor free; where the points do not bound it, it is open. "last" is the slope between the logarithms of the two largest
+points. Memory is what a step allocates at most on top of weights, optimizer and average.
 """
 
 import argparse
@@ -33,7 +34,7 @@ BASE = {
     "cuda": dict(batch=32, tokens=256, width=1152, depth=12),
 }
 VALUES = {
-    "cpu": dict(batch=(1, 2, 4, 8, 16), tokens=(16, 64, 256, 1024), width=(64, 128, 256, 512, 768), depth=(1, 2, 4, 8, 16)),
+    "cpu": dict(batch=(1, 2, 4, 8, 16), tokens=(16, 64, 144, 256, 576, 1024), width=(64, 128, 256, 512, 768), depth=(1, 2, 4, 8, 16)),
     "cuda": dict(batch=(8, 16, 32, 64, 128), tokens=(64, 256, 1024, 4096), width=(384, 768, 1152, 1536, 2304), depth=(3, 6, 12, 24, 48)),
 }
 CONTESTANTS = (step.Contestant("reference eager", step.ALL), step.Contestant("ours eager"))
@@ -64,20 +65,50 @@ def measure(point: dict[str, int], settings) -> list[dict]:
     return rows
 
 
-def fit(xs: list[float], ys: list[float]) -> dict[str, float]:
-    """Exponent of y = c x^exponent with its 95 % interval, the factor c, and the exponent between the last two points.
+EXPONENTS = (0.05, 4.0)  # that a fit chooses from, and that an interval may reach before it counts as open
 
-    Raises: ValueError for fewer than three points, or values that have no logarithm.
+
+def fit(xs: list[float], ys: list[float]) -> dict[str, float | None]:
+    """Exponent p of y = offset + factor x^p with offset, factor >= 0, its 95 % interval, and the exponent between the last two points.
+
+    "low" and "high" are the p whose best fit is as bad as Student's t at n - 3 degrees of freedom allows; None where that is no p of
+    EXPONENTS, and for three points, which leave no degree of freedom. "error" is the root mean square of the relative residuals.
+
+    Raises: ValueError for fewer than three points, or values that are not positive.
     """
     if len(xs) < 3 or len(xs) != len(ys) or min(*xs, *ys) <= 0:
         raise ValueError(f"xs, ys: got {xs} and {ys}, expected at least three pairs of positive numbers")
-    from scipy import stats
+    import numpy as np
+    from scipy import optimize, stats
 
-    line = stats.linregress([math.log(x) for x in xs], [math.log(y) for y in ys])
-    half = stats.t.ppf(0.975, len(xs) - 2) * line.stderr
+    x, y = np.array(xs, float) / max(xs), np.array(ys, float)
+
+    def best(p):
+        """(offset, factor of x / max(xs)) and the sum of squares."""
+        coefficients, residual = optimize.nnls(np.stack([np.ones_like(x), x**p], axis=1) / y[:, None], np.ones_like(y))
+        return coefficients, residual**2
+
+    grid = np.linspace(*EXPONENTS, 80)
+    start = int(np.argmin([best(p)[1] for p in grid]))
+    ends = grid[max(0, start - 1)], grid[min(len(grid) - 1, start + 1)]
+    p = float(optimize.minimize_scalar(lambda p: best(p)[1], bounds=ends, method="bounded", options=dict(xatol=1e-6)).x)
+    (offset, factor), least = best(p)
+    low = high = None
+    if len(xs) > 3:
+        most = max(least, 1e-12) * (1 + stats.t.ppf(0.975, len(xs) - 3) ** 2 / (len(xs) - 3))  # 1e-12: exact values have rounding, too
+        low, high = (float(optimize.brentq(lambda p: best(p)[1] - most, p, end, xtol=1e-6)) if best(end)[1] > most else None
+                     for end in EXPONENTS)
     last = math.log(ys[-1] / ys[-2]) / math.log(xs[-1] / xs[-2])
-    found = dict(exponent=line.slope, low=line.slope - half, high=line.slope + half, factor=math.exp(line.intercept), last=last)
-    return {key: short(float(value)) for key, value in found.items()}
+    found = dict(exponent=p, low=low, high=high, offset=offset, factor=factor / max(xs) ** p, error=math.sqrt(least / len(xs)), last=last)
+    return {key: value if value is None else short(float(value)) for key, value in found.items()}
+
+
+def interval(found: dict[str, float | None]) -> str:
+    """Of an exponent, in words."""
+    low, high = found["low"], found["high"]
+    if low is None or high is None:
+        return "too few points" if low is high else f"at least {low:.2f}" if high is None else f"at most {high:.2f}"
+    return f"{low:.2f} to {high:.2f}"
 
 
 def fits(points: list[dict]) -> dict[str, dict]:
@@ -119,11 +150,13 @@ def figure(run: dict):
     for column, record in enumerate(records):
         others = ", ".join(f"{name} {value}" for name, value in record["base"].items() if name != record["axis"])
         for axes, key, label in zip(grid[:, column], ("median_ms", "peak_mib"), ("ms a step", "MiB a step"), strict=True):
-            for color, (name, fitted) in enumerate(record["fits"].items()):
+            for color, (name, fitted) in enumerate(fits(record["points"]).items()):
                 pairs = [(p["value"], r) for p in record["points"] for r in p["rows"] if r["name"] == name and key in r]
                 xs, ys, line = [value for value, _ in pairs], [row[key] for _, row in pairs], fitted[key]
-                text = f"{name}: {line['exponent']:.2f} ({line['low']:.2f} to {line['high']:.2f}), last {line['last']:.2f}"
-                axes.plot(xs, [line["factor"] * x ** line["exponent"] for x in xs], color=f"C{color}", linewidth=1)
+                text = f"{name}: {line['exponent']:.2f} ({interval(line)}) above {line['offset']:.3g}"
+                between = [xs[0] * (xs[-1] / xs[0]) ** (i / 50) for i in range(51)]
+                fitted_line = [line["offset"] + line["factor"] * x ** line["exponent"] for x in between]
+                axes.plot(between, fitted_line, color=f"C{color}", linewidth=1)
                 axes.plot(xs, ys, "os"[color], color=f"C{color}", markersize=4, label=text)
                 if key == "median_ms":
                     axes.vlines(xs, [row["p20_ms"] for _, row in pairs], [row["p80_ms"] for _, row in pairs], color=f"C{color}")
@@ -134,7 +167,8 @@ def figure(run: dict):
             axes.tick_params(axis="y", which="both", labelsize=7)
             axes.legend(fontsize=6, loc="upper left")
         grid[0, column].set_title(f"at {others}", fontsize=7)
-    plot.suptitle(f"Training step, exponents of growth with 95 % interval: {run.get('gpu') or run['cpu']}, {run['date'][:10]}", fontsize=9)
+    where = f"{run.get('gpu') or run['cpu']}, {run['date'][:10]}"
+    plot.suptitle(f"Training step, exponents of growth above a fixed cost with 95 % interval: {where}", fontsize=9)
     return plot
 
 

@@ -179,24 +179,25 @@ def overlay_part(record: dict) -> Part:
 
 
 def growth_part(run: dict, records: list[dict]) -> Part:
-    """How a step's time and memory grow along each axis: exponents fitted again to the points."""
+    """How a step's time and memory grow along each axis: fixed costs and exponents, fitted again to the points."""
     records = sorted(records, key=lambda record: bench_growth.AXES.index(record["axis"]))
     rows, lines = [], []
     for record in records:
         base = ", ".join(f"{name} {value}" for name, value in record["base"].items() if name != record["axis"])
         span = f"{record['axis']} {record['points'][0]['value']} to {record['points'][-1]['value']}, {base}"
         fits = bench_growth.fits(record["points"])
-        for key, what in (("median_ms", "time"), ("peak_mib", "memory")):
-            words = {name: f"exponent {one[key]['exponent']:.2f}" for name, one in fits.items()}
+        for key, what, unit in (("median_ms", "time", "ms"), ("peak_mib", "memory", "MiB")):
+            words = {name: f"exponent {one[key]['exponent']:.2f} above {one[key]['offset']:.3g} {unit}" for name, one in fits.items()}
             for name, one in ((name, one[key]) for name, one in fits.items()):
-                interval = f"{one['low']:.2f} to {one['high']:.2f}"
-                lines.append([record["axis"], what, name, f"{one['exponent']:.2f} ({interval})", f"{one['last']:.2f}", span])
+                interval = bench_growth.interval(one)
+                lines.append([record["axis"], what, name, f"{one['offset']:.3g} {unit}", f"{one['exponent']:.2f} ({interval})",
+                              f"{100 * one['error']:.1f} %", f"{one['last']:.2f}", span])
                 if name.startswith("ours"):
                     peer = ", ".join(f"{other}: {word}" for other, word in words.items() if other != name)
                     title = f"growth of a training step's {what} with {record['axis']}"
-                    rows.append(Row(title, span, words[name], f"{interval} (95 %)", peer))
-    header = ["axis", "of", "", "exponent (95 %)", "between the last two points", "span"]
-    title = "#### Growth of the training step: exponents of power laws, fitted to all points"
+                    rows.append(Row(title, span, words[name], f"{interval} (95 %)" if one["low"] or one["high"] else interval, peer))
+    header = ["axis", "of", "", "fixed", "exponent above it (95 %)", "error of the fit", "between the last two points", "span"]
+    title = "#### Growth of the training step: fixed + factor x^exponent, fitted to all points"
     return Part("Training", [title, "", *markdown(header, lines), ""], rows, {"": lambda: bench_growth.figure(run)})
 
 

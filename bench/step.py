@@ -31,6 +31,7 @@ from bench.harness import COMPILED, Case, cpu_peak_mib, nbytes, synchronize  # n
 from bench.providers import EAGER  # noqa: E402
 from lightningdit import config as configuration  # noqa: E402
 from lightningdit import optim  # noqa: E402
+from lightningdit.distributed import check_compiler  # noqa: E402
 from lightningdit.guard import Guard  # noqa: E402
 from lightningdit.model import SIZES, LightningDiT  # noqa: E402
 from lightningdit.training import losses, micro_batches  # noqa: E402
@@ -304,6 +305,8 @@ def main() -> None:
     found = {one.name: one for one in contestants(options.device)["ladder"]}
     if options.contestant not in found:
         parser.error(f"--contestant is {options.contestant!r}, expected one of {', '.join(found)}")
+    if found[options.contestant].compiled:
+        check_compiler(torch.device(options.device))  # as train/dit.py does: it shortens what Inductor does before the first step
     trainer = Trainer(configure(options.shapes, options.device), options.device)
     trainer.step(trainer.build(found[options.contestant]), trainer.batch())
     synchronize(options.device)

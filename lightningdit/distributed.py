@@ -9,8 +9,10 @@ import gc
 import hashlib
 import math
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import time
 
 import torch
@@ -153,6 +155,29 @@ def check_compiler(device):
     if not any(name and shutil.which(name) for name in names):
         raise ValueError(f"compile: torch.compile on {device.type} needs a compiler ({' or '.join(names[1:])}), and none is on PATH; "
                          "install one (Debian: apt-get install g++) or run without --compile")
+    if device.type == "cpu":
+        trust_vector_units(next(name for name in names if name and shutil.which(name)))
+
+
+def trust_vector_units(compiler):
+    """Spares Inductor the longest of its trials of an x86 processor's vector units, where the compiler knows their options.
+
+    For each unit, up to four, it builds a library with PyTorch's vector headers and starts a process that loads it, before it compiles
+    anything. Returns whether it is spared; TORCHINDUCTOR_VEC_ISA_OK has its say before. Inductor's choice among the units stays its own.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    if config.cpp.vec_isa_ok is not None or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    options = f"{cpu_vec_isa.VecAVX512._arch_flags} {cpu_vec_isa.VecAVX2._arch_flags}".split()
+    command = [compiler, *options, "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        done = subprocess.run(command, input="#include <immintrin.h>\n", capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if done.returncode == 0:
+        config.cpp.vec_isa_ok = True
+    return done.returncode == 0
 
 
 def seed_for(*keys):

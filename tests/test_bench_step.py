@@ -173,11 +173,29 @@ def test_loss_overlay(settings):
 
 def test_exponents():
     found = bench_growth.fit([1, 2, 4, 8], [3, 12, 48, 192])
-    assert found["exponent"] == pytest.approx(2) and found["factor"] == pytest.approx(3) and found["last"] == pytest.approx(2)
-    noisy = bench_growth.fit([1, 2, 4, 8, 16], [1, 1.1 * 2**1.5, 0.9 * 4**1.5, 1.05 * 8**1.5, 16**1.5])
-    assert noisy["low"] < 1.5 < noisy["high"] and noisy["high"] - noisy["low"] < 0.5
+    assert found["exponent"] == pytest.approx(2, abs=1e-3) and found["factor"] == pytest.approx(3, rel=1e-3)
+    assert found["last"] == pytest.approx(2)
+    noisy = bench_growth.fit([1, 2, 4, 8, 16, 32], [1, 1.1 * 2**1.5, 0.9 * 4**1.5, 1.05 * 8**1.5, 16**1.5, 0.95 * 32**1.5])
+    assert noisy["low"] < 1.5 < noisy["high"] and noisy["high"] - noisy["low"] < 0.8 and 0.02 < noisy["error"] < 0.1
     with pytest.raises(ValueError, match="expected at least three pairs of positive numbers"):
         bench_growth.fit([1, 2], [1, 2])
+
+
+def test_a_fixed_cost_is_no_slow_growth():
+    """50 + 2 x^1.25 has an exponent of 0.5 to a power law alone."""
+    xs = [1, 2, 4, 8, 16, 32, 64]
+    found = bench_growth.fit(xs, [50 + 2 * x**1.25 for x in xs])
+    assert found["exponent"] == pytest.approx(1.25, abs=0.01) and found["offset"] == pytest.approx(50, rel=0.01)
+    assert found["factor"] == pytest.approx(2, rel=0.03) and found["low"] <= 1.25 <= found["high"] and found["error"] < 1e-4
+
+
+def test_an_interval_that_the_points_do_not_bound_is_open():
+    assert bench_growth.interval(bench_growth.fit([1, 2, 4], [10, 20, 40])) == "too few points"
+    open_end = bench_growth.fit([1, 2, 4, 8], [10, 10.4, 9.7, 12])  # nothing but the last point is above the fixed cost
+    assert open_end["high"] is None and bench_growth.interval(open_end) != "1.00"
+    assert bench_growth.interval(dict(low=0.5, high=None)) == "at least 0.50"
+    assert bench_growth.interval(dict(low=None, high=2)) == "at most 2.00"
+    assert bench_growth.interval(dict(low=0.9, high=1.1)) == "0.90 to 1.10"
 
 
 def test_growth_is_measured_and_drawn_from_the_file(settings, tmp_path):

@@ -303,14 +303,17 @@ def test_levers_by_hand():
 
 
 def test_growth_by_hand():
-    """Time doubles with the batch, memory grows with its square."""
-    points = [dict(value=n, rows=[dict(name=name, median_ms=10.0 * n, p20_ms=9.0 * n, p80_ms=11.0 * n, peak_mib=1.0 * n * n)
-                                  for name in ("reference eager", "ours eager")]) for n in (1, 2, 4)]
+    """Time doubles with the batch above a fixed 30 ms, memory grows with its square."""
+    points = [dict(value=n, rows=[dict(name=name, median_ms=30 + 10.0 * n, p20_ms=9.0 * n, p80_ms=11.0 * n, peak_mib=1.0 * n * n)
+                                  for name in ("reference eager", "ours eager")]) for n in (1, 2, 4, 8, 16)]
     base = dict(batch=4, tokens=64, width=64, depth=2)
     record = dict(kind="growth", axis="batch", device="cpu", base=base, points=points, fits={}, load=1.0)
     time, memory = rows(file(record), "growth_a.json")
-    assert (time.value, memory.value, memory.peer) == ("exponent 1.00", "exponent 2.00", "reference eager: exponent 2.00")
-    assert time.shape == "batch 1 to 4, tokens 64, width 64, depth 2"
+    assert (time.value, time.spread) == ("exponent 1.00 above 30 ms", "1.00 to 1.00 (95 %)")
+    assert re.fullmatch("exponent 2.00 above (0|[0-9.e-]*e-[0-9]+) MiB", memory.value) and memory.peer == f"reference eager: {memory.value}"
+    assert time.shape == "batch 1 to 16, tokens 64, width 64, depth 2"
+    (three,) = {row.spread for row in rows(file(record | dict(points=points[:3])), "growth_a.json")}
+    assert three == "too few points"
 
 
 def test_convergence_by_hand():

@@ -20,11 +20,13 @@ enum { LANES = 8, ROWS = 4 };
 #else
 enum { LANES = 4, ROWS = 4 };
 #endif
-enum { PANEL = 2 * LANES, DEPTH = 256, QUERIES = 64, SCORES = 32768 };
+enum { PANEL = 2 * LANES, DEPTH = 256, QUERIES = 64, SCORES = 32768, AHEAD = 4 };
 
 #if defined(__GNUC__)
 typedef float vec __attribute__((vector_size(LANES * 4)));
 static inline vec multiply_add(float x, vec y, vec total) { return total + x * y; }
+static inline vec product_add(vec x, vec y, vec total) { return total + x * y; }
+static inline vec larger(vec x, vec y) { return x > y ? x : y; }
 #else
 struct vec {
   float lane[LANES];
@@ -33,12 +35,46 @@ static inline vec multiply_add(float x, vec y, vec total) {
   for (int i = 0; i < LANES; ++i) total.lane[i] += x * y.lane[i];
   return total;
 }
+static inline vec product_add(vec x, vec y, vec total) {
+  for (int i = 0; i < LANES; ++i) total.lane[i] += x.lane[i] * y.lane[i];
+  return total;
+}
+static inline vec larger(vec x, vec y) {
+  for (int i = 0; i < LANES; ++i) x.lane[i] = x.lane[i] > y.lane[i] ? x.lane[i] : y.lane[i];
+  return x;
+}
 #endif
 
 static inline vec load_vec(const float* p) {
   vec x;
   memcpy(&x, p, sizeof x);
   return x;
+}
+
+// Over the lanes, as a tree: what a compiler makes of a reduction clause adds them one after another, which takes as long as a row of 256.
+static inline float sum_of(vec x) {
+  float lane[LANES];
+  memcpy(lane, &x, sizeof lane);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+static inline float highest_of(vec x) {
+  float lane[LANES];
+  memcpy(lane, &x, sizeof lane);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  return lane[0];
+}
+
+// What comes next, in rows too far apart for the processor to see where that goes.
+static inline void prefetch(const void* p, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+#else
+  (void)p, (void)bytes;
+#endif
 }
 
 static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -92,12 +128,24 @@ static void multiply(const float* a, int64_t a_stride, const Panels& b, int64_t 
 
 struct Shape {
   int64_t tokens, head_dim, padded, width, queries;  // tokens and head_dim as multiples of LANES, and the queries of a block
+  int64_t stride;  // between rows of scores: lines a power of two apart would share few sets of the first-level cache, and evict each other
 
   Shape(int64_t n, int64_t d) : tokens(n), head_dim(d), padded(round_up(n, LANES)), width(round_up(d, LANES)) {
+    stride = padded < 8 * LANES ? padded : padded + LANES;
     queries = SCORES / padded / ROWS * ROWS;
     queries = queries < ROWS ? int64_t(ROWS) : queries > QUERIES ? int64_t(QUERIES) : queries;
   }
 };
+
+// Rows of scores to their exponentials; short rows, which have nothing between them, in one loop: an exponential has to be waited for.
+static void exp_rows(float* scores, int64_t rows, const Shape& shape) {
+  const int64_t loops = shape.stride == shape.padded ? 1 : rows, length = loops == rows ? shape.padded : rows * shape.padded;
+  for (int64_t i = 0; i < loops; ++i) {
+    float* row = scores + i * shape.stride;
+#pragma omp simd
+    for (int64_t j = 0; j < length; ++j) row[j] = exp_f32(row[j]);
+  }
+}
 
 struct Arena {
   float* base;
@@ -111,14 +159,15 @@ struct Arena {
 };
 
 struct ForwardScratch {
-  float *q, *scores, *result, *line;
+  float *q, *scores, *result, *line, *inverse;
   Panels keys, values;
 
   ForwardScratch(const Shape& s, Arena& arena) {
     q = arena.take(s.padded * s.head_dim);
-    scores = arena.take(s.queries * s.padded);
+    scores = arena.take(s.queries * s.stride);
     result = arena.take(s.queries * s.width);
     line = arena.take(s.head_dim);
+    inverse = arena.take(s.queries);
     keys = {arena.take(s.padded * s.head_dim), s.head_dim, s.padded};
     values = {arena.take(s.padded * s.width), s.padded, s.width};
   }
@@ -132,8 +181,8 @@ struct BackwardScratch {
   BackwardScratch(const Shape& s, Arena& arena) {
     q = arena.take(s.padded * s.head_dim);
     grad = arena.take(s.padded * s.head_dim);
-    weights = arena.take(s.queries * s.padded);
-    slopes = arena.take(s.queries * s.padded);
+    weights = arena.take(s.queries * s.stride);
+    slopes = arena.take(s.queries * s.stride);
     line = arena.take(s.head_dim);
     raw = arena.take(s.head_dim);
     dq = arena.take(s.padded * s.width);
@@ -266,6 +315,7 @@ static int forward(const In* qkv, const float* table, const float* bias, const N
     for (int64_t n = 0; n < tokens; ++n) {
       const In* token = raw + n * 3 * all;
       const float* angles = table ? table + n * dim : nullptr;
+      for (int which = 0; which < 3; ++which) prefetch(token + AHEAD * 3 * all + which * all, dim * int64_t(sizeof(In)));
       prepare(token, biases[0], angles, q_norm, dim, s.q + n * dim);
       prepare(token + all, biases[1], angles, k_norm, dim, s.line);
       pack(s.line, n, dim, nullptr, &s.keys);
@@ -279,24 +329,31 @@ static int forward(const In* qkv, const float* table, const float* bias, const N
     }
     for (int64_t first = 0; first < tokens; first += shape.queries) {
       const int64_t count = tokens - first < shape.queries ? tokens - first : shape.queries;
-      multiply<false>(s.q + first * dim, dim, s.keys, 0, dim, count, s.scores, shape.padded, false);
+      multiply<false>(s.q + first * dim, dim, s.keys, 0, dim, count, s.scores, shape.stride, false);
       for (int64_t i = 0; i < count; ++i) {
-        float* row = s.scores + i * shape.padded;
-        float highest = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : highest)
-        for (int64_t j = 0; j < tokens; ++j) highest = row[j] > highest ? row[j] : highest;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < tokens; ++j) {
-          row[j] = exp_f32((row[j] - highest) * scale);
-          sum += row[j];
-        }
-        for (int64_t j = tokens; j < shape.padded; ++j) row[j] = 0;
-        lse[item * tokens + first + i] = highest * scale + logf(sum);
-        const float inverse = 1.0f / sum;
-        for (int64_t j = 0; j < tokens; ++j) row[j] *= inverse;
+        float* row = s.scores + i * shape.stride;
+        for (int64_t j = tokens; j < shape.padded; ++j) row[j] = -INFINITY;  // whose exp is 0
+        vec largest = load_vec(row);
+        for (int64_t j = LANES; j < shape.padded; j += LANES) largest = larger(load_vec(row + j), largest);
+        const float highest = s.inverse[i] = highest_of(largest);
+#pragma omp simd
+        for (int64_t j = 0; j < shape.padded; ++j) row[j] = (row[j] - highest) * scale;
       }
-      multiply<false>(s.scores, shape.padded, s.values, 0, shape.padded, count, s.result, shape.width, false);
-      for (int64_t i = 0; i < count; ++i) write(s.result + i * shape.width, dim, out + (sample * tokens + first + i) * all + head * dim);
+      exp_rows(s.scores, count, shape);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* row = s.scores + i * shape.stride;
+        vec sums = {};
+        for (int64_t j = 0; j < shape.padded; j += LANES) sums = multiply_add(1.0f, load_vec(row + j), sums);
+        const float sum = sum_of(sums);
+        lse[item * tokens + first + i] = s.inverse[i] * scale + logf(sum);
+        s.inverse[i] = 1.0f / sum;
+      }
+      multiply<false>(s.scores, shape.stride, s.values, 0, shape.padded, count, s.result, shape.width, false);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* row = s.result + i * shape.width;
+        Out* to = out + (sample * tokens + first + i) * all + head * dim;
+        for (int64_t j = 0; j < dim; ++j) store(to + j, row[j] * s.inverse[i]);
+      }
     }
   }
   return LIGHTNINGDIT_OK;
@@ -321,13 +378,15 @@ static int backward(const Out* grad, const In* qkv, const float* lse, const floa
     for (int64_t n = 0; n < tokens; ++n) {
       const In* token = raw + n * 3 * all;
       const float* angles = table ? table + n * dim : nullptr;
+      const int64_t offset = (sample * tokens + n) * all + head * dim;
+      for (int which = 0; which < 3; ++which) prefetch(token + AHEAD * 3 * all + which * all, dim * int64_t(sizeof(In)));
+      prefetch(grad + offset + AHEAD * all, dim * int64_t(sizeof(Out)));
       prepare(token, biases[0], angles, q_norm, dim, s.q + n * dim);
       pack(s.q + n * dim, n, dim, &s.q_rows, nullptr);
       prepare(token + all, biases[1], angles, k_norm, dim, s.line);
       pack(s.line, n, dim, &s.k_rows, &s.k_columns);
       read(token + 2 * all, biases[2], dim, s.line);
       pack(s.line, n, dim, nullptr, &s.v_columns);
-      const int64_t offset = (sample * tokens + n) * all + head * dim;
       read(grad + offset, (const float*)nullptr, dim, s.grad + n * dim);
       pack(s.grad + n * dim, n, dim, &s.grad_rows, nullptr);
     }
@@ -339,32 +398,36 @@ static int backward(const Out* grad, const In* qkv, const float* lse, const floa
     }
     for (int64_t first = 0; first < tokens; first += shape.queries) {
       const int64_t count = tokens - first < shape.queries ? tokens - first : shape.queries;
-      multiply<false>(s.q + first * dim, dim, s.k_columns, 0, dim, count, s.weights, shape.padded, false);
-      multiply<false>(s.grad + first * dim, dim, s.v_columns, 0, dim, count, s.slopes, shape.padded, false);
+      multiply<false>(s.q + first * dim, dim, s.k_columns, 0, dim, count, s.weights, shape.stride, false);
+      multiply<false>(s.grad + first * dim, dim, s.v_columns, 0, dim, count, s.slopes, shape.stride, false);
       for (int64_t i = 0; i < count; ++i) {
-        float *weights = s.weights + i * shape.padded, *slopes = s.slopes + i * shape.padded;
+        float* weights = s.weights + i * shape.stride;
         const float log_sum = lse[item * tokens + first + i];
+        for (int64_t j = tokens; j < shape.padded; ++j) weights[j] = -INFINITY;  // whose exp is 0
+#pragma omp simd
+        for (int64_t j = 0; j < shape.padded; ++j) weights[j] = weights[j] * scale - log_sum;
+      }
+      exp_rows(s.weights, count, shape);
+      for (int64_t i = 0; i < count; ++i) {
+        float *weights = s.weights + i * shape.stride, *slopes = s.slopes + i * shape.stride;
         // The whole row is at hand: its sum makes good the rounding of log_sum, and delta comes from the weights themselves, not
         // from out, so that the slopes of a row add up to nothing: what rounding leaves of that is what sums over all tokens gather.
-        float sum = 0, delta = 0;
-#pragma omp simd reduction(+ : sum, delta)
-        for (int64_t j = 0; j < tokens; ++j) {
-          weights[j] = exp_f32(weights[j] * scale - log_sum);
-          sum += weights[j];
-          delta += weights[j] * slopes[j];
+        vec sums = {}, products = {};
+        for (int64_t j = 0; j < shape.padded; j += LANES) {
+          const vec weight = load_vec(weights + j);
+          sums = multiply_add(1.0f, weight, sums);
+          products = product_add(weight, load_vec(slopes + j), products);
         }
-        const float unit = 1.0f / sum;
-        delta *= unit;
+        const float unit = 1.0f / sum_of(sums), delta = sum_of(products) * unit;
 #pragma omp simd
-        for (int64_t j = 0; j < tokens; ++j) {
+        for (int64_t j = 0; j < shape.padded; ++j) {
           weights[j] *= unit;
           slopes[j] = weights[j] * (slopes[j] - delta) * scale;
         }
-        for (int64_t j = tokens; j < shape.padded; ++j) weights[j] = slopes[j] = 0;
       }
-      multiply<true>(s.weights, shape.padded, s.grad_rows, first, count, tokens, s.dv, shape.width, first > 0);
-      multiply<true>(s.slopes, shape.padded, s.q_rows, first, count, tokens, s.dk, shape.width, first > 0);
-      multiply<false>(s.slopes, shape.padded, s.k_rows, 0, shape.padded, count, s.dq + first * shape.width, shape.width, false);
+      multiply<true>(s.weights, shape.stride, s.grad_rows, first, count, tokens, s.dv, shape.width, first > 0);
+      multiply<true>(s.slopes, shape.stride, s.q_rows, first, count, tokens, s.dk, shape.width, first > 0);
+      multiply<false>(s.slopes, shape.stride, s.k_rows, 0, shape.padded, count, s.dq + first * shape.width, shape.width, false);
     }
     memset(s.sums, 0, size_t(7 * dim) * sizeof(double));
     In* result = grad_qkv + sample * tokens * 3 * all + head * dim;
@@ -374,12 +437,19 @@ static int backward(const Out* grad, const In* qkv, const float* lse, const floa
       float* lines[3] = {s.dq + n * shape.width, s.dk + n * shape.width, s.dv + n * shape.width};
       restore(lines[0], token, biases[0], angles, q_norm, dim, s.raw, s.sums);
       restore(lines[1], token + all, biases[1], angles, k_norm, dim, s.raw, s.sums + 2 * dim);
-      for (int which = 0; which < 3; ++which) {
-        double* total = s.sums + (4 + which) * dim;
-        if (bias)
-          for (int64_t i = 0; i < dim; ++i) total[i] += lines[which][i];
-        write(lines[which], dim, result + n * 3 * all + which * all);
+      for (int which = 0; which < 3; ++which) write(lines[which], dim, result + n * 3 * all + which * all);
+    }
+    const float* lines[3] = {s.dq, s.dk, s.dv};
+    for (int which = 0; bias && which < 3; ++which) {
+      double* total = s.sums + (4 + which) * dim;
+      int64_t n = 0;
+      for (; n + 4 <= tokens; n += 4) {  // four tokens a time: the sums are then read and written once for all of them
+        const float *a = lines[which] + n * shape.width, *b = a + shape.width, *c = b + shape.width, *d = c + shape.width;
+#pragma omp simd
+        for (int64_t i = 0; i < dim; ++i) total[i] += (double(a[i]) + double(b[i])) + (double(c[i]) + double(d[i]));
       }
+      for (; n < tokens; ++n)
+        for (int64_t i = 0; i < dim; ++i) total[i] += lines[which][n * shape.width + i];
     }
     for (int64_t i = 0; i < 7 * dim; ++i) sums[item * 7 * dim + i] = float(s.sums[i]);
   }

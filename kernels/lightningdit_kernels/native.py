@@ -98,18 +98,22 @@ def norm_backward(grad_residual, grad_h, residual, y, gate, scale, weight, bias,
     tensors = grad_residual, grad_h, residual, y, gates, factor, mean, rstd, dx, dy, sums
     dtypes = DTYPES[residual.dtype], 0 if dy is None else DTYPES[dy.dtype], DTYPES[grad_h.dtype]
     _run("lightningdit_norm_backward", *map(_address, tensors), B, N, D, *dtypes)
-    by_scale, by_shift, by_branch, by_gate = (sums[:, :, i].sum(1) for i in range(4))  # tensors of their own: results must not share memory
+    by_scale, by_shift, by_branch, by_gate = sums.sum(1).unbind(1)  # views, to be copied: results of an operator must not share memory
     if bias is not None:  # sum dx * (y + bias) in two parts
-        by_gate += bias.float() * by_branch
+        by_gate = torch.addcmul(by_gate, bias.float(), by_branch)
     return (
         dx,
         None if branch_dtype is None else dy,
-        None if y is None else by_gate.to(gate.dtype),
-        (by_scale if weight is None else by_scale * weight.float()).to(scale.dtype),
-        None if shift_dtype is None else by_shift.to(shift_dtype),
+        None if y is None else by_gate.to(gate.dtype, copy=bias is None, memory_format=torch.contiguous_format),
+        _own(by_scale, scale.dtype) if weight is None else (by_scale * weight.float()).to(scale.dtype),
+        None if shift_dtype is None else _own(by_shift, shift_dtype),
         None if weight is None else (by_scale * (1 + scale.float())).sum(0).to(weight.dtype),
         None if bias is None else (gates * by_branch).sum(0).to(bias.dtype),
     )
+
+
+def _own(view, dtype):
+    return view.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _or_constant(vector, constant, shape):

@@ -43,6 +43,27 @@ def test_rope_attention_matches_truth(shape, dtype):
     assert_matches_truth(rope_attention, eager, inputs | dict(freqs=frequencies(head_dim)), frozen=("freqs",))
 
 
+@pytest.mark.skipif(not native.available, reason="the definition keeps no table")
+def test_kept_angles_are_those_of_the_positions_and_freqs(monkeypatch):
+    """The table is computed once for one grid, and again where positions or freqs changed, in place and unseen by version counters too."""
+    computed, rope_table = [], attention.rope_table
+    monkeypatch.setattr(attention, "rope_table", lambda *arguments: computed.append(1) or rope_table(*arguments))
+    qkv, positions, freqs = random_tensor(2, 12, 3, 2, 16), grid(3, 4).float(), frequencies(16)
+    attention._tables.clear()
+    first = rope_attention(qkv, positions, freqs)
+    assert torch.equal(rope_attention(qkv, positions.clone(), freqs), first) and len(computed) == 1
+    positions.data += 0.5 * torch.arange(12.0)[:, None]
+    second, truth = rope_attention(qkv, positions, freqs), eager(qkv.double(), positions, freqs).float()
+    torch.testing.assert_close(second, truth, rtol=1e-4, atol=1e-5)
+    freqs.data *= 2
+    third, truth = rope_attention(qkv, positions, freqs), eager(qkv.double(), positions, freqs).float()
+    torch.testing.assert_close(third, truth, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(first, second, atol=1e-2) and not torch.allclose(second, third, atol=1e-2) and len(computed) == 3
+    with torch.inference_mode():  # what sampling kept, training may use
+        rope_attention(qkv, positions + 1, freqs)
+    values_and_gradients(rope_attention, dict(qkv=qkv, positions=positions + 1, freqs=freqs), frozen=("freqs",))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 @pytest.mark.parametrize("rope", [False, True])
