@@ -15,7 +15,7 @@ READY = $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
 COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),--compile)
 
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
-GPU_PY = PYTHONPATH=.:kernels $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
+GPU_PY = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
 .PHONY: help setup demo test lint audit bench bench-check growth chaos levers fuzz convergence convergence-smoke report assets test-gpu bench-gpu clean
 
@@ -94,9 +94,9 @@ gpu-present:
 	@mkdir -p $(OUT)
 
 test-gpu:
-	$(GPU_PY) -m pytest tests -m gpu --junitxml=$(OUT)/test-gpu.xml $(ARGS)
+	$(GPU_PY) bench/gpu_tests.py --out $(OUT) $(ARGS)
 
-# Stages of at most 9 minutes; run it again to continue. ARGS='--budget-s 540' ends in time, ARGS='--stage norm_1' does one.
+# Stages of at most 9 minutes; run it again to continue. ARGS='--budget-s 540' ends in time, ARGS='--stage norm_1' does one: docs/gpu.md.
 bench-gpu:
 	$(GPU_PY) bench/gpu.py --out $(OUT) $(ARGS)
 

@@ -53,7 +53,7 @@ def bench_copy(benchmark, settings):
 def bench_square_gemm(benchmark, settings, dtype):
     """The product of two square matrices of random numbers, out of caches: zeros would draw less power and clock higher."""
     size = dict(cuda=8192, cpu=1024)[settings.device] if settings.shapes != ("tiny",) else 32
-    a, b = (random_tensor(size, size, seed=seed).to(settings.device, dtype) for seed in (1, 2))
+    a, b = (random_tensor(size, size, dtype=dtype, seed=seed, device=settings.device) for seed in (1, 2))
     timers = {f"{size}^3": Timer(lambda i: a @ b, 1, settings.device, settings.sample_ms)}
     counted = {f"{size}^3": dict(bytes=3 * a.numel() * a.element_size(), flops=2 * size**3)}
     record_timers(benchmark, settings, "gemm", timers, counted, dtype=str(dtype).removeprefix("torch."))
@@ -64,7 +64,7 @@ def bench_model_gemms(benchmark, settings, shapes, batch):
     tokens, dtype = 256 * batch, torch.bfloat16 if settings.device == "cuda" else torch.float32
     timers, counted = {}, {}
     for name, (m, n, k) in gemm_shapes(shapes, tokens).items():
-        a, b = (random_tensor(rows, columns, seed=1).to(settings.device, dtype) for rows, columns in ((m, k), (k, n)))
+        a, b = (random_tensor(rows, columns, dtype=dtype, seed=1, device=settings.device) for rows, columns in ((m, k), (k, n)))
         # As autograd lays them out: weights are (fan_out, fan_in), so the forward multiplies by a transpose, the weight gradient from one.
         a = a.T.contiguous().T if name.endswith("wgrad") else a
         b = b.T.contiguous().T if name.endswith("forward") else b

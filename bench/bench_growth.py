@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder al
 import pytest  # noqa: E402
 
 from bench import step  # noqa: E402
-from bench.harness import Timer, gpu_state, interleave, quantile, rounds_for, short, synchronize  # noqa: E402
+from bench.harness import Timer, gpu_state, interleave, quantile, reason_of, rounds_for, short, synchronize  # noqa: E402
 from lightningdit.plan import largest_by_trial  # noqa: E402
 
 HEAD_DIM = 64
@@ -41,14 +41,19 @@ CONTESTANTS = (step.Contestant("reference eager", step.ALL), step.Contestant("ou
 
 
 def measure(point: dict[str, int], settings) -> list[dict]:
-    """A row a contestant at one point; {"name", "reason"} for one that does not fit the GPU."""
+    """A row a contestant at one point; {"name", "reason"} for one that does not fit the GPU, or fails."""
     device = settings.device
     config = step.configure("tiny" if settings.shapes == ("tiny",) else "s", device, heads=point["width"] // HEAD_DIM, **point)
     trainer = step.Trainer(config, device)
     batch, timers, rows = trainer.batch(), {}, []
     for one in CONTESTANTS:
-        model = trainer.build(one)
-        if not largest_by_trial([config.batch_size], lambda _, model=model: trainer.step(model, batch)):
+        try:
+            model = trainer.build(one)
+            fits = largest_by_trial([config.batch_size], lambda _, model=model: trainer.step(model, batch))
+        except RuntimeError as error:  # the other points and the other contestant are worth having without it
+            rows.append(dict(name=one.name, reason=reason_of(error)))
+            continue
+        if not fits:
             rows.append(dict(name=one.name, reason="out of memory"))
             continue
 

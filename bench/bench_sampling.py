@@ -4,7 +4,7 @@
 
 The official way: fp32 (with TF32 on GPUs), the unconditional half at every step, batches of 4, and a list of the states of all steps, as
 torchdiffeq keeps them. It runs here on the same model and kernels, so that only the way of sampling differs. Before timing, each
-contestant must draw the latents of the official way: in fp32 to 1e-3 of their spread, in bf16 to 5e-2.
+contestant must draw the latents of the official way: in fp32 to 1e-3 of their spread, in TF32 to 5e-3, in bf16 to 5e-2.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from bench.harness import PRESETS, Timer, gpu_state, interleave, rounds_for, summary, synchronize
+from bench.harness import PRESETS, Timer, gpu_state, interleave, reason_of, rounds_for, summary, synchronize
 from lightningdit.generation import Decoder
 from lightningdit.model import SIZES, LightningDiT
 from lightningdit.sampler import Prepared, initial_noise, sample, time_grid
@@ -26,6 +26,7 @@ STEPS = {"cuda": 249, "cpu": 10}
 IMAGES = {"cuda": 32, "cpu": 32}
 FEW = {"cuda": 4, "cpu": 32}
 OFFICIAL_BATCH = 4
+TOLERANCES = dict(fp32=1e-3, tf32=5e-3, bf16=5e-2)  # TF32 rounds what it multiplies to 11 bits, so that another order of sums shows
 
 
 def official(model, labels, seeds, latent_shape, num_classes, num_steps, shift, guidance_scale, guidance_interval, guidance_channels,
@@ -129,10 +130,14 @@ def bench_sampling(benchmark, settings, shapes):
         runs = contestants(model, decode, latent_shape, device, few, count, num_steps)
         truth, rows, timers = runs["official way, fp32, batch 4"][1](), [], {}
         for name, (images, run) in runs.items():
-            difference = float((run()[:few] - truth).abs().max() / truth.std())
-            row = dict(name=name, status="ok", count=images, max_difference=difference)
+            row = dict(name=name, status="ok", count=images)
             rows.append(row)
-            tolerance = 5e-2 if "bf16" in name else 1e-3
+            try:
+                row["max_difference"] = difference = float((run()[:few] - truth).abs().max() / truth.std())
+            except Exception as error:  # the others are worth having without it
+                row |= dict(status="failed", reason=reason_of(error))
+                continue
+            tolerance = TOLERANCES["bf16" if "bf16" in name else "tf32" if device == "cuda" else "fp32"]
             if not difference <= tolerance:
                 row |= dict(status="incorrect", reason=f"differs by {difference:.2g} > {tolerance} of the spread")
                 continue

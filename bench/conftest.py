@@ -44,6 +44,7 @@ def settings_of(config) -> harness.Settings:
             sample_ms=0.1 if dry else 5.0,
             warmup_s=3.0 if cuda and not dry else 0.0,
             long_rows=not config.getoption("--tokens"),
+            path=config.getoption("--results") or LOCAL / f"{device}_{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H%M%S}.json",
         )
     return config.lightningdit_bench
 
@@ -90,16 +91,6 @@ def settings(request):
     return settings_of(request.config)
 
 
-def pytest_sessionfinish(session):
-    settings = getattr(session.config, "lightningdit_bench", None)
-    if settings is None or not settings.records:
-        return
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d_%H%M%S")
-    path = session.config.getoption("--results") or LOCAL / f"{settings.device}_{date}.json"
-    harness.write(path, harness.environment(settings.device) | dict(results=settings.records))
-    settings.written = path
-
-
 def pytest_terminal_summary(terminalreporter, config):
     settings = getattr(config, "lightningdit_bench", None)
     if settings is None or not settings.records:
@@ -109,4 +100,4 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("medians of interleaved rounds")
     for line in text_table(settings.records):
         terminalreporter.write_line(line)
-    terminalreporter.write_line(f"\n{settings.written}")
+    terminalreporter.write_line(f"\n{settings.path}")

@@ -1,18 +1,24 @@
-"""The GPU benchmark in stages that can be restarted, then one results file: make bench-gpu OUT=folder.
+"""The GPU benchmark in stages that can be restarted, and one results file: make bench-gpu OUT=folder. docs/gpu.md is the guide to it.
 
-    python bench/gpu.py --out FOLDER [--stage NAME] [--budget-s SECONDS]
+    python bench/gpu.py --out FOLDER [--list] [--stage NAME] [--budget-s SECONDS]
 
-Each stage is a process of its own, pytest, that writes FOLDER/stages/<name>.json and may take 9 minutes; a stage whose file is there is
-done. The stages <op>_1 to <op>_3 are the same in fresh processes, and one row each in the end. After the training steps and the ops come
-sampling, the tokenizer, data, the smaller models, growth, and the sweeps over B, N and Dh; `-- --official CHECKOUT` adds the official code.
-With a budget no stage is begun that might not end in time; exit status 3 then says: run again, to continue. When all are done they
-are merged into FOLDER/kernels_<device>.json. Copied to bench/results, that file is in the next `make report`.
+Each stage is a process of its own, pytest, that may take 9 minutes. FOLDER gets three files: stages.json, what every stage has come to;
+kernels_<device>.json, all results so far in one; gpu.log, what the stages printed. The first two are written anew after each stage, and a
+stage that crashes, hangs or runs out of time loses neither the others nor what it had measured itself.
+
+Run again on the same FOLDER, it goes on: stages that were never begun first, then those that were cut short or failed. The stages <op>_1
+to <op>_3 are the same in fresh processes, and one row each in the end. Ceilings, training steps and the ops in bf16 come first; then
+sampling, the tokenizer, repetitions, other dtypes, data, the smaller models, growth, and the sweeps over B, N and Dh;
+`-- --official CHECKOUT` adds the official code. With a budget it ends in time; exit status 3 then says: run again, to continue.
+Copied to bench/results, the kernels file is in the next `make report`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,30 +27,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench.harness import merge, write  # noqa: E402
+from bench.harness import SAME, merge, write  # noqa: E402
 
 STAGE_S = 9 * 60
+LEAST_S = 45  # no stage is begun with less: imports and the first compilation would be all
 UNFINISHED = 3
+TAIL = 3000  # characters of what a failed stage printed that are kept
 
 REPEATS = 3  # processes: layout in memory, allocator and compilation differ between them
+OPS = ("norm", "attention", "swiglu", "alignment", "groupnorm")
 
 
 def stages() -> dict[str, list[str]]:
     """What pytest is called with, by name, in order of worth, should time run out."""
-    ops = ("norm", "attention", "swiglu", "alignment", "groupnorm")
 
     def training(preset, tokens, part):
-        points = ["--shapes", preset, "--tokens", str(tokens), "--case-s", "120"]
+        points = ["--shapes", preset, "--tokens", str(tokens), "--case-s", "60"]
         return {f"step_{preset}_{tokens}_{part}": ["bench/bench_step.py", "-k", f"bench_step and {part}", *points]}
 
-    table = {"ceilings": ["bench/bench_ceilings.py", "-k", "copy or square"]}
-    table |= training("xl", 256, "ladder") | training("xl", 256, "kernels")
-    table["gemms"] = ["bench/bench_ceilings.py", "-k", "model_gemms"]
-    for process in range(1, REPEATS + 1):  # a stage that is repeated is pooled by harness.merge
-        table |= {f"{op}_{process}": [f"bench/bench_{op}.py", "--case-s", "10"] for op in ops}
-    table["overlay"] = ["bench/bench_step.py", "-k", "overlay", "--shapes", "xl"]
+    def ops(process, name, dtypes):  # a stage that is repeated is pooled by harness.merge
+        return {f"{op}{name}_{process}": [f"bench/bench_{op}.py", "--dtypes", dtypes, "--case-s", "10"] for op in OPS}
+
+    table = {"ceilings": ["bench/bench_ceilings.py", "-k", "copy or square", "--case-s", "10"]}
+    table |= training("xl", 256, "ladder") | ops(1, "", "bfloat16") | training("xl", 256, "kernels")
     table["sampling"] = ["bench/bench_sampling.py", "--shapes", "xl", "--rounds", "3"]
-    table |= {f"vavae_{case}": ["bench/bench_tokenizer.py", "-k", case, "--case-s", "60"] for case in ("step", "encode", "decode")}
+    table |= {f"vavae_{case}": ["bench/bench_tokenizer.py", "-k", case, "--case-s", "30"] for case in ("step", "encode", "decode")}
+    table["gemms"] = ["bench/bench_ceilings.py", "-k", "model_gemms"]
+    table["overlay"] = ["bench/bench_step.py", "-k", "overlay", "--shapes", "xl"]
+    for process in range(2, REPEATS + 1):
+        table |= ops(process, "", "bfloat16")
+    for process in range(1, REPEATS + 1):
+        table |= ops(process, "_others", "float16,float32")
     table |= {name: [f"bench/bench_{name}.py", "--case-s", "10"] for name in ("images", "latents")}
     for preset, tokens in (("xl", 1024), ("l", 256), ("l", 1024), ("b", 256), ("b", 1024)):
         table |= training(preset, tokens, "ladder") | training(preset, tokens, "kernels")
@@ -62,23 +75,106 @@ def stages() -> dict[str, list[str]]:
 STAGES = stages()
 
 
-def run_stage(name: str, path: Path, extra: list[str]) -> bool:
-    """Runs one stage into `path`; False, with what it printed, if it failed or took too long."""
-    partial = path.with_suffix(".partial")
-    arguments = [*STAGES[name], "--benchmark-only", "--results", str(partial), "-q", "--benchmark-columns=median", *extra]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    begin = time.perf_counter()
+def run_limited(command: list, log: Path, limit_s: float, watched: Path | None = None, silent_s: float = 0.0) -> int | str:
+    """Runs a command with the sources on Python's path, its output appended to `log`; returns its exit status, or why it was stopped.
+
+    It has a process group of its own, of which nothing is left afterwards: not what a killed benchmark had started on the GPU either.
+
+    Args: watched, silent_s: a file to which the command writes, and for how many seconds it may fail to.
+    """
+    before = os.environ.get("PYTHONPATH")  # packages that a machine without a registry was brought
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([before] if before else [])])}
+    begin, seen = time.monotonic(), None
+
+    def overdue():
+        nonlocal begin_of_silence, seen
+        now = time.monotonic()
+        if watched is not None and (size := watched.stat().st_size if watched.is_file() else 0) != seen:
+            begin_of_silence, seen = now, size
+        if now - begin > limit_s:
+            return f"stopped after {limit_s:.0f} s"
+        return f"stopped after {silent_s:.0f} s of silence" if watched is not None and now - begin_of_silence > silent_s else ""
+
+    begin_of_silence = begin
+    with log.open("a", encoding="utf-8") as output:
+        child = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | paths, stdout=output, stderr=subprocess.STDOUT,
+                                 process_group=0)
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(0.5)
+                if reason := overdue():
+                    child.send_signal(signal.SIGABRT)  # pytest's faulthandler then prints where it was
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(10)
+                    return reason
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def read_json(path: Path, default):
     try:
-        code = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment, timeout=STAGE_S).returncode
-    except subprocess.TimeoutExpired:
-        code = f"stopped after {STAGE_S} s"
-    # A failing contestant of ours fails the stage's test, but its row says so: the measurement stands.
-    if code not in (0, 1) or not partial.is_file():
-        print(f"stage {name}: failed ({code})", flush=True)
-        return False
-    partial.replace(path)
-    print(f"stage {name}: {time.perf_counter() - begin:.0f} s{', with failures' if code else ''}", flush=True)
-    return True
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+
+
+def tail(log: Path, begin: int) -> str:
+    """The end of what was appended to `log` behind `begin` bytes."""
+    with log.open("rb") as file:
+        file.seek(max(begin, log.stat().st_size - TAIL))
+        return file.read().decode("utf-8", "replace")
+
+
+def run_stage(name: str, out: Path, limit_s: float, extra: list[str]) -> dict:
+    """{"status", "seconds", "result" or None, "output"} of one stage; status "done", or what went wrong.
+
+    "skipped: reason" is done too: what the benchmark needs is not on this machine.
+    """
+    partial, log = out / "stage.json", out / "gpu.log"
+    partial.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", *STAGES[name], "--benchmark-only", "--results", partial, "-q", "-rfEs",
+               "--benchmark-columns=median", *extra]
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n==== stage {name}\n")
+    size, begin = log.stat().st_size, time.perf_counter()
+    code = run_limited(command, log, limit_s)
+    stage = dict(status="done", seconds=round(time.perf_counter() - begin, 1), result=read_json(partial, None))
+    partial.unlink(missing_ok=True)
+    printed = tail(log, size)
+    if code not in (0, 1):
+        stage |= dict(status=f"cut short ({code})" if stage["result"] else f"failed ({code})", output=printed)
+    elif code == 1:  # a contestant that is wrong fails the test, but its row says so: the measurement stands
+        stage |= dict(status="done, with failures" if stage["result"] else "failed (no test passed)", output=printed)
+    elif stage["result"] is None:
+        reason = re.search(r"^SKIPPED \[\d+\] \S+: (.*)$", printed, re.MULTILINE)
+        stage |= dict(status=f"skipped: {reason[1]}" if reason else "failed (nothing was measured)", output=printed)
+    return stage
+
+
+def finished(stage: dict | None) -> bool:
+    return stage is not None and stage["status"].startswith(("done", "skipped"))
+
+
+def other_machine(state: dict, result: dict | None) -> str:
+    """In what the result differs from those in `state` that it would be merged with, or ""."""
+    before = next((stage["result"] for stage in state.values() if stage["result"]), None)
+    differing = [key for key in SAME if before and result and before.get(key) != result.get(key)]
+    return ", ".join(f"{key}: {before.get(key)} before, now {result.get(key)}" for key in differing)
+
+
+def results_file(state: dict, out: Path) -> Path | None:
+    """Writes all results so far as one file, with what is missing named in it; None without any."""
+    results = [state[name]["result"] for name in STAGES if name in state and state[name]["result"]]
+    if not results:
+        return None
+    merged = merge(results)
+    left = {name: state[name]["status"] if name in state else "not begun" for name in STAGES if not finished(state.get(name))}
+    path = out / f"kernels_{re.sub(r'[^a-z0-9]+', '_', merged.get('gpu', 'cpu').lower()).strip('_')}.json"
+    write(path, merged | (dict(stages_missing=left) if left else {}))
+    return path
 
 
 def main() -> int:
@@ -86,33 +182,47 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", action="append", choices=tuple(STAGES), help="default: all that are not done")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds in which to end")
+    parser.add_argument("--list", action="store_true", help="what every stage has come to, and nothing else")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest, such as --shapes all")
     options = parser.parse_args()
-    folder, begin, failed = options.out.resolve() / "stages", time.perf_counter(), False
-    folder.mkdir(parents=True, exist_ok=True)
-    longest = 0.0
-    for name in options.stage or STAGES:
-        path = folder / f"{name}.json"
-        if path.is_file():
-            print(f"stage {name}: done before", flush=True)
-            continue
-        elapsed = time.perf_counter() - begin
-        if elapsed + longest > options.budget_s:
-            print(f"stage {name}: not begun, {elapsed:.0f} s of {options.budget_s:.0f} s are gone; run again to continue", flush=True)
+    end = time.monotonic() + options.budget_s
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "stages.json"
+    state = read_json(kept, {})
+    if options.list:
+        for name in STAGES:
+            print(f"{name:24} {state[name]['status'] if name in state else 'not begun'}")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage that runs is ended
+    wanted = [name for name in STAGES if name in (options.stage or STAGES)]
+    to_do = [name for name in wanted if not finished(state.get(name)) or (options.stage and "failures" in state[name]["status"])]
+    for name in wanted:
+        if name not in to_do:
+            print(f"stage {name}: {state[name]['status']} before", flush=True)
+    path = None
+    for name in sorted(to_do, key=lambda name: name in state):  # those that were never begun first
+        left_s = end - time.monotonic()
+        if left_s < LEAST_S:
+            print(f"stage {name}: not begun, {max(0, left_s):.0f} s are left; run again to continue", flush=True)
             return UNFINISHED
-        failed |= not run_stage(name, path, ["--device", options.device, *options.pytest])
-        longest = max(longest, time.perf_counter() - begin - elapsed)
-    missing = [name for name in STAGES if not (folder / f"{name}.json").is_file()]
-    if missing:
-        print(f"no results file yet: {', '.join(missing)} to do")
-        return 1 if failed else 0
-    merged = merge([json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in STAGES])
-    device = re.sub(r"[^a-z0-9]+", "_", merged.get("gpu", "cpu").lower()).strip("_")
-    path = options.out / f"kernels_{device}.json"
-    write(path, merged)
-    print(path)
-    return 0
+        stage = run_stage(name, out, min(STAGE_S, left_s - 15), ["--device", options.device, *options.pytest])
+        if other := other_machine(state, stage["result"]):
+            print(f"stage {name}: not kept. {kept} is of another machine or version; name another --out. {other}", flush=True)
+            return 1
+        if not (state.get(name, {}).get("result") and not stage["result"]):  # a second try that gave nothing leaves the first
+            state[name] = stage
+        write(kept, state)
+        path = results_file(state, out)
+        records = len(stage["result"]["results"]) if stage["result"] else 0
+        print(f"stage {name}: {stage['status']}, {records} records in {stage['seconds']:.0f} s", flush=True)
+        if stage["status"] != "done" and "output" in stage:
+            print("    " + "\n    ".join(stage["output"].strip().splitlines()[-12:]), flush=True)
+    path = path or results_file(state, out)
+    missing = [name for name in STAGES if not finished(state.get(name))]
+    print(path if path else "no results yet", f"(still to do: {', '.join(missing)})" if missing else "")
+    return int(any(not finished(state.get(name)) or "failures" in state[name]["status"] for name in to_do))
 
 
 if __name__ == "__main__":

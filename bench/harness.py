@@ -169,8 +169,9 @@ class Timer:
                     all_sets()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                all_sets()
+            with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails would leave its own stream the current one
+                with torch.cuda.graph(graph):
+                    all_sets()
             replay, method = graph.replay, "CUDA graph"
         except RuntimeError as error:  # something in it cannot be captured: launch times are then part of the figure
             torch.cuda.synchronize()
@@ -333,11 +334,15 @@ def _prepare(provider, case, gate):
     except AssertionError as error:
         return None, row | dict(status="incorrect", reason=str(error))
     except Exception as error:
-        if provider.name in ("eager", "ours"):
+        if provider.name == "eager":  # nothing is measured without it; without ours the others are
             raise
-        lines = str(error).splitlines() or [""]
-        return None, row | dict(status="failed", reason=f"{type(error).__name__}: {lines[0][:200]}")
+        return None, row | dict(status="failed", reason=reason_of(error))
     return function, row | dict(ran=seen[:16])
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the error's class and how its message begins."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
 
 
 def _contestants(case, inputs, cotangents, settings):
@@ -416,8 +421,8 @@ def run_case(benchmark, case: Case, settings) -> dict:
             for step, run in steps(function).items():
                 own[provider.name, step] = timer = Timer(run, sets, case.device, settings.sample_ms)
                 row |= {f"{step}_method": timer.method} if cuda else {}
-        except torch.OutOfMemoryError as error:  # the gate may have been smaller
-            row |= dict(status="failed", reason=f"out of memory: {str(error).splitlines()[0][:160]}")
+        except RuntimeError as error:  # out of memory, for the gate may have been smaller; or something that only this size shows
+            row |= dict(status="failed", reason=reason_of(error))
             continue
         timers |= own
     rows_by_name = {row["name"]: row for row in rows}
@@ -505,6 +510,7 @@ class Monitor:
     """Clocks in MHz, power in W, temperature in degrees Celsius and throttle reasons of the GPU, once a round.
 
     By NVML where pynvml (nvidia-ml-py) is installed, which takes microseconds, else by nvidia-smi, which takes a while, between rounds.
+    What cannot be read is None: no measurement is lost for it.
     """
 
     def __init__(self):
@@ -521,12 +527,22 @@ class Monitor:
     def sample(self) -> dict[str, float | str]:
         if self.handle is None:
             return gpu_state("clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active")
-        nvml, handle = self.nvml, self.handle
-        clocks = (nvml.nvmlDeviceGetClockInfo(handle, kind) for kind in (nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM))
-        state = dict(zip(("clocks.sm", "clocks.mem"), clocks, strict=True))
-        state |= {"power.draw": nvml.nvmlDeviceGetPowerUsage(handle) / 1e3}
-        state |= {"temperature.gpu": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)}
-        return state | {"clocks_event_reasons.active": hex(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))}
+        nvml = self.nvml
+
+        def read(functions, *arguments):
+            """Of the first function that this version of NVML has; None where card, driver or virtual machine do not tell."""
+            try:
+                return next(getattr(nvml, one) for one in functions if hasattr(nvml, one))(self.handle, *arguments)
+            except (StopIteration, nvml.NVMLError):
+                return None
+
+        clock = ("nvmlDeviceGetClockInfo",)
+        state = {"clocks.sm": read(clock, nvml.NVML_CLOCK_SM), "clocks.mem": read(clock, nvml.NVML_CLOCK_MEM)}
+        power = read(("nvmlDeviceGetPowerUsage",))
+        state |= {"power.draw": None if power is None else power / 1e3}
+        state |= {"temperature.gpu": read(("nvmlDeviceGetTemperature",), nvml.NVML_TEMPERATURE_GPU)}
+        reasons = read(("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"))
+        return state | {"clocks_event_reasons.active": None if reasons is None else hex(reasons)}
 
 
 # The record of a run
@@ -545,9 +561,16 @@ class Settings:
     warmup_s: float
     long_rows: bool = True  # whether the alignment losses are also measured at 1,024 tokens
     records: list[dict] = dataclasses.field(default_factory=list)
+    path: Path | None = None  # the results file, written anew with every record: what was measured before a crash stays
 
     def record(self, record: dict) -> None:
         self.records.append(record)
+        if self.path is not None:
+            write(self.path, self.about | dict(results=self.records))
+
+    @functools.cached_property
+    def about(self) -> dict:
+        return environment(self.device)
 
 
 def cpu_name() -> str:
@@ -608,10 +631,13 @@ def _pooled(group):
     return pooled
 
 
+SAME = ("schema", "device", "cpu", "gpu", "commit", "versions")  # in which results must agree that are to be one run
+
+
 def merge(files: list[dict]) -> dict:
     """One run from several stages of it: the first one's environment, everybody's records pooled, load and date from first to last."""
     for other in files[1:]:
-        for key in ("schema", "device", "cpu", "gpu", "commit", "versions"):
+        for key in SAME:
             if other.get(key) != files[0].get(key):
                 raise ValueError(f"stages differ in {key}: {files[0].get(key)} and {other.get(key)}")
     merged = files[0] | dict(results=pool([record for file in files for record in file["results"]]))
@@ -619,10 +645,12 @@ def merge(files: list[dict]) -> dict:
 
 
 def write(path: Path, content: dict) -> None:
-    """As JSON, with lists of numbers on one line each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """As JSON, with lists of numbers on one line each, in one rename: a reader never sees half a file."""
     text = re.sub(r"\[[\s\d.,eE+\-]+\]", lambda found: " ".join(found[0].split()), json.dumps(content, indent=1))
-    path.write_text(text + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def parametrize(*ops: str):

@@ -389,7 +389,7 @@ def main(argv=None):
     name = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower()).strip("_")
     path = args.results / f"levers_{name}{'' if size in ('digits', 'b1') else f'_{size}'}.json"
     if not args.redraw:
-        folder, begin, longest = (args.out or Path(f"runs/levers_{size}")) / "stages", time.perf_counter(), 0.0
+        folder, begin, longest, failed = (args.out or Path(f"runs/levers_{size}")) / "stages", time.perf_counter(), 0.0, False
         folder.mkdir(parents=True, exist_ok=True)
         # As the program began: its source may change while it runs.
         done, about = {}, environment(device) | dict(cpu=cpu_name(), cores=os.cpu_count())
@@ -402,11 +402,20 @@ def main(argv=None):
             if longest and elapsed + longest > args.budget_s:
                 print(f"stage {stage}: not begun, {elapsed:.0f} s of {args.budget_s:.0f} s are gone; run again to continue", flush=True)
                 return UNFINISHED
-            done[stage] = dict(work(size, *arguments, device, args.data, args.tokenizer), environment=about)
+            try:
+                done[stage] = dict(work(size, *arguments, device, args.data, args.tokenizer), environment=about)
+            except (ImportError, RuntimeError) as error:  # the other stages are worth having without it
+                print(f"stage {stage}: {'left out' if isinstance(error, ImportError) else 'failed'}: {error}", flush=True)
+                torch.cuda.empty_cache()  # nothing on a CPU
+                failed |= not isinstance(error, ImportError)  # without a package there is no row for its option
+                continue
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(done[stage]))
             partial.replace(file)
             longest = max(longest, time.perf_counter() - begin - elapsed)
+        if failed:
+            print(f"no results file; what is done stays in {folder}, and the same command tries the rest again", flush=True)
+            return 1
         abouts = [row.pop("environment") for row in done.values()]
         if len({(about["commit"], about["hardware"], about["torch"]) for about in abouts}) > 1:
             raise ValueError(f"out: the stages in {folder} are of several commits, devices or versions; choose another --out")

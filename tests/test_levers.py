@@ -301,6 +301,7 @@ def test_emulated_float8_is_near_and_is_not_bf16():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs float8 products")
 def test_float8_on_a_gpu_is_what_is_emulated():
+    pytest.importorskip("torchao")
     generator = torch.Generator().manual_seed(1)
     x, t, y = torch.randn(8, 4, 4, 4, generator=generator).cuda(), torch.rand(8, generator=generator).cuda(), torch.arange(8).cuda() % 5
     results = []

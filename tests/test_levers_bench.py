@@ -65,6 +65,33 @@ def test_stages_go_on_and_the_report_is_made_from_the_file_alone(tmp_path, monke
         levers.main(arguments)
 
 
+def test_a_stage_that_cannot_run_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    """A missing package leaves its option out; a failure leaves no results file, but every other stage."""
+    done = []
+
+    def stage(size, lever, precision, *_):
+        if lever == "Muon":
+            raise error
+        done.append(lever)
+        runs = dict(lever=lever, precision=precision, seed=_[0], curve=[1.0], every=1, validation=1.0 + 0.1 * _[0], left_out=0)
+        return runs
+
+    monkeypatch.setattr(levers, "loss_stage", stage)
+    monkeypatch.setattr(levers, "speed_stage", lambda size, lever, *_: dict(lever=lever, baseline_s=[1.0], lever_s=[1.0], batch_size=2))
+    monkeypatch.setattr(levers, "LEVERS", {name: levers.LEVERS[name] for name in ("Muon", "split-K")})
+    monkeypatch.setattr(levers, "figure", lambda content: type("Figure", (), {"savefig": lambda *_, **__: None}))
+    monkeypatch.setattr(levers, "report", lambda content: [row["lever"] for row in content["summary"]])
+    arguments = ["--size", "tiny", "--device", "cpu", "--out", str(tmp_path / "out"), "--results", str(tmp_path), "--docs", str(tmp_path)]
+    error = RuntimeError("CUDA error: unspecified launch failure")
+    assert levers.main(arguments) == 1 and "split-K" in done and not list(tmp_path.glob("*.json"))
+    assert "stage loss_Muon_0: failed: CUDA error" in capsys.readouterr().out
+    done.clear()
+    error = ImportError("needs `pip install torchao`")
+    assert levers.main(arguments) == 0 and not done, "what was done is not done again"
+    assert "left out: needs" in capsys.readouterr().out
+    assert [row["lever"] for row in json.loads((tmp_path / "levers_cpu_tiny.json").read_text())["summary"]] == ["split-K"]
+
+
 @pytest.mark.parametrize("path", sorted(levers.RESULTS.glob("levers_*.json")), ids=lambda path: path.stem)
 def test_recommendations_in_the_results_follow_from_their_rows(path):
     content = json.loads(path.read_text())

@@ -695,19 +695,18 @@ def rope_attention_fwd(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias
         return out, lse
     shape_class = _shape_class("forward", architecture(qkv.device), n, head_dim, out_dtype, q_weight is not None)
     prepare = _prepares(shape_class, n)
-    with torch.cuda.device_of(qkv):
-        pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out_dtype)
-        prepared = _prologue(qkv, pointers, constexprs, out_dtype)[0] if prepare else qkv
+    pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out_dtype)
+    prepared = _prologue(qkv, pointers, constexprs, out_dtype)[0] if prepare else qkv
 
-        def launch(config):
-            grid = (batch * heads * triton.cdiv(n, config.blocks["BLOCK_M"]),)
-            _rope_attention_fwd_kernel[grid](
-                qkv, prepared, *pointers, out, lse,
-                SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out_dtype),
-                **constexprs(config), **config.launch(),
-            )  # fmt: skip
+    def launch(config):
+        grid = (batch * heads * triton.cdiv(n, config.blocks["BLOCK_M"]),)
+        _rope_attention_fwd_kernel[grid](
+            qkv, prepared, *pointers, out, lse,
+            SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out_dtype),
+            **constexprs(config), **config.launch(),
+        )  # fmt: skip
 
-        launch(pick("rope_attention_fwd", FORWARD, qkv.device, shape_class, (n, heads, head_dim, str(out_dtype)), launch))
+    launch(pick("rope_attention_fwd", FORWARD, qkv.device, shape_class, (n, heads, head_dim, str(out_dtype)), launch))
     return out, lse
 
 
@@ -721,21 +720,20 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
     sums = 4 * (q_weight is not None) + 3 * (bias is not None)  # rows of every program: q_weight, q_bias, k_weight, k_bias; q, k, v of bias
     partial = qkv.new_zeros((batch, heads, 0, sums, head_dim), dtype=torch.float32)
     if out.numel():
-        with torch.cuda.device_of(qkv):
-            pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out.dtype)
-            prepared, delta = _prologue(qkv, pointers, constexprs, out.dtype, out, grad) if prepare else (qkv, lse)
+        pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out.dtype)
+        prepared, delta = _prologue(qkv, pointers, constexprs, out.dtype, out, grad) if prepare else (qkv, lse)
 
-            def launch(config):
-                blocks = triton.cdiv(n, config.blocks["BLOCK"])
-                partial = torch.empty((batch, heads, blocks, sums, head_dim), dtype=torch.float32, device=qkv.device)
-                _rope_attention_bwd_kernel[(batch * heads * blocks,)](
-                    qkv, prepared, *pointers, out, grad, lse, delta, grad_qkv, partial, SCALE=1 / math.sqrt(head_dim),
-                    LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out.dtype),
-                    **constexprs(config), **config.launch(),
-                )  # fmt: skip
-                return partial
+        def launch(config):
+            blocks = triton.cdiv(n, config.blocks["BLOCK"])
+            partial = torch.empty((batch, heads, blocks, sums, head_dim), dtype=torch.float32, device=qkv.device)
+            _rope_attention_bwd_kernel[(batch * heads * blocks,)](
+                qkv, prepared, *pointers, out, grad, lse, delta, grad_qkv, partial, SCALE=1 / math.sqrt(head_dim),
+                LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out.dtype),
+                **constexprs(config), **config.launch(),
+            )  # fmt: skip
+            return partial
 
-            partial = launch(pick("rope_attention_bwd", BACKWARD, qkv.device, shape_class, (n, heads, head_dim, str(out.dtype)), launch))
+        partial = launch(pick("rope_attention_bwd", BACKWARD, qkv.device, shape_class, (n, heads, head_dim, str(out.dtype)), launch))
     by_head = partial.sum((0, 2))  # (H, sums, D), in PyTorch's fixed order
     of_norm = by_head.sum(0)
     of_bias = None if bias is None else by_head[:, -3:].transpose(0, 1)

@@ -4,6 +4,7 @@ Statistics and products are accumulated in fp32 (fp64 for fp64 inputs). Results 
 torch.autocast, in the autocast dtype, because a matrix product is what consumes them.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -60,12 +61,24 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    for key, implementation in (("CPU", cpu), ("CUDA", cuda)):
-        if implementation is not None:
-            LIBRARY.impl(name, implementation, key)
     if cuda is not None:
         CUDA[name] = cuda
+    for key, implementation in (("CPU", cpu), ("CUDA", cuda and _on_its_device(cuda))):
+        if implementation is not None:
+            LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """The function, with the GPU of its first tensor as the current one: Triton launches on the current GPU, whatever tensors it gets."""
+
+    @functools.wraps(function)
+    def guarded(*arguments):
+        tensor = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+        with torch.cuda.device_of(tensor):
+            return function(*arguments)
+
+    return guarded
 
 
 def differentiable(name: str, setup_context: Callable, backward: Callable) -> None:

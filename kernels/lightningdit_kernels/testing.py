@@ -1,6 +1,7 @@
 """How an op is held to the truth, and on which shapes. Used by tests/ and by the gates of bench/; nothing else imports it."""
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -102,7 +103,10 @@ def values_and_gradients(op, inputs: dict, frozen: tuple[str, ...] = (), cotange
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
     generator = torch.Generator().manual_seed(0)
-    cotangents = cotangents or [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
+    cotangents = cotangents or [
+        random_tensor(*out.shape, dtype=out.dtype, seed=1000 + i, device=out.device) if _on_gpu(out.shape, out.device)
+        else torch.randn(out.shape, generator=generator, dtype=torch.float64) for i, out in enumerate(outputs)
+    ]
     cotangents = [cotangent.to(out.device, out.dtype) for cotangent, out in zip(cotangents, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
     result = {f"out.{i}": out.detach() for i, out in enumerate(outputs)}
@@ -166,5 +170,13 @@ def assert_matches_truth(op, eager, inputs: dict, frozen: tuple[str, ...] = ()) 
 
 
 def random_tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Standard normal numbers that do not depend on dtype or device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+    """Standard normal numbers that do not depend on dtype, and up to LARGE of them not on the device: more are drawn on the GPU itself."""
+    where = device if _on_gpu(shape, device) else "cpu"
+    return torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), dtype=torch.float64, device=where).to(device, dtype)
+
+
+LARGE = 2**22  # one thread of a host draws 4e7 numbers a second: the inputs of one benchmark would take longer than measuring it
+
+
+def _on_gpu(shape, device) -> bool:
+    return torch.device(device).type == "cuda" and math.prod(shape) > LARGE

@@ -13,7 +13,7 @@ import torch._dynamo.testing
 import torch.utils.checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightningdit_kernels import alignment, audit, library, native
+from lightningdit_kernels import alignment, audit, library, native, testing
 from lightningdit_kernels.attention import fused
 from lightningdit_kernels.testing import (
     DEFINITIONS,
@@ -371,3 +371,32 @@ def test_fsdp2_over_two_processes_gives_the_gradients_of_one(tmp_path, torchrun)
     out = torchrun(2, tmp_path / "script.py", Path(__file__).parent).stdout
     same = [line.split()[2] for line in out.splitlines() if line.startswith("same gradients:")]
     assert same == [*OPS, "LightningDiT", "LightningDiT"], out
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
+    """Triton launches on the current GPU; an operator must make that of its first tensor the current one, and put things back."""
+    current = [0]
+
+    class Guard:
+        def __init__(self, tensor):
+            self.index = tensor.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    class OnSecond(torch.Tensor):
+        index = 1
+
+    tensor = torch.zeros(1).as_subclass(OnSecond)
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    seen = library._on_its_device(lambda *arguments: (current[0], arguments))(None, tensor, 1e-6)
+    assert seen == (1, (None, tensor, 1e-6)) and current == [0]
+
+
+def test_only_large_inputs_of_a_gpu_are_drawn_on_it():
+    """Elsewhere numbers are the same on every device; beyond LARGE one thread of the host would take longer than the measurement."""
+    cases = (((2048, 2048), "cuda"), ((2048, 2049), "cuda"), ((2048, 2049), "cpu"))
+    assert [testing._on_gpu(shape, device) for shape, device in cases] == [False, True, False]

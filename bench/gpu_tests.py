@@ -1,0 +1,132 @@
+"""The CUDA tests, so that one of them that crashes, hangs or takes the GPU along loses no other: make test-gpu OUT=folder.
+
+    python bench/gpu_tests.py --out FOLDER [--jobs 8] [--budget-s SECONDS]
+
+Those of the kernels, most of whose time Triton's compiler takes on the host, are spread over processes; the others, which measure memory
+or start processes of their own, run one file after the other. A process that ended early or printed nothing new for TEST_S seconds is
+replaced: the test that it was in is "lost", the rest is run by the next one. FOLDER gets test_gpu.json, {"summary", "tests": {test:
+{"outcome", "seconds", "message"}}}, written anew every few seconds, and test_gpu.log. Exit status 1: some test failed or was lost;
+3: the budget ended first.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
+
+from bench.gpu import UNFINISHED, run_limited  # noqa: E402
+from bench.harness import write  # noqa: E402
+from bench.journal import read_journal  # noqa: E402
+
+TEST_S = 150  # in which every test must come to an end
+WORTH = ("test_bench_step", "test_generation", "test_levers", "test_optim", "test_plan", "test_train_distributed")  # other files come last
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files with CUDA tests, kernels first, then by worth: only these are imported."""
+    def rank(path):
+        return path.parent == folder, WORTH.index(path.stem) if path.stem in WORTH else len(WORTH), path
+
+    return sorted((path for path in folder.rglob("test_*.py") if "pytest.mark.gpu" in path.read_text(encoding="utf-8")), key=rank)
+
+
+class Job:
+    """Some files, or a part of their tests, run to the end by as many processes as that takes."""
+
+    def __init__(self, name, files, folder, part="0/1", test_s=TEST_S):
+        self.name, self.files, self.part, self.test_s = name, files, part, test_s
+        self.journal, self.log = folder / f"{name}.jsonl", folder / f"{name}.log"
+
+    def run(self, end):
+        """`end`: of time.monotonic(), when to stop."""
+        known = -1
+        while (left_s := end - time.monotonic()) > 0 and (before := len(read_journal(self.journal))) > known:
+            known = before  # a process that adds nothing to the journal is the last one
+            command = [sys.executable, "-m", "pytest", *self.files, "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "bench.journal",
+                       "--journal", self.journal, "--journal-part", self.part, "--continue-on-collection-errors"]
+            code = run_limited(command, self.log, left_s, self.journal, self.test_s)
+            in_flight = [test for test, line in read_journal(self.journal).items() if line["outcome"] == "begun"]
+            for test in in_flight:
+                self.note(test, "lost", f"the process ended in it: {code if isinstance(code, str) else f'exit status {code}'}")
+            if code in (0, 1, 5) and not in_flight:
+                return
+        if not read_journal(self.journal):
+            tail = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.is_file() else []
+            self.note(self.name, "lost", f"no test was begun: {tail[-1] if tail else 'no output'}")
+
+    def note(self, test, outcome, message):
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(test=test, outcome=outcome, seconds=0.0, message=message)) + "\n")
+
+
+def jobs_of(tests: Path, folder: Path, parts: int, test_s: float = TEST_S) -> tuple[list[Job], list[Job]]:
+    """(those that run side by side, those that run one after the other)."""
+    files = files_of(tests)
+    kernels = [path for path in files if path.parent != tests]
+    together = [Job(f"kernels_{part}", kernels, folder, f"{part}/{parts}", test_s) for part in range(parts)] if kernels else []
+    return together, [Job(path.stem, [path], folder, test_s=test_s) for path in files if path not in kernels]
+
+
+def report(jobs: list[Job], begin: float, path: Path) -> dict:
+    """Writes what is known so far; returns the summary."""
+    tests = {test: {key: line[key] for key in ("outcome", "seconds", "message")}
+             for job in jobs for test, line in read_journal(job.journal).items()}
+    summary = dict(collections.Counter(line["outcome"] for line in tests.values()), seconds=round(time.monotonic() - begin, 1))
+    write(path, dict(summary=summary, tests=tests))
+    return summary
+
+
+def run(tests: Path, out: Path, parts: int, end: float, test_s: float = TEST_S) -> dict:
+    """Runs all, and returns the summary: how many of each outcome, and the seconds."""
+    begin, path, log = time.monotonic(), out / "test_gpu.json", out / "test_gpu.log"
+    with tempfile.TemporaryDirectory() as folder:
+        together, alone = jobs_of(tests, Path(folder), parts, test_s)
+
+        def one_after_the_other(jobs):
+            for job in jobs:
+                job.run(end)
+
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(together))) as pool:
+            for jobs in ([[job] for job in together], [alone]):  # a neighbour's memory would count in the tests that measure it
+                waiting = [pool.submit(one_after_the_other, one) for one in jobs]
+                while concurrent.futures.wait(waiting, timeout=5).not_done:
+                    report([*together, *alone], begin, path)
+                for future in waiting:
+                    future.result()
+        summary = report([*together, *alone], begin, path)
+        log.write_text("".join(f"\n==== {job.name}\n{job.log.read_text(encoding='utf-8', errors='replace')}"
+                               for job in (*together, *alone) if job.log.is_file()), encoding="utf-8")
+    return summary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="processes for the kernels' tests")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds in which to end")
+    options = parser.parse_args()
+    out, end = options.out.resolve(), time.monotonic() + options.budget_s - 15
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    summary = run(ROOT / "tests", out, options.jobs, end)
+    for test, line in json.loads((out / "test_gpu.json").read_text(encoding="utf-8"))["tests"].items():
+        if line["outcome"] not in ("passed", "skipped"):
+            first = line["message"].splitlines()[0][:200] if line["message"] else ""
+            print(f"{line['outcome']:8} {test}\n         {first}")
+    print(f"{out / 'test_gpu.json'}: {summary}")
+    if time.monotonic() > end:
+        return UNFINISHED
+    return int(any(name not in ("passed", "skipped", "seconds") for name in summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""What runs tests and benchmarks on a GPU loses nothing: stages, budgets, crashes, hangs. On a CPU, with stand-ins for what runs there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import gpu, gpu_tests, harness, journal
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(*arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_stages_find_their_benchmarks():
+    """One stage of every form; that none of the others names a file or an option that these do not."""
+    forms = {"ceilings": 3, "gemms": 1, "alignment_3": 5, "norm_others_1": 4, "attention_sweep_256_72": 4, "step_xl_256_ladder": 1}
+    forms |= {"overlay": 1, "vavae_step": 1, "vavae_encode": 1, "sampling": 1, "images": 3, "latents": 2, "growth_width": 1}
+    for name, arguments in gpu.STAGES.items():
+        assert (ROOT / arguments[0]).is_file(), name
+        options = {argument for argument in arguments if argument.startswith("-")}
+        assert options <= {"-k", "--batch", "--tokens", "--head-dim", "--dtypes", "--case-s", "--shapes", "--rounds"}, name
+    collect = """if True:
+        import contextlib, io, sys, pytest
+        from bench import gpu
+        for name in sys.argv[1:]:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                pytest.main([*gpu.STAGES[name], "--collect-only", "-q", "--device", "cpu", "-p", "no:cacheprovider"])
+            print(name, sum("::" in line for line in out.getvalue().splitlines()))
+    """
+    done = script("-c", collect, *forms)
+    assert {name: int(count) for name, count in map(str.split, done.stdout.splitlines())} == forms, done.stdout + done.stderr
+
+
+def test_what_is_worth_most_comes_first():
+    order = list(gpu.STAGES)
+    assert order[:3] == ["ceilings", "step_xl_256_ladder", "norm_1"] and order.index("groupnorm_1") < order.index("sampling")
+    for op in gpu.OPS:
+        assert order.index(f"{op}_1") < order.index("vavae_step") < order.index(f"{op}_2") < order.index(f"{op}_others_1")
+
+
+def test_stages_restart_and_merge(tmp_path):
+    dry = ["bench/gpu.py", "--out", tmp_path, "--device", "cpu"]
+    tiny = ["--", "--shapes", "tiny", "--only", "eager,ours", "--rounds", "2", "--case-s", "0.1"]
+    assert script(*dry, "--budget-s", 0).returncode == gpu.UNFINISHED
+    done = script(*dry, "--stage", "swiglu_1", "--stage", "gemms", *tiny)
+    assert done.returncode == 0 and "still to do: ceilings, " in done.stdout, done.stdout + done.stderr
+    state = json.loads((tmp_path / "stages.json").read_text())
+    assert len(state["gemms"]["result"]["results"][0]["rows"]) == 12
+    merged = json.loads((tmp_path / "kernels_cpu.json").read_text())  # there before all stages are done
+    assert merged["stages_missing"]["norm_1"] == "not begun" and "gemms" not in merged["stages_missing"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.log", "kernels_cpu.json", "stages.json"]
+    assert "done" in script(*dry, "--list").stdout
+    for name in gpu.STAGES:
+        if name not in ("swiglu_1", "gemms"):
+            state[name] = dict(status="done", seconds=1.0, result=state["swiglu_1"]["result"])
+    (tmp_path / "stages.json").write_text(json.dumps(state))
+    done = script(*dry, *tiny)
+    assert done.returncode == 0 and done.stdout.count("done before") == len(gpu.STAGES), done.stdout + done.stderr
+    merged = json.loads((tmp_path / "kernels_cpu.json").read_text())
+    assert merged["schema"] == harness.SCHEMA and {"commit", "date", "cpu", "threads", "versions"} <= merged.keys()
+    assert "stages_missing" not in merged and {record["kind"] for record in merged["results"]} == {"op", "model_gemms"}
+    assert {record["processes"] for record in merged["results"] if record["kind"] == "op"} == {len(gpu.STAGES) - 1}
+    with pytest.raises(ValueError, match="stages differ in commit: a and b"):
+        harness.merge([merged | dict(commit="a"), merged | dict(commit="b")])
+
+
+CONFTEST = """
+import json, pytest
+def pytest_addoption(parser):
+    parser.addoption("--results")
+    parser.addoption("--device")
+@pytest.fixture
+def record(request):
+    records = []
+    def write(value):
+        records.append(dict(kind="copy", case=value))
+        about = dict(schema="kernels/1", device="cpu", cpu="a", commit="b", versions={}, date="c", results=records)
+        open(request.config.getoption("--results"), "w").write(json.dumps(about))
+    return write
+"""
+BENCHMARKS = """
+import os, subprocess, sys, time, pytest
+def test_good(benchmark, record): benchmark.pedantic(record, args=("good",))
+def test_wrong(benchmark, record): benchmark.pedantic(record, args=("wrong",)); assert False, "ours is not timed"
+def test_crash(benchmark, record): record("crash"); os._exit(7)
+def test_hang(benchmark, record, tmp_path):
+    record("hang")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    open(os.environ["CHILD"], "w").write(str(child.pid))
+    time.sleep(100)
+def test_absent(benchmark): pytest.skip("data is absent")
+def test_broken(benchmark): raise RuntimeError("no kernel image")
+"""
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_stage_loses_another(tmp_path, monkeypatch, capsys):
+    """One after the other: fine, wrong, crashed, hung, without its data, broken; what was measured stays, what failed is tried again."""
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_stub.py").write_text(BENCHMARKS)
+    names = ("good", "wrong", "crash", "hang", "absent", "broken")
+    monkeypatch.setattr(gpu, "STAGES", {name: [str(tmp_path / "test_stub.py"), "-k", name, "-p", "no:cacheprovider"] for name in names})
+    monkeypatch.setattr(gpu, "STAGE_S", 15)
+    monkeypatch.setenv("CHILD", str(tmp_path / "child"))
+    out = tmp_path / "out"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--device", "cpu", *arguments])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            return gpu.main(), capsys.readouterr().out
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    code, printed = run()
+    state = json.loads((out / "stages.json").read_text())
+    assert code == 1 and [state[name]["status"] for name in names] == [
+        "done", "done, with failures", "cut short (7)", "cut short (stopped after 15 s)", "skipped: data is absent",
+        "failed (no test passed)"]
+    assert "no kernel image" in printed and "in test_hang" in (out / "gpu.log").read_text(), "where it hung is in the log"
+    assert not alive(int((tmp_path / "child").read_text())), "what a killed stage had started is gone, too"
+    merged = json.loads((out / "kernels_cpu.json").read_text())
+    assert [record["case"] for record in merged["results"]] == ["good", "wrong", "crash", "hang"]
+    assert list(merged["stages_missing"]) == ["crash", "hang", "broken"]
+
+    (tmp_path / "test_stub.py").write_text("def test_broken(benchmark, record): benchmark.pedantic(record, args=('mended',))\n"
+                                           "def test_crash(benchmark): import os; os._exit(7)\n")
+    monkeypatch.setitem(gpu.STAGES, "new", gpu.STAGES["broken"])
+    code, printed = run("--stage", "broken", "--stage", "crash", "--stage", "new")
+    assert printed.index("stage new: done") < printed.index("stage broken: done"), "what was never begun comes first"
+    state = json.loads((out / "stages.json").read_text())
+    assert state["crash"]["result"]["results"][0]["case"] == "crash", "a second try that gave nothing leaves the first"
+    state["good"]["result"]["commit"] = "d"
+    (out / "stages.json").write_text(json.dumps(state))
+    (tmp_path / "test_stub.py").write_text(BENCHMARKS)
+    code, printed = run("--stage", "crash")
+    assert code == 1 and "not kept" in printed and "commit: d before, now b" in printed
+
+
+def test_packages_that_were_brought_stay_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "brought.py").write_text("")
+    assert gpu.run_limited([sys.executable, "-c", "import brought, bench.gpu, lightningdit_kernels"], tmp_path / "log", 60) == 0
+
+
+TESTS = """
+import os, time, pytest, torch
+@pytest.mark.gpu
+def test_before(): pass
+@pytest.mark.gpu
+def test_fails(): assert 1 == 2, "one is not two"
+@pytest.mark.gpu
+def test_crashes(): os._exit(9)
+@pytest.mark.gpu
+def test_hangs(): time.sleep(100)
+@pytest.mark.gpu
+def test_takes_the_gpu_along(monkeypatch):
+    def lost(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, lost
+    lost()
+@pytest.mark.gpu
+def test_skips(): pytest.skip("needs 20 GB")
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", range(3))
+def test_after(n): assert torch.cuda.is_initialized is not None and not torch.cuda.is_initialized()
+def test_not_for_gpus(): assert False
+"""
+
+
+def test_no_test_loses_another(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\naddopts = --import-mode=importlib\n")
+    tests, out = tmp_path / "tests", tmp_path / "out"
+    (tests / "kernels").mkdir(parents=True)
+    out.mkdir()
+    (tests / "kernels" / "test_k.py").write_text(TESTS)
+    (tests / "test_other.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_other(): pass\n")
+    (tests / "test_imports.py").write_text("import pytest, no_such_package\n@pytest.mark.gpu\ndef test_imports(): pass\n")
+    (tests / "test_cpu.py").write_text("assert False, 'a file without CUDA tests is not imported'\n")
+    summary = gpu_tests.run(tests, out, 2, time.monotonic() + 120, test_s=12)
+    found = json.loads((out / "test_gpu.json").read_text())
+    outcomes = {test.rpartition("::")[2] or test: line for test, line in found["tests"].items()}
+    assert found["summary"] == summary
+    wanted = dict(test_before="passed", test_fails="failed", test_crashes="lost", test_hangs="lost", test_takes_the_gpu_along="failed",
+                  test_skips="skipped", test_other="passed") | {f"test_after[{n}]": "passed" for n in range(3)}
+    assert {name: outcomes[name]["outcome"] for name in wanted} == wanted
+    assert "one is not two" in outcomes["test_fails"]["message"] and "exit status 9" in outcomes["test_crashes"]["message"]
+    assert "12 s of silence" in outcomes["test_hangs"]["message"] and "illegal memory" in outcomes["test_takes_the_gpu_along"]["message"]
+    (absent,) = [line for test, line in found["tests"].items() if "test_imports" in test]
+    assert absent["outcome"] == "failed" and "no_such_package" in absent["message"]
+    assert len(found["tests"]) == len(wanted) + 1 and (summary["passed"], summary["failed"], summary["lost"]) == (5, 3, 2)
+
+
+def test_cuda_tests_are_found_and_shared_out(tmp_path):
+    files = gpu_tests.files_of(ROOT / "tests")
+    assert [path.stem for path in files][:3] == ["test_attention_triton", "test_gpu", "test_bench_step"] and len(files) >= 8
+    together, alone = gpu_tests.jobs_of(ROOT / "tests", tmp_path, 3)
+    assert [job.part for job in together] == ["0/3", "1/3", "2/3"] and "test_train_distributed" in [job.name for job in alone]
+    assert journal.read_journal(tmp_path / "none") == {}
+
+
+def test_the_guide_names_what_there_is():
+    guide, makefile = ((ROOT / name).read_text() for name in ("docs/gpu.md", "Makefile"))
+    targets = set(re.findall(r"`make ([a-z-]+)", guide))
+    assert targets == {"test-gpu", "bench-gpu", "levers", "convergence"} and all(f"\n{name}:" in makefile for name in targets)
+    assert set(re.findall(r"--stage (\w+)", guide + makefile)) <= gpu.STAGES.keys()
+    assert f"at most, of `test-gpu` a test {gpu_tests.TEST_S} seconds" in guide and gpu.STAGE_S == 540
+    source = (ROOT / "bench" / "gpu.py").read_text() + (ROOT / "bench" / "gpu_tests.py").read_text()
+    assert all(f'"{option}"' in source for option in set(re.findall(r"--[a-z][a-z-]+", guide)) - {"--data"})
+    assert all(name in source for name in ("stages.json", "kernels_", "gpu.log", "test_gpu.json", "test_gpu.log"))
