@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.fork import server
 from lightningdit import checkpoint, training
 from lightningdit.log import environment, read_log
 
@@ -49,8 +50,6 @@ NAN_STEPS = (5, 13)  # updates whose loss is NaN in some runs; 1 is the first up
 RTOL, ATOL = 2e-4, 2e-5  # between numbers of processes: sums in another order, amplified by 20 steps of Adam
 PATIENCE_S = 60  # a life that takes longer hangs, and so does a process that outlives a failed one by so much
 WRITES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
-PRELOAD = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.pyplot",
-           "sklearn.datasets", "lightningdit.training", "lightningdit.run", "lightningdit.images", "bench.chaos"]
 
 
 @dataclasses.dataclass
@@ -184,25 +183,6 @@ def collect(end, path):
     with end, open(path, "wb") as file:
         while data := os.read(end.fileno(), 65536):
             file.write(data)
-
-
-_server = None
-
-
-def server():
-    """The multiprocessing context whose processes are forked from one that has imported everything and has one thread only."""
-    global _server
-    if _server is None:
-        wanted = dict(OMP_NUM_THREADS="1", GOMP_SPINCOUNT="3000", CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="",
-                      PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        _server = multiprocessing.get_context("forkserver")
-        _server.set_forkserver_preload(PRELOAD)
-        multiprocessing.forkserver.ensure_running()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    return _server
 
 
 class Life:

@@ -17,11 +17,8 @@ import torch
 from PIL import Image
 
 from lightningdit import cli, pictures
-from lightningdit import config as configuration
 from lightningdit import demo as demonstration
-from lightningdit.config import DiTConfig
 from lightningdit.demo import Painter, Stopped, import_gradio, page
-from lightningdit.model import LightningDiT
 from lightningdit.trained import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,19 +27,8 @@ CODE = "from lightningdit.cli import main; raise SystemExit(main())"
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Arguments of a random model of the digits."""
-    folder = tmp_path_factory.mktemp("demo")
-    recipe = configuration.read_yaml(ROOT / "train" / "configs" / "digits.yaml")
-    recipe["model"] |= dict(size=None, patch_size=1, depth=2, hidden_size=48, num_heads=2)
-    recipe["data"]["num_classes"] = 10
-    (folder / "config.yaml").write_text(configuration.yaml.safe_dump(recipe))
-    torch.manual_seed(0)
-    model = LightningDiT(**configuration.load(DiTConfig, folder / "config.yaml").model_arguments())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    cli.save_weights(folder / "model.safetensors", model.state_dict())
-    return ["--checkpoint", str(folder / "model.safetensors"), "--config", str(folder / "config.yaml"), "--tokenizer", "digits"]
+def weights(digits_model, tmp_path_factory):
+    return digits_model(tmp_path_factory.mktemp("demo"), depth=2, std=0.2)
 
 
 @pytest.fixture(scope="module")
