@@ -1,7 +1,7 @@
 """A seeded fault campaign: train/dit.py is killed, starved and fed NaNs, started again until it is through, and compared with a quiet run.
 
     python bench/chaos.py --runs 100 --seed 0 --out bench/results/chaos_cpu.json
-    python bench/chaos.py --short                     # about two minutes; part of `make test`
+    python bench/chaos.py --short                     # about a minute; part of `make test`
 
 One run is one training of a tiny model, in as many lives as its faults make of it. Every life is a process of its own, or 2 or 4 of them,
 forked from a server that has imported torch already: a life then costs about a second. Faults come from the outside (kill -9, signals,
@@ -438,11 +438,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first run: one run of a campaign can be looked at alone")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="runs at a time")
-    parser.add_argument("--short", action="store_true", help="20 runs, or as many as begin within 100 s")
+    parser.add_argument("--short", action="store_true", help="8 runs, or as many as begin within 100 s")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--keep", type=Path, help="folder for all runs and outputs; not given: a temporary one, removed at the end")
     options = parser.parse_args()
-    count, budget_s = (20, 100) if options.short else (options.runs, math.inf)
+    count, budget_s = (8, 100) if options.short else (options.runs, math.inf)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         campaign = Campaign(options.keep or temporary, options.seed)
