@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.pyplot",
            "sklearn.datasets", "lightningdit.training", "lightningdit.run", "lightningdit.images", "lightningdit.cli",
            "bench.chaos"]
+PATIENCE_S = 5  # with the processes that go on when one has failed
 NUMBERS = itertools.count()
 
 
@@ -72,7 +73,7 @@ def run(script, *arguments, folder, processes=None, timeout=300, **variables):
     Args:
         folder: for files of what is printed, whose names do not collide.
         processes: so many at once, with the variables that torchrun sets. `stdout` and `stderr` are those of all, one after the other;
-            `returncode` is that of the first to fail, if any. Once one has failed, the others have 5 s to end by themselves.
+            `returncode` is that of the first to fail, if any. Once one has failed, the others have PATIENCE_S to end by themselves.
         timeout: in s; then all are killed.
     Raises: subprocess.TimeoutExpired.
     """
@@ -94,7 +95,7 @@ def run(script, *arguments, folder, processes=None, timeout=300, **variables):
         if not ended and not any(codes):
             raise subprocess.TimeoutExpired(str(script), timeout)
         if any(process.exitcode for process in ended) and not any(codes):
-            deadline = min(deadline, time.monotonic() + 5)
+            deadline = min(deadline, time.monotonic() + PATIENCE_S)
         codes += [process.exitcode for process in ended]
     for process in started:
         process.join()
