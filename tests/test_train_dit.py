@@ -103,7 +103,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(train, undisturbed, tmp_path)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ONE_THREAD)
     deadline = time.time() + 120
     while not (run / "log.jsonl").is_file() or len(read_log(run)) < 5:
-        assert process.poll() is None and time.time() < deadline, process.communicate()
+        assert process.poll() is None and time.time() < deadline, (process.kill(), process.communicate())
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -121,7 +121,7 @@ def test_killed_at_any_moment_goes_on_bitwise(train, undisturbed, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=ONE_THREAD)
     deadline = time.time() + 120
     while len(read_log(run)) < 3:
-        assert process.poll() is None and time.time() < deadline
+        assert process.poll() is None and time.time() < deadline, process.kill()
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -190,7 +190,8 @@ def test_a_store_that_is_truncated_while_it_is_read_is_named_and_costs_no_checkp
     process = subprocess.Popen([sys.executable, str(ROOT / "train" / "dit.py"), "--run", str(run), *SMALL, *map(str, arguments)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
-    while not checkpoint.list_checkpoints(run) and process.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.list_checkpoints(run):
+        assert process.poll() is None and time.monotonic() < deadline, (process.kill(), process.communicate())
         time.sleep(0.1)
     shard = next((tmp_path / "store").glob("shard_*.safetensors"))
     os.truncate(shard, 0)
