@@ -14,6 +14,11 @@ READY = $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
 # torch.compile needs a C++ compiler on CPU.
 COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),--compile)
 
+# Much of the tests' time is Python on one core: JOBS workers share them, where pytest-xdist is installed. Each and what it starts has one
+# thread; the tests of threads set their number themselves. A worker that is through takes half of what another one has left.
+JOBS ?= 2
+PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(JOBS) --dist=worksteal)
+
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
 GPU_PY = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
@@ -22,7 +27,8 @@ GPU_PY = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(if $(filter-out .ve
 help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
 	@echo "demo       train on the bundled digits and draw some; ARGS='--steps 100' adds flags"
-	@echo "test       all tests      lint   ruff      audit   the machine code of the Triton kernels, without a GPU"
+	@echo "test       all tests, JOBS=2 at a time; ARGS='-n 0 -x -k name' adds flags"
+	@echo "lint       ruff      audit   the machine code of the Triton kernels, without a GPU"
 	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
 	@echo "bench-check      fails where an op or a stage is over 15 % slower than bench/results/check_cpu.json; ARGS=--update rewrites that"
 	@echo "growth     how a training step's time and memory grow with batch, tokens, width and depth"
@@ -49,7 +55,7 @@ demo: $(READY)
 	$(PY) train/dit.py $(COMPILE) $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest tests $(ARGS)
+	$(if $(PARALLEL),OMP_NUM_THREADS=1 )$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -99,7 +99,7 @@ setup(
         "eval": EVALUATION,
         "peers": ["xformers", "liger-kernel", "quack-kernels", "flash-attn-4"],
         "demo": DEMO,
-        "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.8", "torchao>=0.18", "selenium>=4.20", DALI,
-                *EVALUATION, *DEMO],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.8", "torchao>=0.18",
+                "selenium>=4.20", DALI, *EVALUATION, *DEMO],
     },
 )

@@ -1,7 +1,7 @@
 """A seeded fault campaign: train/dit.py is killed, starved and fed NaNs, started again until it is through, and compared with a quiet run.
 
     python bench/chaos.py --runs 100 --seed 0 --out bench/results/chaos_cpu.json
-    python bench/chaos.py --short                     # about two minutes; part of `make test`
+    python bench/chaos.py --short                     # about a minute; part of `make test`
 
 One run is one training of a tiny model, in as many lives as its faults make of it. Every life is a process of its own, or 2 or 4 of them,
 forked from a server that has imported torch already: a life then costs about a second. Faults come from the outside (kill -9, signals,
@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.fork import server
 from lightningdit import checkpoint, training
 from lightningdit.log import environment, read_log
 
@@ -49,8 +50,6 @@ NAN_STEPS = (5, 13)  # updates whose loss is NaN in some runs; 1 is the first up
 RTOL, ATOL = 2e-4, 2e-5  # between numbers of processes: sums in another order, amplified by 20 steps of Adam
 PATIENCE_S = 60  # a life that takes longer hangs, and so does a process that outlives a failed one by so much
 WRITES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
-PRELOAD = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.pyplot",
-           "sklearn.datasets", "lightningdit.training", "lightningdit.run", "lightningdit.images", "bench.chaos"]
 
 
 @dataclasses.dataclass
@@ -184,25 +183,6 @@ def collect(end, path):
     with end, open(path, "wb") as file:
         while data := os.read(end.fileno(), 65536):
             file.write(data)
-
-
-_server = None
-
-
-def server():
-    """The multiprocessing context whose processes are forked from one that has imported everything and has one thread only."""
-    global _server
-    if _server is None:
-        wanted = dict(OMP_NUM_THREADS="1", GOMP_SPINCOUNT="3000", CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="",
-                      PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        _server = multiprocessing.get_context("forkserver")
-        _server.set_forkserver_preload(PRELOAD)
-        multiprocessing.forkserver.ensure_running()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    return _server
 
 
 class Life:
@@ -458,11 +438,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first run: one run of a campaign can be looked at alone")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="runs at a time")
-    parser.add_argument("--short", action="store_true", help="20 runs, or as many as begin within 100 s")
+    parser.add_argument("--short", action="store_true", help="8 runs, or as many as begin within 100 s")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--keep", type=Path, help="folder for all runs and outputs; not given: a temporary one, removed at the end")
     options = parser.parse_args()
-    count, budget_s = (20, 100) if options.short else (options.runs, math.inf)
+    count, budget_s = (8, 100) if options.short else (options.runs, math.inf)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         campaign = Campaign(options.keep or temporary, options.seed)

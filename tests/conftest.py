@@ -1,13 +1,17 @@
 """Fixtures shared by the tests."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+
+from bench import fork
+from lightningdit import config as configuration
+from lightningdit.checkpoint import save_weights
+from lightningdit.config import DiTConfig
+from lightningdit.model import LightningDiT
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = (ROOT / "tests" / "golden", ROOT.parent / "shared" / "golden")
@@ -34,16 +38,60 @@ def golden():
     return load
 
 
-@pytest.fixture
-def torchrun():
-    """torchrun(n, script, *arguments) runs a script in n processes of one thread each; the result is checked unless check=False."""
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """script(path, *arguments) -> CompletedProcess of a Python script in a process of its own: bench.fork.run, whose options it takes.
 
-    def run(processes, script, *arguments, check=True, timeout=300, **environment):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script, *arguments]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-        environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=paths) | environment
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=timeout)
-        assert not check or result.returncode == 0, result.stdout + result.stderr
+    The exit code is checked unless check=False.
+    """
+    folder = tmp_path_factory.mktemp("scripts")
+
+    def run(path, *arguments, check=True, **options):
+        result = fork.run(path, *arguments, folder=folder, **options)
+        assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def digits_model():
+    """digits_model(folder, ...) -> arguments of `lightningdit sample` and its like for a random model of the digits, saved in the folder.
+
+    std is that of its parameters; sample holds settings of the recipe's section of that name; each further name in `others` is a model
+    of the same shape from another seed.
+    """
+
+    def make(folder, depth=1, std=0.1, others=(), **sample):
+        recipe = configuration.read_yaml(ROOT / "train" / "configs" / "digits.yaml")
+        recipe["model"] |= dict(size=None, patch_size=1, depth=depth, hidden_size=48, num_heads=2)
+        recipe["data"]["num_classes"] = 10
+        recipe["sample"] = recipe.get("sample", {}) | sample
+        (folder / "config.yaml").write_text(configuration.yaml.safe_dump(recipe))
+        arguments = configuration.load(DiTConfig, folder / "config.yaml").model_arguments()
+        for seed, name in enumerate(("model", *others)):
+            torch.manual_seed(seed)
+            model = LightningDiT(**arguments)
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=std)
+            save_weights(folder / f"{name}.safetensors", model.state_dict())
+        return ["--checkpoint", str(folder / "model.safetensors"), "--config", str(folder / "config.yaml"), "--tokenizer", "digits"]
+
+    return make
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as bench/ uses."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, function, rounds, iterations):
+        for _ in range(rounds * iterations):
+            function()
+
+
+@pytest.fixture
+def stopwatch():
+    """Stands for the fixture `benchmark` of pytest-benchmark, which has rounds of its own."""
+    return Benchmark()

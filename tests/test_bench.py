@@ -18,17 +18,6 @@ from lightningdit_kernels.testing import FROZEN, OPS, example_inputs, values_and
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Benchmark:
-    """As much of pytest-benchmark's fixture as run_case uses."""
-
-    def __init__(self):
-        self.extra_info = {}
-
-    def pedantic(self, function, rounds, iterations):
-        for _ in range(rounds * iterations):
-            function()
-
-
 @pytest.fixture
 def settings():
     return harness.Settings(("tiny",), "cpu", ("eager", "ours"), rounds=(2, 2), case_s=0.1, sample_ms=0.01, warmup_s=0.0)
@@ -39,8 +28,8 @@ def case_of(op, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_is_measured(op, settings):
-    record = harness.run_case(Benchmark(), case_of(op, torch.bfloat16), settings)
+def test_every_op_is_measured(op, settings, stopwatch):
+    record = harness.run_case(stopwatch, case_of(op, torch.bfloat16), settings)
     assert settings.records == [record] and [row["status"] for row in record["contestants"]] == ["ok", "ok"]
     for row in record["contestants"]:
         assert {"forward", "forward_backward"} <= row.keys()
@@ -108,34 +97,34 @@ def raises(packed, bias=None):
         (raises, dict(module="no.such.module", package="nosuch"), "unavailable", "no.such.module is not installed (pip install nosuch)"),
     ],
 )
-def test_who_cannot_or_may_not_run_gets_a_reason_and_no_time(function, more, status, reason, settings, monkeypatch):
+def test_who_cannot_or_may_not_run_gets_a_reason_and_no_time(function, more, status, reason, settings, monkeypatch, stopwatch):
     contestant(monkeypatch, "swiglu", function, **more)
     settings.only = ()
-    row = harness.run_case(Benchmark(), case_of("swiglu"), settings)["contestants"][1]
+    row = harness.run_case(stopwatch, case_of("swiglu"), settings)["contestants"][1]
     assert row["status"] == status and reason in row["reason"] and "forward" not in row
 
 
-def test_ours_that_raises_costs_the_others_nothing(settings, monkeypatch):
+def test_ours_that_raises_costs_the_others_nothing(settings, monkeypatch, stopwatch):
     monkeypatch.setitem(providers.OPS, "swiglu", raises)
     with pytest.raises(AssertionError, match="ours is not timed: RuntimeError: no kernel image"):
-        harness.run_case(Benchmark(), case_of("swiglu"), settings)
+        harness.run_case(stopwatch, case_of("swiglu"), settings)
     eager, ours = settings.records[0]["contestants"]
     assert (eager["status"], ours["status"]) == ("ok", "failed") and eager["forward"]["median_ms"] > 0
 
 
-def test_what_was_measured_is_on_disk_at_once(settings, tmp_path):
+def test_what_was_measured_is_on_disk_at_once(settings, tmp_path, stopwatch):
     settings.path = tmp_path / "results.json"
     for op in ("swiglu", "rms_norm_modulate"):
-        harness.run_case(Benchmark(), case_of(op), settings)
+        harness.run_case(stopwatch, case_of(op), settings)
         written = json.loads(settings.path.read_text())
         assert written["results"][-1]["op"] == op and written["schema"] == harness.SCHEMA
     assert len(written["results"]) == 2 and [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_ours_being_wrong_fails_the_benchmark(settings, monkeypatch):
+def test_ours_being_wrong_fails_the_benchmark(settings, monkeypatch, stopwatch):
     monkeypatch.setitem(providers.OPS, "swiglu", wrong)
     with pytest.raises(AssertionError, match="ours is not timed: out.0"):
-        harness.run_case(Benchmark(), case_of("swiglu"), settings)
+        harness.run_case(stopwatch, case_of("swiglu"), settings)
     assert settings.records[0]["contestants"][1]["status"] == "incorrect", "and the row is kept"
 
 
@@ -190,20 +179,20 @@ def swapped(monkeypatch, op, first, second):
 
 @pytest.mark.skipif(not native.available, reason=native.about)
 @pytest.mark.parametrize("pair", [("eager", "ours"), ("compiled", "ours"), ("eager", "compiled")], ids=" and ".join)
-def test_swapped_providers_are_noticed(pair, settings, monkeypatch):
+def test_swapped_providers_are_noticed(pair, settings, monkeypatch, stopwatch):
     swapped(monkeypatch, "swiglu", *pair)
     settings.only = ("eager", "compiled", "ours")
     with pytest.raises(AssertionError, match="(eager|ours) is not timed.*: (eager|ours) is not what ran: "):
-        harness.run_case(Benchmark(), case_of("swiglu"), settings)
+        harness.run_case(stopwatch, case_of("swiglu"), settings)
     if "eager" not in pair:  # without eager nothing is measured
         rows = {row["name"]: row for row in settings.records[0]["contestants"]}
         assert rows["compiled"]["status"] == "incorrect" and rows["compiled"]["reason"].startswith("compiled is not what ran: ")
 
 
-def test_swapped_attention_backends_are_noticed(settings, monkeypatch):
+def test_swapped_attention_backends_are_noticed(settings, monkeypatch, stopwatch):
     swapped(monkeypatch, "rope_attention", "sdpa math", "sdpa flash")
     settings.only = ("eager", "sdpa math", "sdpa flash")
-    rows = harness.run_case(Benchmark(), case_of("rope_attention"), settings)["contestants"]
+    rows = harness.run_case(stopwatch, case_of("rope_attention"), settings)["contestants"]
     for row in rows[1:]:
         assert row["status"] == "incorrect" and f"{row['name']} is not what ran: expected " in row["reason"] and "forward" not in row
 
@@ -218,9 +207,9 @@ def test_peak_memory_is_of_what_lives_at_once():
     assert harness.cpu_peak_mib(two_at_a_time) == pytest.approx(6, abs=0.1)
 
 
-def test_a_large_case_is_gated_at_a_smaller_batch(settings, monkeypatch):
+def test_a_large_case_is_gated_at_a_smaller_batch(settings, monkeypatch, stopwatch):
     monkeypatch.setattr(harness, "GATE_ELEMENTS", 16 * 128)
-    record = harness.run_case(Benchmark(), harness.Case("swiglu", "tiny/B4", torch.float32, "cpu"), settings)
+    record = harness.run_case(stopwatch, harness.Case("swiglu", "tiny/B4", torch.float32, "cpu"), settings)
     assert record["sizes"]["batch"] == 4 and record["gate_batch"] == 1
     assert [row["status"] for row in record["contestants"]] == ["ok", "ok"]
 
@@ -293,9 +282,9 @@ def test_inputs_rotate():
     assert seen[-4:] == [0, 1, 2, 0]
 
 
-def test_processes_are_pooled(settings):
+def test_processes_are_pooled(settings, stopwatch):
     """Three processes, the third twice as slow in everything: all rounds count, ratios stay, and each median is kept."""
-    record = harness.run_case(Benchmark(), case_of("swiglu"), settings)
+    record = harness.run_case(stopwatch, case_of("swiglu"), settings)
     slow = copy.deepcopy(record)
     for name, times in slow["samples_ms"].items():
         slow["samples_ms"][name] = [2 * time for time in times]

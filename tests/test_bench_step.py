@@ -16,17 +16,6 @@ needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
 REQUEST = types.SimpleNamespace(config=types.SimpleNamespace(getoption={"--official": None}.__getitem__))
 
 
-class Benchmark:
-    """As much of pytest-benchmark's fixture as is used."""
-
-    def __init__(self):
-        self.extra_info = {}
-
-    def pedantic(self, function, rounds, iterations):
-        for _ in range(rounds * iterations):
-            function()
-
-
 @pytest.fixture
 def settings():
     return harness.Settings(("tiny",), "cpu", (), rounds=(2, 2), case_s=0.1, sample_ms=0.01, warmup_s=0.0)
@@ -46,9 +35,9 @@ def test_a_copy_of_a_module_is_apart():
 
 
 @needs_kernels
-def test_kernels_are_switched_one_by_one(settings):
+def test_kernels_are_switched_one_by_one(settings, stopwatch):
     settings.only = ("reference eager", "ours eager", *(f"ours eager without {kernel}" for kernel in step.KERNELS))
-    bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
     (record,) = settings.records
     rows = {row["name"]: row for row in record["rows"]}
     assert tuple(rows) == settings.only and record["left_out"] == []
@@ -65,9 +54,9 @@ def test_kernels_are_switched_one_by_one(settings):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
-def test_kernels_are_switched_on_a_gpu(settings):
+def test_kernels_are_switched_on_a_gpu(settings, stopwatch):
     settings.device = "cuda"
-    bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
     (record,) = settings.records
     rows = {row["name"]: row for row in record["rows"]}
     assert {"reference eager", "ours compiled", "ours compiled without norm", "ours compiled without swiglu"} <= rows.keys()
@@ -87,7 +76,7 @@ def test_flops_of_xl_are_the_papers():
 
 
 @needs_kernels
-def test_swapped_contestants_are_noticed(settings, monkeypatch):
+def test_swapped_contestants_are_noticed(settings, monkeypatch, stopwatch):
     """The reference computed by ours, and ours by the reference."""
     pair = {one.name: one for one in step.contestants("cpu")["ladder"]}
     swapped = {"reference eager": "ours eager", "ours eager": "reference eager"}
@@ -99,22 +88,22 @@ def test_swapped_contestants_are_noticed(settings, monkeypatch):
     listed = [Swapped(**dataclasses.asdict(pair[name])) for name in swapped]
     monkeypatch.setattr(step, "contestants", lambda device: dict(kernels=listed))
     with pytest.raises(AssertionError, match="reference eager is not what ran: expected kernels \\[\\], saw"):
-        bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+        bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
 
 
 @needs_kernels
-def test_who_is_wrong_is_not_timed(settings, monkeypatch):
+def test_who_is_wrong_is_not_timed(settings, monkeypatch, stopwatch):
     module = step.Contestant("ours eager").module()
     right = module.swiglu
     monkeypatch.setattr(module, "swiglu", lambda packed, bias=None: right(packed, bias) * 1.001)
     settings.only = ("reference eager", "ours eager")
     with pytest.raises(AssertionError, match="ours eager: .*gradients is off by"):
-        bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+        bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
     assert [row["name"] for row in settings.records[0]["rows"]] == ["reference eager"], "and the row is kept, without a time"
 
 
 @needs_kernels
-def test_a_batch_that_does_not_fit_is_halved(settings, monkeypatch):
+def test_a_batch_that_does_not_fit_is_halved(settings, monkeypatch, stopwatch):
     right = step.Trainer.step
 
     def small(self, model, batch, skip=False):
@@ -124,7 +113,7 @@ def test_a_batch_that_does_not_fit_is_halved(settings, monkeypatch):
 
     monkeypatch.setattr(step.Trainer, "step", small)
     settings.only = ("reference eager", "ours eager")
-    bench_step.bench_step(Benchmark(), settings, "tiny", "kernels", REQUEST)
+    bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
     reference, ours = settings.records[0]["rows"]
     assert (reference["batch"], ours["batch"]) == (2, 1)
     samples = settings.records[0]["samples_ms"]
@@ -163,8 +152,8 @@ def test_skipping_changes_no_weights_and_training_does(trainer):
     assert moved == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_loss_overlay(settings):
-    bench_step.bench_overlay(Benchmark(), settings, "tiny")
+def test_loss_overlay(settings, stopwatch):
+    bench_step.bench_overlay(stopwatch, settings, "tiny")
     (record,) = settings.records
     assert list(record["curves"]) == ["reference eager", "ours eager"] and [len(curve) for curve in record["curves"].values()] == [4, 4]
     differences = [abs(a - b) for a, b in zip(*record["curves"].values(), strict=True)]
@@ -198,8 +187,8 @@ def test_an_interval_that_the_points_do_not_bound_is_open():
     assert bench_growth.interval(dict(low=0.9, high=1.1)) == "0.90 to 1.10"
 
 
-def test_growth_is_measured_and_drawn_from_the_file(settings, tmp_path):
-    bench_growth.bench_growth(Benchmark(), settings, "depth")
+def test_growth_is_measured_and_drawn_from_the_file(settings, tmp_path, stopwatch):
+    bench_growth.bench_growth(stopwatch, settings, "depth")
     (record,) = settings.records
     assert [point["value"] for point in record["points"]] == [1, 4, 16]
     assert 0.3 < record["fits"]["ours eager"]["peak_mib"]["exponent"] <= 1.1
@@ -214,11 +203,11 @@ def test_growth_is_measured_and_drawn_from_the_file(settings, tmp_path):
 
 @needs_kernels
 @pytest.mark.parametrize("case", ["step", "encode", "decode"])
-def test_tokenizer_is_measured(case, settings):
+def test_tokenizer_is_measured(case, settings, stopwatch):
     if case == "step":
-        bench_tokenizer.bench_vavae_step(Benchmark(), settings)
+        bench_tokenizer.bench_vavae_step(stopwatch, settings)
     else:
-        bench_tokenizer.bench_codec(Benchmark(), settings, case)
+        bench_tokenizer.bench_codec(stopwatch, settings, case)
     (record,) = settings.records
     names = [row["name"] for row in record["rows"]]
     assert names[:2] == ["fp32 eager", "ours"] and record["case"] == case
@@ -228,8 +217,8 @@ def test_tokenizer_is_measured(case, settings):
 
 
 @needs_kernels
-def test_swapped_tokenizers_are_noticed(settings, monkeypatch):
+def test_swapped_tokenizers_are_noticed(settings, monkeypatch, stopwatch):
     right = bench_tokenizer.networks
     monkeypatch.setattr(bench_tokenizer, "networks", lambda plain, *rest: right(not plain, *rest))
     with pytest.raises(AssertionError, match="fp32 eager is not what ran: it must not run lightningdit::"):
-        bench_tokenizer.bench_codec(Benchmark(), settings, "encode")
+        bench_tokenizer.bench_codec(stopwatch, settings, "encode")

@@ -2,10 +2,7 @@
 import errno
 import os
 import pickle
-import resource
 import shutil
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -140,11 +137,11 @@ group.__exit__(None, None, None)
 """
 
 
-def test_any_number_of_processes_reads_what_two_wrote(tmp_path, torchrun):
+def test_any_number_of_processes_reads_what_two_wrote(tmp_path, script):
     (tmp_path / "script.py").write_text(SHARDED)
 
     def run(processes, what):
-        out = torchrun(processes, tmp_path / "script.py", tmp_path, what).stdout
+        out = script(tmp_path / "script.py", tmp_path, what, processes=processes).stdout
         return [float(value) for value in out.split("VALUES [")[1].split("]")[0].split(",")]
 
     truth = run(2, "save")
@@ -156,15 +153,15 @@ def test_any_number_of_processes_reads_what_two_wrote(tmp_path, torchrun):
     assert (shapes["0.weight"], shapes["2.bias"], shapes["1.num_batches_tracked"]) == ((7, 5), (3,), ())
 
 
-def test_a_write_that_the_system_refuses(tmp_path):
+def test_a_write_that_the_system_refuses(tmp_path, script):
     """A real refusal rather than a simulated one: the kernel limits the size of files of a child process."""
     write(tmp_path, 1, 1.0)
-    code = ("import sys, signal, resource, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lightningdit import checkpoint\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-            "try: checkpoint.save_checkpoint(sys.argv[1], 2, {'model': {'w': torch.zeros(1_000_000)}}, {})\n"
-            "except OSError as error: print('refused:', error)")
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=os.environ)
+    (tmp_path / "script.py").write_text(
+        "import sys, signal, resource, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lightningdit import checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: checkpoint.save_checkpoint(sys.argv[1], 2, {'model': {'w': torch.zeros(1_000_000)}}, {})\n"
+        "except OSError as error: print('refused:', error)")
+    result = script(tmp_path / "script.py", tmp_path)
     assert "refused:" in result.stdout, result.stderr
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
 

@@ -1,10 +1,6 @@
 """`lightningdit evaluate`, offline on the digits and with a narrow stand-in for Inception."""
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -85,18 +81,11 @@ def test_batches_do_not_matter(capsys, tmp_path):
     assert mode["psnr"] > values(a)["psnr"]
 
 
-def test_two_processes_measure_what_one_does(capsys, tmp_path):
+def test_two_processes_measure_what_one_does(capsys, tmp_path, script):
     arguments = ["evaluate", "tokenizer", "--data.num-images", "151", "--uniformity-points", "0", "--batch-size", "10"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environ = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", PYTHONPATH=os.pathsep.join(sys.path),
-                   OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    code = "from lightningdit.cli import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", code, *arguments, "--out", str(tmp_path / "two")]
-    both = [subprocess.Popen(command, env=environ | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, cwd=ROOT) for r in (0, 1)]
-    printed = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0] and b"psnr" in printed[0] and not printed[1]
+    (tmp_path / "run.py").write_text("from lightningdit.cli import main; raise SystemExit(main())")
+    printed = script(tmp_path / "run.py", *arguments, "--out", tmp_path / "two", processes=2, HF_HUB_OFFLINE="1").stdout
+    assert len(re.findall("^psnr ", printed, re.M)) == 1, printed
     two = {item["metric"]: item for item in json.loads((tmp_path / "two" / "evaluation.json").read_text())["metrics"]}
     one = run(capsys, tmp_path / "one", *arguments[1:])[0]
     for name, value in values(one).items():

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from collections import Counter
@@ -16,10 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bench import fork
 from lightningdit import cli, generation, sampler
-from lightningdit import config as configuration
-from lightningdit.checkpoint import save_weights
-from lightningdit.config import DiTConfig
 from lightningdit.images import open_images
 from lightningdit.model import LightningDiT
 
@@ -332,30 +328,15 @@ def test_cuda_graphs_and_the_decoder_of_a_side_stream(tmp_path, method, bf16):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Arguments of `lightningdit sample` for a random model of the digits."""
-    folder = tmp_path_factory.mktemp("weights")
-    recipe = "model: {size: null, patch_size: 1, depth: 1, hidden_size: 48, num_heads: 2}\ndata: {num_classes: 10}\n"
-    recipe += "sample: {num_steps: 3, guidance_scale: 2.0, guidance_interval: [0.3, 0.9], batch_size: 16}\n"
-    digits = configuration.read_yaml(ROOT / "train" / "configs" / "digits.yaml")
-    small = configuration.yaml.safe_load(recipe)
-    for section, values in small.items():
-        digits[section] = digits.get(section, {}) | values
-    (folder / "config.yaml").write_text(configuration.yaml.safe_dump(digits))
-    arguments = configuration.load(DiTConfig, folder / "config.yaml").model_arguments()
-    for name, seed in (("model", 0), ("guide", 1)):
-        torch.manual_seed(seed)
-        model = LightningDiT(**arguments)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        save_weights(folder / f"{name}.safetensors", model.state_dict())
-    return ["--checkpoint", str(folder / "model.safetensors"), "--config", str(folder / "config.yaml"), "--tokenizer", "digits"]
+def weights(digits_model, tmp_path_factory):
+    return digits_model(tmp_path_factory.mktemp("weights"), others=["guide"], num_steps=3, guidance_scale=2.0,
+                        guidance_interval=[0.3, 0.9], batch_size=16)
 
 
-def test_two_processes_write_the_bytes_of_one(weights, tmp_path, torchrun):
+def test_two_processes_write_the_bytes_of_one(weights, tmp_path, script):
     (tmp_path / "run.py").write_text(CODE)
     options = ["sample", *weights, "--num", "70", "--shard-size", "8", "--seed", "3"]
-    result = torchrun(2, "--", tmp_path / "run.py", *options, "--out", tmp_path / "two.npz", "--batch-size", 5)
+    result = script(tmp_path / "run.py", *options, "--out", tmp_path / "two.npz", "--batch-size", 5, processes=2)
     assert result.stdout.count("70 images of classes") == 1
     assert cli.main([*options, "--out", str(tmp_path / "one.npz")]) == 0
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
@@ -367,13 +348,14 @@ def test_two_processes_write_the_bytes_of_one(weights, tmp_path, torchrun):
 
 def test_a_killed_job_goes_on(weights, tmp_path):
     out, options = tmp_path / "killed.npz", ["sample", *weights, "--num", "112", "--shard-size", "16"]
-    command = [sys.executable, "-c", CODE, *options, "--num-steps", "60", "--out", str(out)]
-    process = subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path)), cwd=ROOT, stderr=subprocess.DEVNULL)
+    (tmp_path / "run.py").write_text(CODE)
+    process = fork.start(tmp_path / "run.py", *options, "--num-steps", 60, "--out", out)
     records, deadline = tmp_path / "killed.npz.shards" / ".generation", time.monotonic() + 120
-    while len(list(records.glob("shard_*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(records.glob("shard_*.json"))) < 2 and process.exitcode is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     complete = {path: (path.stat().st_mtime_ns) for path in records.glob("shard_*.json")}
     assert len(complete) >= 2 and not out.exists()
     with pytest.raises(SystemExit, match=r"num_steps: 60 -> 7"):

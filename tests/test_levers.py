@@ -1,7 +1,5 @@
 """The options beyond bf16 and AdamW: each against the plain path, off by default, and refused where it cannot work."""
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,12 +75,11 @@ def test_impossible_combinations(argv, message):
     assert message in str(problem.value)
 
 
-def test_what_the_device_cannot_do_is_said_before_any_work(tmp_path):
+def test_what_the_device_cannot_do_is_said_before_any_work(script, tmp_path):
     message = "model.bf16_residual: got True, expected false, or precision = bf16: precision = auto is fp32 on cpu"
     with pytest.raises(ConfigError, match=message):
         parse("--model.bf16-residual").check_device(torch.device("cpu"))
-    command = [sys.executable, str(ROOT / "train/dit.py"), "--run", str(tmp_path / "run"), "--device", "cpu", "--precision", "fp8"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = script(ROOT / "train" / "dit.py", "--run", tmp_path / "run", "--device", "cpu", "--precision", "fp8", check=False)
     assert result.returncode == 1 and not (tmp_path / "run").exists()
     assert "precision: got 'fp8', expected bf16 or fp32 on this cpu device" in result.stderr, result.stderr
 

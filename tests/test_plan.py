@@ -1,7 +1,5 @@
 """The estimate of memory against what autograd really keeps, and the tables made from it."""
 import gc
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -200,13 +198,12 @@ def test_micro_batch_accepts_numbers_and_auto_only():
     assert parse(DiTConfig, ["--micro-batch", "auto"]).micro_batch == "auto" and parse(DiTConfig, ["--micro-batch", "8"]).micro_batch == 8
 
 
-def test_the_trainer_reports_the_micro_batch_it_chose_and_says_what_to_do_without_memory(tmp_path):
+def test_the_trainer_reports_the_micro_batch_it_chose_and_says_what_to_do_without_memory(script, tmp_path):
     small = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 1 --optim.warmup 0 --final-samples 0 "
              "--score.every 0 --sample-num 10 --sample.num-steps 2").split()
-    command = [str(ROOT / "train" / "dit.py"), "--run", str(tmp_path / "run"), *small, "--micro-batch", "auto"]
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert "micro-batch 16 of 16 images a process, the largest that fits by the estimate" in result.stdout
-    tiny = "import os, runpy, sys; os.sysconf = lambda name: 1; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", tiny, *command, "--device", "cpu"], capture_output=True, text=True, cwd=ROOT)
+    command = [ROOT / "train" / "dit.py", "--run", tmp_path / "run", *small, "--micro-batch", "auto"]
+    assert "micro-batch 16 of 16 images a process, the largest that fits by the estimate" in script(*command).stdout
+    (tmp_path / "tiny.py").write_text(
+        "import os, runpy, sys; os.sysconf = lambda name: 1; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    result = script(tmp_path / "tiny.py", *command, "--device", "cpu", check=False)
     assert result.returncode == 1 and "error: out of memory; in this order: --model.use-checkpoint" in result.stderr, result.stderr

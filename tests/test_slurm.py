@@ -55,7 +55,7 @@ def test_preempted_it_saves_requeues_and_goes_on(cluster, tmp_path):
     job = subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 180
     while len(read_log(run)) < 5:
-        assert job.poll() is None and time.time() < deadline, job.communicate()[0]
+        assert job.poll() is None and time.time() < deadline, (job.kill(), job.communicate()[0])
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=120)

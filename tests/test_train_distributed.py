@@ -321,12 +321,11 @@ def test_a_gpu_is_never_waited_for_between_two_lines_of_the_log(tmp_path, reside
     assert json.loads(result.stdout.split("WAITS ")[1].splitlines()[0]) == []
 
 
-def test_steps_between_two_lines_of_the_log_never_wait_for_the_device(tmp_path):
+def test_steps_between_two_lines_of_the_log_never_wait_for_the_device(tmp_path, script):
     """In the trace of five whole updates no operator reads a value back, except inside the CPU's fused AdamW, which reads step counts."""
     arguments = [*TINY, "--log-every", 10, "--steps", 10, "--micro-batch", 4, "--checkpoint-every", 100, "--run", tmp_path / "run"]
-    command = [sys.executable, "-c", TRACED, ROOT / "train" / "dit.py", *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=live_environment())
-    assert result.returncode == 0, result.stderr
+    (tmp_path / "traced.py").write_text(TRACED)
+    result = script(tmp_path / "traced.py", ROOT / "train" / "dit.py", *arguments)
     counts = json.loads(result.stdout.split("TRACE ")[1].splitlines()[0])
     assert counts["aten::_fused_adamw_"] >= 5
     waits = {name: times for name, times in counts.items() if name in ("aten::item", "aten::_local_scalar_dense", "aten::nonzero")}

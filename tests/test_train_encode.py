@@ -4,8 +4,6 @@ import os
 import random
 import runpy
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from bench import fork
 from lightningdit.latents import LatentStore
 from lightningdit.log import read_log
 from lightningdit.tokenizer.vavae import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODE, TRAIN = (ROOT / "train" / name for name in ("encode.py", "dit.py"))
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 BAD = "cat/005.png"
 SMALL = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 6 --optim.warmup 2 --log-every 3 "
          "--sample-every 6 --sample-num 4 --sample.num-steps 2 --sample.batch-size 5 --validate-every 3 --data.image-size 16 "
@@ -82,28 +80,26 @@ def test_killed_ten_times_it_is_the_same_store(photos, undisturbed, tmp_path):
 
     for life in range(11):
         before = whole()
-        process = subprocess.Popen([sys.executable, str(ENCODE), *arguments(photos, out)], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        process = fork.start(ENCODE, *arguments(photos, out), outputs=(os.devnull, tmp_path / "errors"))
         if life == 10:
-            assert process.wait(timeout=120) == 0, process.stderr.read()
+            process.join(120)
+            assert process.exitcode == 0, (tmp_path / "errors").read_text()
             break
         deadline = time.monotonic() + 120
         while not (out / "plan.json").exists() or (life % 3 and whole() == before):
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            assert process.exitcode is None and time.monotonic() < deadline, (tmp_path / "errors").read_text()
             time.sleep(0.002)
         time.sleep(draw.random() * 0.03)
         process.kill()
-        assert process.wait(timeout=30) == -signal.SIGKILL
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
         moments.append(whole())
     assert moments == sorted(moments) and len(set(moments)) >= 4, moments
     assert bytes_of(out) == bytes_of(undisturbed)
 
 
-def test_two_processes_make_the_same_store(photos, undisturbed, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ENCODE)]
-    command += arguments(photos, tmp_path / "store", "--device", "cpu")
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_two_processes_make_the_same_store(photos, undisturbed, tmp_path, script):
+    result = script(ENCODE, *arguments(photos, tmp_path / "store", "--device", "cpu"), processes=2)
     assert bytes_of(tmp_path / "store") == bytes_of(undisturbed) and result.stdout.count("149 images in 3 classes, 30 shards") == 1
 
 

@@ -137,21 +137,12 @@ def test_errors_name_the_argument(tune, options, message):
         tune(*options)
 
 
-def test_two_processes_search_as_one(tmp_path, torchrun):
-    recipe = configuration.read_yaml(ROOT / "train" / "configs" / "digits.yaml")
-    recipe["model"] |= dict(size=None, patch_size=1, depth=1, hidden_size=48, num_heads=2)
-    recipe["data"]["num_classes"] = 10
-    (tmp_path / "config.yaml").write_text(configuration.yaml.safe_dump(recipe))
-    torch.manual_seed(0)
-    model = LightningDiT(**configuration.load(DiTConfig, tmp_path / "config.yaml").model_arguments())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    cli.save_weights(tmp_path / "model.safetensors", model.state_dict())
+def test_two_processes_search_as_one(tmp_path, script, digits_model):
+    weights = digits_model(tmp_path)
     (tmp_path / "run.py").write_text("from lightningdit.cli import main; raise SystemExit(main())")
-    options = ["tune-guidance", "--checkpoint", tmp_path / "model.safetensors", "--config", tmp_path / "config.yaml",
-               "--tokenizer", "digits", "--scales", "1", "3", "--intervals", "0", "1", "--num-steps", "3", "--samples", "9",
+    options = ["tune-guidance", *weights, "--scales", "1", "3", "--intervals", "0", "1", "--num-steps", "3", "--samples", "9",
                "--max-samples", "20", "--factor", "2", "--cache", tmp_path / "cache"]
-    result = torchrun(2, "--", tmp_path / "run.py", *options, "--out", tmp_path / "two")
+    result = script(tmp_path / "run.py", *options, "--out", tmp_path / "two", processes=2)
     assert result.stdout.count("best ") == 1
     assert cli.main([*map(str, options), "--out", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / name / "tuning.json").read_text())["results"] for name in ("one", "two"))

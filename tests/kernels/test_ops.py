@@ -365,10 +365,10 @@ group.__exit__(None, None, None)
 """
 
 
-def test_fsdp2_over_two_processes_gives_the_gradients_of_one(tmp_path, torchrun):
+def test_fsdp2_over_two_processes_gives_the_gradients_of_one(tmp_path, script):
     """A module per op, and the whole model, where a bias of one block is added in the next one."""
     (tmp_path / "script.py").write_text(SHARDED)
-    out = torchrun(2, tmp_path / "script.py", Path(__file__).parent).stdout
+    out = script(tmp_path / "script.py", Path(__file__).parent, processes=2).stdout
     same = [line.split()[2] for line in out.splitlines() if line.startswith("same gradients:")]
     assert same == [*OPS, "LightningDiT", "LightningDiT"], out
 
