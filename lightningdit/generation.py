@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from .distributed import generator_for
 from .latents import write_json
-from .sampler import padded_rows
+from .sampler import fill, padded_rows
 
 FORMATS = ("png", "npz", "zip")
 LABELS = ("balanced", "random")
@@ -89,7 +89,7 @@ def generate(draw, decode, out, labels, *, seed, plan, shape, format=None, batch
         labels: (n,) integers. seed: of the first image.
         plan: JSON values that say what the images depend on besides labels and seeds.
         shape: (H, W, C) of an image.
-        batch_size: images at once. Latents and decoded images come from batches of one shape, see sampler.padded_rows.
+        batch_size: images at once. The rows of a batch are filled up, see sampler.filled_rows and padded_rows.
         shard_size: images a shard.
         rank, world: of torchrun's processes, which share the work and must see the same folder.
         progress: show a progress bar; the other processes are counted as fast as this one.
@@ -157,9 +157,10 @@ def draw_batches(draw, decode, labels, share, *, seed, batch_size, device):
     decoder = Decoder(decode, device)
     for start in range(0, len(share), batch_size):
         chosen = share[start : start + batch_size]
-        rows = padded_rows(len(chosen) if device.type == "cpu" else batch_size, device)
-        filled = chosen + chosen[-1:] * (rows - len(chosen))
-        yield from decoder(draw([labels[i] for i in filled], [seed + i for i in filled]), len(chosen))
+        # A CPU's `draw` fills up its rows itself, where it has to; the decoder always has to.
+        filled = chosen if device.type == "cpu" else chosen + chosen[-1:] * (batch_size - len(chosen))
+        latents = draw([labels[i] for i in filled], [seed + i for i in filled])
+        yield from decoder(fill(latents, padded_rows(len(filled), device)), len(chosen))
     yield from decoder.finish()
 
 

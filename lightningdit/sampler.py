@@ -13,7 +13,7 @@ the multistep methods (ab2, dpmpp_2m, unipc) evaluate the model once an interval
 tolerance asks; an SDE's last step is one more.
 
 Image i depends on its seed, its label and the settings, not on the other images: its noise comes from a generator of its own, and
-batches are filled up so that its arithmetic is the same (`padded_rows` says how far that holds). dopri5 is the exception: it chooses
+batches are filled up so that its arithmetic is the same (`filled_rows` says how far that holds). dopri5 is the exception: it chooses
 its steps by the error of the whole batch, so images drawn in different batches agree to about rtol only.
 """
 
@@ -30,6 +30,7 @@ from .flow import check_choice
 ODE_METHODS = ("euler", "heun", "midpoint", "dopri5", "ab2", "dpmpp_2m", "unipc")
 SDE_METHODS = ("sde_euler", "sde_heun")
 LAST_STEPS = ("mean", "tweedie", "euler")
+ROWS = 16  # of a matrix product on a CPU: multiples of it are rounded alike, see filled_rows
 
 
 class Diverged(RuntimeError):
@@ -95,7 +96,7 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
         callback = None if adaptive else lambda *_: bar.update()
         for start in starts:
             chosen = list(range(start, min(start + batch_size, n)))
-            filled = chosen + chosen[-1:] * (padded_rows(batch_size, device) - len(chosen))
+            filled = chosen + chosen[-1:] * (filled_rows(batch_size, device, model, guide) - len(chosen))
             noise = NoiseStream([seeds[i] for i in filled], latent_shape, device, state_dtype)
             for each in (model, guide):
                 if isinstance(each, Prepared):
@@ -126,7 +127,7 @@ def sample_images(model, tokenizer, *, labels, seeds, batch_size=None, device="c
     rows, images = min(batch_size or n, n), []
     for start in range(0, n, max(rows, 1)):
         part = latents[start : start + rows]
-        filled = torch.cat([part, part[-1:].expand(padded_rows(rows, latents.device) - len(part), -1, -1, -1)])
+        filled = fill(part, padded_rows(rows, latents.device))
         with torch.autocast(latents.device.type, enabled=False):
             images.append(tokenizer.decode_uint8(filled)[: len(part)].cpu())
     return torch.cat(images)
@@ -214,11 +215,38 @@ def padded_rows(n, device):
     """Rows of a batch that hold n images, so that the arithmetic of one image does not depend on how many it is drawn with.
 
     All batches of a call have one shape; copies fill what is missing in the last. On the CPU, n is also rounded up to a multiple of
-    8: matrix kernels round differently in rows left over by their tiles. With multiples of 8, images came out bitwise the same in
-    batches of 8 to 144 (fp32 LightningDiT, width 36 to 384, 1 and 2 threads, AMD EPYC), without them only to 1e-6. Elsewhere, and
-    for some widths at odd thread counts, batches of different shapes agree to fp32 rounding; batches of one shape agree exactly.
+    8: matrix kernels round differently in rows left over by their tiles, and so do vector loops in elements left over. A LightningDiT's
+    products have a row for each token, so its images are only filled up to a multiple of 16 tokens, see `filled_rows`. Batches of one
+    shape agree exactly, batches of different shapes where the matrix library keeps to that: see `filled_rows`.
     """
     return math.ceil(n / 8) * 8 if device.type == "cpu" else n
+
+
+def filled_rows(n, device, *models):
+    """padded_rows for these models (None: no model): where all are LightningDiTs, n rounded up so that their tokens are a multiple of 16.
+
+    adaLN's layers, which have a row an image, are filled up to 16 rows on their own (GuidedModel, Prepared). So 4 images of 16 tokens are
+    4, not 8. MKL rounds rows alike for all multiples of 16 rows from 16 to 2,304 in fp32 with AVX-512 (widths 36 to 768), and rounded 8
+    rows otherwise. With several threads it may split the sums of a product with long rows and few of them (1,024 inputs, 128 rows and
+    2 threads; 2,048 and 256): there, and with kernels whose tiles have other heights (MKL's for AVX2 on Intel's processors: 24 rows),
+    batches of different shapes agree to fp32 rounding.
+    """
+    tokens = [model.pos_embed.shape[1] for model in map(_transformer, models) if model is not None]
+    if device.type != "cpu" or len(tokens) < sum(model is not None for model in models):
+        return padded_rows(n, device)
+    step = math.lcm(*(ROWS // math.gcd(ROWS, count) for count in tokens))
+    return math.ceil(n / step) * step
+
+
+def _transformer(model):
+    """The LightningDiT behind a model, whole on this process; or None."""
+    model = model.model if isinstance(model, Prepared) else model
+    return model if hasattr(model, "modulations") and not hasattr(model, "unshard") else None  # FSDP2 gathers weights in forward only
+
+
+def fill(values, rows):
+    """values (n, ...) with copies of the last up to `rows` of them."""
+    return torch.cat([values, values[-1:].expand(rows - len(values), *values.shape[1:])])
 
 
 def _plan_sde(num_steps, shift, sample_eps, **options):
@@ -369,6 +397,10 @@ class GuidedModel:
         x_model = x.to(self.dtype or x.dtype)
         if isinstance(model, Prepared):
             output = model(x_model, t, labels)
+        elif x.device.type == "cpu" and _transformer(model) is not None:  # adaLN alone has a row an image: the tokens need no filling
+            rows = math.ceil(len(x) / ROWS) * ROWS
+            times = torch.full((rows,), t, dtype=torch.float32)
+            output = model(x_model, times[: len(x)], labels, modulations=model.modulations(times, fill(labels, rows))[: len(x)])
         else:
             output = model(x_model, torch.full((len(x),), t, dtype=torch.float32, device=x.device), labels)
         if output.shape != x.shape:
@@ -382,7 +414,7 @@ class Prepared:
     - adaLN's layers run once for each distinct (t, label), not once a row: for all labels of the job where the table over all times stays
       under `table_bytes`, so that later batches only look up; else, step by step, for the labels of the batch. These layers
       then see other row counts than inside the model: outputs agree to the rounding of the type they run in. The row counts are the
-      same in all batches of a job (on CPUs also multiples of 8), so an image still does not depend on its company.
+      same in all batches of a job (multiples of 16), so an image still does not depend on its company.
     - With autocast to bf16 the linear layers' weights are rounded to bf16 once, not in each pass: same numbers, half the memory. The
       model that was given is changed.
     - compile: torch.compile, block by block. On CUDA each batch shape (inside and outside the guidance interval) also becomes one
@@ -405,8 +437,8 @@ class Prepared:
         times = 2 * num_steps + 2  # of Heun and of midpoint, and an SDE's last step
         bytes_each = 2 if autocast is not None else 4
         values = sum(layer.adaLN_modulation[-1].out_features for layer in (*model.blocks, model.final_layer))
-        self.whole_job = fixed_times and times * (len(distinct) + 7) * values * bytes_each <= table_bytes
-        self.rows = math.ceil((len(distinct) if self.whole_job else min(batch_size + 1, len(distinct))) / 8) * 8
+        self.whole_job = fixed_times and times * (len(distinct) + ROWS - 1) * values * bytes_each <= table_bytes
+        self.rows = math.ceil((len(distinct) if self.whole_job else min(batch_size + 1, len(distinct))) / ROWS) * ROWS
         self.place = torch.zeros(num_classes + 1, dtype=torch.long, device=self.device)
         if self.whole_job:
             self._choose(distinct)

@@ -97,6 +97,13 @@ def test_files_are_the_same_to_the_byte_for_any_batch(tmp_path, name, change, mo
     assert generate(tmp_path / "b" / name, **change).read_bytes() == one
 
 
+def test_only_the_decoder_is_filled_up_on_a_cpu(tmp_path):
+    drawn, decoded = [], []
+    generation.generate(lambda *a: drawn.append(len(a[0])) or draw(*a), lambda z: decoded.append(len(z)) or decode(z), tmp_path / "a.npz",
+                        [0] * 11, seed=0, plan={}, shape=SHAPE, batch_size=4)
+    assert drawn == [4, 4, 3] and decoded == [8, 8, 8]
+
+
 # Restarts
 
 
@@ -256,10 +263,10 @@ def test_conditioning_runs_once_for_each_time_and_label():
     model.blocks[1].adaLN_modulation.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     settings = dict(SETTINGS, labels=labels, seeds=range(24), batch_size=8, guidance_scale=2.0)
     sampler.sample(prepared(model, labels), **settings)
-    assert rows == [8] * 5  # 3 labels, filled up to 8, at 5 times, for all three batches
+    assert rows == [16] * 5  # 3 labels, filled up to 16, at 5 times, for all three batches
     rows.clear()
     sampler.sample(prepared(model, labels, table_bytes=0), **settings)
-    assert rows == [8] * 15
+    assert rows == [16] * 15
     rows.clear()
     sampler.sample(model, **settings)
     assert rows == [16] * 15

@@ -455,23 +455,30 @@ def test_noise_depends_on_the_seed_alone():
     assert not torch.equal(draw, noise)
 
 
-def random_transformer():
+def random_transformer(**changes):
     torch.manual_seed(0)
-    model = LightningDiT(input_size=4, in_channels=4, hidden_size=48, depth=2, num_heads=2, num_classes=5, use_swiglu=True, use_rope=True,
-                         use_rmsnorm=True).eval()
+    model = LightningDiT(**dict(input_size=4, in_channels=4, hidden_size=48, depth=2, num_heads=2, num_classes=5, use_swiglu=True,
+                                use_rope=True, use_rmsnorm=True) | changes).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
-@pytest.mark.parametrize("method", ["heun", "sde_euler"])
-def test_an_image_is_bitwise_the_same_in_any_batch(one_thread, method):
-    """For batch sizes whose rows a CPU rounds alike (see padded_rows), in any order and company, guided in part of the interval."""
-    model = random_transformer()
+@pytest.mark.parametrize(("method", "changes"), [
+    ("heun", {}), ("sde_euler", {}), ("euler", dict(patch_size=2)), ("euler", dict(input_size=6, patch_size=2)),
+    ("euler", dict(hidden_size=384, depth=1, num_heads=6, wo_shift=True)),
+    ("euler", dict(hidden_size=36, use_swiglu=False, use_rope=False, use_rmsnorm=False, batch_adaln=True))])
+def test_an_image_is_bitwise_the_same_in_any_batch(one_thread, method, changes):
+    """For batch sizes whose rows a CPU rounds alike (see filled_rows), in any order and company, guided in part of the interval.
+
+    With 16 tokens an image, where nothing is filled up, with 4, where images are filled up to 4, and with 9, where they are to 16.
+    """
+    model = random_transformer(**changes)
     labels, seeds = [i % 6 for i in range(11)], [7 * i for i in range(11)]
-    settings = dict(latent_shape=(4, 4, 4), num_classes=5, num_steps=6, method=method, guidance_scale=3.0, guidance_interval=(0.3, 0.9))
+    settings = dict(latent_shape=(4, *2 * [model.input_size]), num_classes=5, num_steps=6, method=method, guidance_scale=3.0,
+                    guidance_interval=(0.3, 0.9))
     truth = sampler.sample(model, labels=labels, seeds=seeds, **settings)
-    for batch_size in (1, 3, 8, 64):
+    for batch_size in (1, 2, 3, 4, 5, 8, 10, 64):
         assert torch.equal(sampler.sample(model, labels=labels, seeds=seeds, batch_size=batch_size, **settings), truth)
     chosen = [9, 2, 4]
     some = sampler.sample(model, labels=[labels[i] for i in chosen], seeds=[seeds[i] for i in chosen], **settings)
@@ -486,6 +493,27 @@ def test_all_batches_of_a_call_have_one_shape():
     assert model.rows == [16] * 4
     assert sampler.padded_rows(5, torch.device("cpu")) == 8 and sampler.padded_rows(5, torch.device("cuda")) == 5
     assert sampler.sample(model, labels=[], seeds=[], **settings).shape == (0, *SHAPE)
+
+
+@pytest.mark.parametrize(("changes", "n", "images"), [({}, 4, 4), ({}, 1, 1), (dict(patch_size=2), 5, 8), (dict(input_size=3), 5, 16)])
+def test_a_cpu_fills_up_tokens_and_not_images(changes, n, images):
+    """Rows of the tokens' products are multiples of 16; adaLN's, one an image, are filled up alone."""
+    model, tokens, conditions = random_transformer(depth=1, **changes), [], []
+    model.blocks[0].attn.qkv.register_forward_hook(lambda layer, inputs, output: tokens.append(output.shape[:2]))
+    model.blocks[0].adaLN_modulation.register_forward_hook(lambda layer, inputs, output: conditions.append(len(output)))
+    settings = dict(labels=[1] * n, seeds=range(n), latent_shape=(4, *2 * [model.input_size]), num_classes=5, num_steps=2)
+    drawn = sampler.sample(model, guidance_scale=2.0, guidance_interval=(0.4, 1.0), shift=None, **settings)
+    count = model.pos_embed.shape[1]
+    assert tokens == [(images, count), (2 * images, count)] and images * count % 16 == 0
+    assert conditions == [16, -(-2 * images // 16) * 16]
+    assert sampler.filled_rows(n, torch.device("cpu"), model, None) == images and sampler.filled_rows(n, torch.device("cuda"), model) == n
+    assert sampler.filled_rows(n, torch.device("cpu"), model, lambda x, t, y: x) == sampler.padded_rows(n, torch.device("cpu"))
+
+    def plain(x, t, y):  # not filled up by tokens, and adaLN's rows inside the model
+        return model(x, t, y)
+
+    torch.testing.assert_close(sampler.sample(plain, guidance_scale=2.0, guidance_interval=(0.4, 1.0), shift=None, **settings), drawn,
+                               rtol=1e-4, atol=1e-5)
 
 
 def test_dopri5_agrees_between_batches_to_its_tolerance():
