@@ -35,7 +35,8 @@ BASE = {
 }
 VALUES = {
     "cpu": dict(batch=(1, 2, 4, 8, 16), tokens=(16, 64, 144, 256, 576, 1024), width=(64, 128, 256, 512, 768), depth=(1, 2, 4, 8, 16)),
-    "cuda": dict(batch=(8, 16, 32, 64, 128), tokens=(64, 256, 1024, 4096), width=(384, 768, 1152, 1536, 2304), depth=(3, 6, 12, 24, 48)),
+    "cuda": dict(batch=(8, 16, 32, 64, 128), tokens=(64, 256, 576, 1024, 2304, 4096), width=(384, 768, 1152, 1536, 2304),
+                 depth=(3, 6, 12, 24, 48)),
 }
 CONTESTANTS = (step.Contestant("reference eager", step.ALL), step.Contestant("ours eager"))
 
