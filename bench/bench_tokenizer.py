@@ -3,7 +3,8 @@
     pytest bench/bench_tokenizer.py --benchmark-only --results bench/results/tokenizer_cpu.json
 
 Everybody has the same weights. "fp32 eager" is the official way: fp32, contiguous, every op as its definition in plain PyTorch. "ours" is
-as train/vavae.py trains and as tokenizers are used: on CUDA bf16 autocast, channels_last and compiled level by level, on a CPU fp32.
+as train/vavae.py trains and as tokenizers are used: on CUDA bf16 autocast, channels_last and compiled level by level, on a CPU fp32 and
+channels_last.
 "diffusers" is AutoencoderKL of that package, made from the same weights; its strongest form on CUDA has bf16, channels_last and
 torch.compile. Before it is timed a contestant must agree with fp32 eager to TOLERANCES; ours must show its kernels in a profile.
 
@@ -56,7 +57,7 @@ def networks(plain, device, size):
              PatchDiscriminator(3, *((64, 3) if device == "cuda" else (16, 2))))
     perceptual = perceptual_loss(random_weights=True) if device == "cuda" else None
     fast = device == "cuda" and not plain
-    nets = Networks(*parts, perceptual, device=device, bf16=fast, channels_last=fast)
+    nets = Networks(*parts, perceptual, device=device, bf16=fast, channels_last=not plain)
     if fast:
         nets.compile()
     return nets

@@ -552,7 +552,7 @@ class VAVAEConfig:
     batch_size: int = 256  # images a step, over all processes and micro-batches
     micro_batch: int | None = None  # images in one forward pass of one process; None: its whole share of the batch
     compile: bool = False  # torch.compile, level by level
-    channels_last: bool | None = None  # None: on CUDA
+    channels_last: bool | None = None  # None: yes; convolutions of cuDNN and of oneDNN both want it
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, with losses and latents in fp32; fp32 on CPU
     threads: int | None = None  # of the CPU; None: PyTorch's choice. The last bits of every sum, and so the weights, depend on their number

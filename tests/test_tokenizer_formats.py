@@ -374,10 +374,37 @@ def test_a_tokenizer_in_bf16_keeps_its_statistics(x):
     assert half.latent_mean.dtype == torch.float32 and torch.equal(half.latent_std, tokenizer.latent_std)
     raw = tokenizer.encode(x).mean
     assert torch.equal(half.normalise(raw), tokenizer.normalise(raw))
-    plain = autoencoder().to(torch.bfloat16)
-    assert torch.equal(half.encode(x).mean, plain.encode(x.bfloat16()).mean)
-    assert torch.equal(half.decode(tokenizer.normalise(raw)), plain.decode(tokenizer.denormalise(tokenizer.normalise(raw)).bfloat16()))
+    plain, last = autoencoder().to(torch.bfloat16), dict(memory_format=torch.channels_last)
+    assert torch.equal(half.encode(x).mean, plain.encode(x.bfloat16().contiguous(**last)).mean)
+    again = tokenizer.denormalise(tokenizer.normalise(raw)).bfloat16().contiguous(**last)
+    assert torch.equal(half.decode(tokenizer.normalise(raw)), plain.decode(again))
     assert half.double().latent_mean.dtype == torch.float32 and half.to("meta").latent_mean.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tokenizer_convolves_channels_last_on_a_cpu(x, dtype):
+    """Whatever layout it is given, and gives that one back; nothing but rounding changes, and the state dict not at all."""
+    tokenizer, plain, seen = Tokenizer(autoencoder(), 0.0, 1.0).to(dtype), autoencoder().to(dtype), []
+    before = {key: (value.stride(), value.clone()) for key, value in tokenizer.state_dict().items()}
+    for layer in (tokenizer.autoencoder.encoder.down[0].block[0].conv1, tokenizer.autoencoder.decoder.up[0].block[0].conv1):
+        layer.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    x = x.to(dtype)
+    raw, found = plain.encode(x).mean, []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        posterior = tokenizer.encode(x.contiguous(memory_format=layout))
+        found.append((posterior.mean, posterior.logvar, tokenizer.decode(raw.contiguous(memory_format=layout))))
+        assert found[-1][2].is_contiguous(memory_format=layout)
+    assert all(tensor.is_contiguous() for tensor in found[0])
+    assert seen == [dtype == torch.float32 or given for given in (False, False, True, True)]
+    truth = plain.double().encode(x.double())
+    for tensors in found:
+        for got, expected in zip(tensors, (truth.mean, truth.logvar, plain.decode(raw.double())), strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    if dtype == torch.float32:
+        assert all(map(torch.equal, *found))
+    after = tokenizer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[key].stride() == stride and torch.equal(after[key], value) for key, (stride, value) in before.items())
 
 
 def test_compiles_in_one_graph(x):

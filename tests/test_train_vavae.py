@@ -89,6 +89,7 @@ def test_it_computes_what_a_plain_loop_computes(run):
     torch.manual_seed(seed_for(config.seed, "autoencoder"))
     autoencoder = AutoencoderKL(in_channels=1, out_channels=1, ch=a.ch, ch_mult=a.ch_mult, num_res_blocks=a.num_res_blocks, resolution=8,
                                 z_channels=a.z_channels, embed_dim=a.z_channels, attn_resolutions=(), num_groups=a.num_groups)
+    autoencoder.to(memory_format=torch.channels_last)
     projection = LatentProjection(a.z_channels, encoder.feature_channels)
     optimizer = torch.optim.Adam([*autoencoder.parameters(), *projection.parameters()], betas=config.optim.betas, fused=True)
     for step in range(STEPS):
@@ -105,6 +106,15 @@ def test_it_computes_what_a_plain_loop_computes(run):
         optimizer.step()
     trained = Tokenizer.load(run / "tokenizer.safetensors").autoencoder.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in autoencoder.state_dict().items())
+
+
+@pytest.mark.parametrize(("chosen", "layout"), [(None, torch.channels_last), (True, torch.channels_last), (False, torch.contiguous_format)])
+def test_convolutions_are_channels_last_unless_told_otherwise(chosen, layout):
+    config = VAVAEConfig(channels_last=chosen)
+    config.loss.perceptual_weight = 0.0
+    nets = SCRIPT["build_networks"](config, None, torch.device("cpu"))
+    assert nets.memory_format == layout
+    assert nets.autoencoder.encoder.down[0].block[0].conv1.weight.is_contiguous(memory_format=layout)
 
 
 def test_same_seed_same_bytes(run, tmp_path):

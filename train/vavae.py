@@ -184,9 +184,8 @@ def build_networks(config, encoder, device):
     torch.manual_seed(seed_for(config.seed, "discriminator"))
     discriminator = PatchDiscriminator(config.data.channels, c.disc_width, c.disc_layers) if c.disc_weight else None
     perceptual = perceptual_loss(c.perceptual_weights, c.perceptual_net, c.perceptual_random_weights) if c.perceptual_weight else None
-    channels_last = device.type == "cuda" if config.channels_last is None else config.channels_last
     return Networks(autoencoder, projection, discriminator, perceptual, device=device, bf16=config.use_bf16(device),
-                    channels_last=channels_last)
+                    channels_last=config.channels_last is not False)
 
 
 def resume(run, nets, optimizers, average):

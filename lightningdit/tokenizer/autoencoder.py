@@ -224,7 +224,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        h = self.norm(x)
+        h = self.norm(x).contiguous(memory_format=torch.channels_last)  # pixels' channels side by side, as the products want them
         q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, H W, C): the fused kernels want 4-D
         h = F.scaled_dot_product_attention(q, k, v)  # scale C ** -0.5
         return x + self.proj_out(h.mT.reshape(x.shape))
