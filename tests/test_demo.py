@@ -191,7 +191,7 @@ def wait(condition, what, seconds=60):
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium to click through the demo: apt install chromium chromium-driver")
 def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
-    expected = sampled(weights, tmp_path / "a.png", "--classes", "3", "--seed", "11", "--guidance-scale", "2", "--num-steps", "200")
+    expected = sampled(weights, tmp_path / "a.png", "--classes", "3", "--seed", "11", "--guidance-scale", "2", "--num-steps", "600")
 
     def status():
         return browser.execute_script("return document.querySelector('#status')?.innerText || ''")
@@ -212,7 +212,7 @@ def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
     wait(lambda: "Choose a class" in status(), "the page")
     enter(browser, "seed", 11)
     enter(browser, "scale", 2)
-    for field, bad, good in (("steps", 0, 200), ("seed", -4, 11)):  # a message, and the page goes on
+    for field, bad, good in (("steps", 0, 600), ("seed", -4, 11)):  # a message, and the page goes on
         enter(browser, field, bad)
         browser.find_element("id", "draw").click()
         wait(lambda: "Not drawn" in status() and f"got {bad}" in status(), "the message")  # noqa: B023
@@ -224,7 +224,7 @@ def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
     wait(lambda: "% of the steps" in status(), "a preview")
     wait(lambda: shown() is not None, "a picture")
     early = shown()
-    wait(lambda: status() == "3, seed 11, guidance 2, 200 steps", "the image")
+    wait(lambda: status() == "3, seed 11, guidance 2, 600 steps", "the image")
     wait(lambda: np.array_equal(shown(), expected), "the image of lightningdit sample")
     assert not np.array_equal(early, expected)
     browser.find_element("id", "download").click()
