@@ -177,7 +177,7 @@ def wait(condition, what, seconds=60):
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium to click through the demo: apt install chromium chromium-driver")
 def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
-    expected = sampled(weights, tmp_path / "a.png", "--classes", "3", "--seed", "11", "--guidance-scale", "2", "--num-steps", "400")
+    expected = sampled(weights, tmp_path / "a.png", "--classes", "3", "--seed", "11", "--guidance-scale", "2", "--num-steps", "600")
 
     def status():
         return browser.execute_script("return document.querySelector('#status')?.innerText || ''")
@@ -206,7 +206,7 @@ def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
         }).observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true});""")
     enter(browser, "seed", 11)
     enter(browser, "scale", 2)
-    for field, bad, good in (("steps", 0, 400), ("seed", -4, 11)):  # a message, and the page goes on
+    for field, bad, good in (("steps", 0, 600), ("seed", -4, 11)):  # a message, and the page goes on
         enter(browser, field, bad)
         browser.find_element("id", "draw").click()
         wait(lambda: "Not drawn" in status() and f"got {bad}" in status(), "the message")  # noqa: B023
@@ -215,7 +215,7 @@ def test_clicked_through_in_a_browser(weights, server, browser, tmp_path):
     options = "ul[role=listbox] li"
     wait(lambda: [e for e in browser.find_elements("css selector", options) if e.text.strip().endswith("3")], "classes")[0].click()
     browser.find_element("id", "draw").click()
-    wait(lambda: status() == "3, seed 11, guidance 2, 400 steps", "the image")
+    wait(lambda: status() == "3, seed 11, guidance 2, 600 steps", "the image")
     wait(lambda: np.array_equal(shown(), expected), "the image of lightningdit sample")
     texts, pictures = browser.execute_script("return [texts, pictures]")
     assert any("% of the steps" in text for text in texts), texts
