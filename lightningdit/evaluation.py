@@ -133,7 +133,6 @@ def evaluate_tokenizer(
 
 def evaluate_samples(
     images: str | None = None,
-    checkpoint: str | None = None,
     reference: str = "digits",
     extractors: str = "auto",
     weights: str = "",
@@ -143,6 +142,7 @@ def evaluate_samples(
     workers: int = 4,
     batch_size: int = 64,
     device: str = "auto",
+    checkpoint: str | None = None,
     config: str | None = None,
     tokenizer: str | None = None,
     out: str = "runs/evaluation",
@@ -153,8 +153,6 @@ def evaluate_samples(
 
     Args:
         images: a folder of images, with or without class folders, a .tar or .zip, or an .npz with arr_0 uint8 (n, H, W, C).
-        checkpoint: instead, a run or one of its checkpoints: its EMA weights draw --num-images images as its configuration says, those of
-            `lightningdit sample` with seeds from 0 on, and no file keeps them. Official weights need --config and --tokenizer too.
         reference: the same; or ADM's reference file, an .npz with mu, sigma, mu_s, sigma_s and arr_0; or "digits". Features of images are
             computed once and cached.
         extractors: inception, dinov2, timm:MODEL, digits, a file of a small encoder, separated by commas. auto: digits for that reference,
@@ -166,6 +164,8 @@ def evaluate_samples(
         workers: decoding threads.
         batch_size: images at once.
         device: auto, cpu or cuda.
+        checkpoint: instead of images, a run or one of its checkpoints, whose EMA weights draw --num-images images as its configuration
+            says: those of `lightningdit sample` with seeds from 0 on, kept in no file. Official weights need --config and --tokenizer too.
         config: with --checkpoint: a recipe, where it is not a run.
         tokenizer: with --checkpoint: a tokenizer file or "digits", where it is not a run.
         out: folder to write.

@@ -161,6 +161,23 @@ def test_digits_against_digits(capsys, tmp_path):
     assert half[0]["fd_digits"]["images"] == 150 and half[1]["images"]["images"] == 150
 
 
+def test_images_straight_from_the_sampler(capsys, tmp_path, digits_model):
+    """The numbers of the files that `lightningdit sample` writes, whatever the batches are."""
+    weights = digits_model(tmp_path, num_steps=3, guidance_scale=2.0)
+    assert main(["sample", *weights, "--num", "90", "--out", str(tmp_path / "drawn.npz")]) == 0
+    files, _, _ = run(capsys, tmp_path / "files", "samples", "--images", tmp_path / "drawn.npz")
+    drawn, report, printed = run(capsys, tmp_path / "drawn", "samples", *weights, "--num-images", 90, "--batch-size", 32)
+    assert values(drawn) == pytest.approx(values(files), rel=1e-4) and len(values(drawn)) == 5
+    about = report["images"]
+    assert about["images"] == 90 and about["size"] == [8, 8] and about["sampling"]["num_steps"] == 3 and len(about["fingerprint"]) == 64
+    for wrong, message in ((["--images", "x.npz", "--num-images", 9, *weights], "images: got 'x.npz', expected"),
+                           ([], "images: got None"), (weights, "num_images: got None, expected at least 2"),
+                           ([*weights, "--num-images", 9, "--image-size", 8], "image_size: got 8")):
+        with pytest.raises(SystemExit, match=message):
+            main(["evaluate", "samples", *map(str, wrong), "--out", str(tmp_path / "wrong")])
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_reference_is_computed_once(tmp_path, monkeypatch):
     write_folder(tmp_path / "real", shifted(40), classes=2)
     extractor, passes = load_extractor("digits"), []

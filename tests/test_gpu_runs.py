@@ -16,10 +16,15 @@ from bench import gpu, gpu_tests, harness, journal
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch):
+    """No sign of pytest-xdist, under which the pytest of a stage would take itself for a worker, and pytest-benchmark measures nothing."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+
+
 def script(*arguments):
-    # Without the signs of pytest-xdist, under which pytest-benchmark measures nothing.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
 
 
