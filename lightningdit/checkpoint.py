@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from lightningdit.distributed import SAVING
+
 NAME = re.compile(r"step_(\d{7,})$")
 
 UNSHAPED = ("step", "exp_avg_scale", "exp_avg_sq_scale")  # optimizer state of another shape than its parameter
@@ -59,7 +61,9 @@ class Saver:
             stager = BlockingAsyncStager(cache_staged_state_dict=False)
             staged[name] = stager.stage({key: tensor.detach().contiguous() for key, tensor in group.items()})
         self.saving = step
-        self.thread = threading.Thread(target=self._save, args=(step, staged, state), name="checkpoint")
+        # A single process that fails still ends with the save whole. One of several must not wait for it: others may never come to that
+        # save, since they wait for this process elsewhere, and only its end tells them.
+        self.thread = threading.Thread(target=self._save, args=(step, staged, state), name=SAVING, daemon=self.group is not None)
         self.thread.start()
 
     def wait(self):

@@ -13,6 +13,8 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 
 import torch
@@ -21,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+SAVING = "checkpoint"  # the name of the thread that saves
 
 
 def world():
@@ -58,9 +62,19 @@ def _let_go():
     A group that something still refers to, as FSDP's modules do, keeps its threads when it is destroyed, and one that has yet to let go of
     the tensors of its last message aborts the process if it has to do so after the interpreter has begun to end (pytorch issue 190489):
     a run that was done and saved then failed, about one in five on busy cores.
+
+    A thread that still waits for other processes, such as that of a save when this process has failed, would abort it too. They may be
+    waiting for this process elsewhere, so it does not wait for them.
     """
     gc.collect()  # a group without references joins its threads
     time.sleep(0.2)  # and those of the others get the interpreter, which they wait for
+    others = [thread for thread in threading.enumerate() if thread.daemon and thread.name == SAVING]
+    for thread in others:
+        thread.join(2)
+    if any(thread.is_alive() for thread in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def wait_for_all():

@@ -153,6 +153,28 @@ def test_any_number_of_processes_reads_what_two_wrote(tmp_path, script):
     assert (shapes["0.weight"], shapes["2.bias"], shapes["1.num_batches_tracked"]) == ((7, 5), (3,), ())
 
 
+FAILED = """
+import time, torch, torch.distributed as dist
+from lightningdit.checkpoint import Saver
+from lightningdit.distributed import process_group
+with process_group(torch.device("cpu")):
+    saver, kept = Saver("RUN"), dist.group.WORLD  # as a model keeps it: destroyed, but its connections stay
+    if dist.get_rank() == 0:
+        saver.start(1, dict(model=dict(w=torch.zeros(2))), {})
+        time.sleep(1)  # the save waits for the other process by now
+        raise RuntimeError("rank 0 failed")
+    dist.barrier()  # never comes to the save
+"""
+
+
+def test_one_of_several_that_fails_waits_for_no_save(tmp_path, script):
+    """It waited for a process that waited for it."""
+    (tmp_path / "script.py").write_text(FAILED.replace("RUN", str(tmp_path)))
+    result = script(tmp_path / "script.py", processes=2, check=False, timeout=60)
+    assert result.returncode == 1 and "rank 0 failed" in result.stderr and result.stderr.count("Traceback") == 2
+    assert checkpoint.list_checkpoints(tmp_path) == []
+
+
 def test_a_write_that_the_system_refuses(tmp_path, script):
     """A real refusal rather than a simulated one: the kernel limits the size of files of a child process."""
     write(tmp_path, 1, 1.0)
