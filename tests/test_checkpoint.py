@@ -3,13 +3,19 @@ import errno
 import os
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightningdit import checkpoint
 from lightningdit.checkpoint import CheckpointError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write(run, step, value=0.0, keep=2):
@@ -167,11 +173,24 @@ with process_group(torch.device("cpu")):
 """
 
 
-def test_one_of_several_that_fails_waits_for_no_save(tmp_path, script):
-    """It waited for a process that waited for it."""
+def test_one_of_several_that_fails_waits_for_no_save(tmp_path):
+    """It waited for a process that waited for it. In processes of their own, whose end is the interpreter's."""
     (tmp_path / "script.py").write_text(FAILED.replace("RUN", str(tmp_path)))
-    result = script(tmp_path / "script.py", processes=2, check=False, timeout=60)
-    assert result.returncode == 1 and "rank 0 failed" in result.stderr and result.stderr.count("Traceback") == 2
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
+    started = []
+    for rank in range(2):
+        variables = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1)
+        environment = os.environ | {name: str(value) for name, value in variables.items()} | dict(PYTHONPATH=paths)
+        started.append(subprocess.Popen([sys.executable, str(tmp_path / "script.py")], env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [process.communicate(timeout=100)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [1, 1], errors
+    assert "RuntimeError: rank 0 failed" in errors[0] and "Traceback" in errors[1]
     assert checkpoint.list_checkpoints(tmp_path) == []
 
 
