@@ -11,9 +11,6 @@ export GOMP_SPINCOUNT ?= 3000
 STAMP := .venv/.installed
 READY = $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
 
-# torch.compile needs a C++ compiler on CPU.
-COMPILE = $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),--compile)
-
 # Much of the tests' time is Python on one core: JOBS workers share them, where pytest-xdist is installed. Each and what it starts has one
 # thread; the tests of threads set their number themselves. A worker that is through takes half of what another one has left.
 JOBS ?= 2
@@ -52,7 +49,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml CMakeLists.txt $(wildcard kern
 	@touch $@
 
 demo: $(READY)
-	$(PY) train/dit.py $(COMPILE) $(ARGS)
+	$(PY) train/dit.py $(ARGS)
 
 test: $(READY)
 	$(if $(PARALLEL),OMP_NUM_THREADS=1 )$(PY) -m pytest tests $(PARALLEL) $(ARGS)
