@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.convergence import ROWS, SIZES, TOKENIZERS, comparisons, dit_settings, nested, rows_of, runs_of, tokenizer_of, vavae_settings
 from bench.harness import cpu_name
 from bench.study import OutOfTime, Stages, launch
-from lightningdit.checkpoint import list_checkpoints, save_weights, sha256
+from lightningdit.checkpoint import list_checkpoints, save_weights, sha256, write_text
 from lightningdit.cli import load_run
 from lightningdit.config import DiTConfig, VAVAEConfig, finish, from_dict, require
 from lightningdit.distributed import generator_for, pick_device, seed_for
@@ -302,9 +302,7 @@ class Convergence(Stages):
 
 def write(path, content):
     """JSON, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def count_flops(forward, pixels):

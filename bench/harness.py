@@ -28,6 +28,7 @@ import pytest
 import torch
 
 from bench.providers import EAGER, providers, serving
+from lightningdit.checkpoint import write_text
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
 
@@ -645,12 +646,10 @@ def merge(files: list[dict]) -> dict:
 
 
 def write(path: Path, content: dict) -> None:
-    """As JSON, with lists of numbers on one line each, in one rename: a reader never sees half a file."""
+    """As JSON, with lists of numbers on one line each; a reader never sees half a file."""
     text = re.sub(r"\[[\s\d.,eE+\-]+\]", lambda found: " ".join(found[0].split()), json.dumps(content, indent=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text + "\n")
 
 
 def parametrize(*ops: str):

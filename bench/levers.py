@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder al
 
 from bench.harness import cpu_name, quantile, write  # noqa: E402
 from lightningdit import optim  # noqa: E402
+from lightningdit.checkpoint import write_text  # noqa: E402
 from lightningdit.config import DiTConfig, finish, from_dict, read_yaml  # noqa: E402
 from lightningdit.distributed import generator_for, pick_device  # noqa: E402
 from lightningdit.guard import Guard  # noqa: E402
@@ -409,9 +410,7 @@ def main(argv=None):
                 torch.cuda.empty_cache()  # nothing on a CPU
                 failed |= not isinstance(error, ImportError)  # without a package there is no row for its option
                 continue
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(done[stage]))
-            partial.replace(file)
+            write_text(file, json.dumps(done[stage]))
             longest = max(longest, time.perf_counter() - begin - elapsed)
         if failed:
             print(f"no results file; what is done stays in {folder}, and the same command tries the rest again", flush=True)

@@ -36,7 +36,7 @@ from bench.report_kinds import (  # noqa: E402
     records_of,
     study_sentence,
 )
-from bench.tables import UNMEASURED, about, cell, link, markdown, origin, shared, times  # noqa: E402
+from bench.tables import UNMEASURED, about, cell, link, markdown, origin, shared, times, times_marked  # noqa: E402
 
 # The documents
 
@@ -55,9 +55,8 @@ def overview(parts: list[tuple[str, Part]], results: Results) -> list[str]:
     for topic in TOPICS:
         for name, row in ((name, row) for name, part in parts if part.topic == topic for row in part.rows):
             made = about(name, results[name])
-            ratio = f"**{times(row.ratio)}**" if row.ratio is not None and row.ratio < 1 else times(row.ratio)
             origins = [made.hardware, made.versions, made.commit, made.date[:10]]
-            rows.append([row.what, row.shape, *origins, row.value, row.spread, row.peer, ratio, link(name)])
+            rows.append([row.what, row.shape, *origins, row.value, row.spread, row.peer, times_marked(row.ratio), link(name)])
     return markdown(OVERVIEW, [list(map(cell, row)) for row in rows])
 
 

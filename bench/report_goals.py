@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from bench import report_kernels
 from bench.report_kinds import CONTESTS, Results, records_of
-from bench.tables import UNMEASURED, about, cell, link, markdown, number, percent, times
+from bench.tables import UNMEASURED, about, cell, link, markdown, number, percent, times, times_marked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +164,7 @@ def lines(results: Results) -> list[str]:
             if found is None:
                 rows.append([*head, UNMEASURED if cuda else "not measured on a CPU", "", "", ""])
             else:
-                ratio = f"**{times(found.ratio)}**" if found.ratio is not None and found.ratio < 1 else times(found.ratio)
-                rows.append([*head, found.value, found.peer, ratio, link(name)])
+                rows.append([*head, found.value, found.peer, times_marked(found.ratio), link(name)])
         if not cuda:
             out += ["", "The same work at a small size on a CPU, where the goals do not apply:", ""]
         header = ["what", "goal on one H200", "measured", "ours over each peer", "ratio", "file"] if cuda else [

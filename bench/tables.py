@@ -69,6 +69,11 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.0f} x" if ratio >= 100 else f"{ratio:.4g} x" if 0.995 <= ratio < 1 else f"{ratio:.3g} x"
 
 
+def times_marked(ratio: float | None) -> str:
+    """As `times`, a loss in bold."""
+    return f"**{times(ratio)}**" if ratio is not None and ratio < 1 else times(ratio)
+
+
 def geometric_mean(values: list[float]) -> float:
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 

@@ -219,7 +219,7 @@ def padded_rows(n, device):
     products have a row for each token, so its images are only filled up to a multiple of 16 tokens, see `filled_rows`. Batches of one
     shape agree exactly, batches of different shapes where the matrix library keeps to that: see `filled_rows`.
     """
-    return math.ceil(n / 8) * 8 if device.type == "cpu" else n
+    return round_up(n, 8) if device.type == "cpu" else n
 
 
 def filled_rows(n, device, *models):
@@ -234,7 +234,11 @@ def filled_rows(n, device, *models):
     tokens = [model.pos_embed.shape[1] for model in map(_transformer, models) if model is not None]
     if device.type != "cpu" or len(tokens) < sum(model is not None for model in models):
         return padded_rows(n, device)
-    step = math.lcm(*(ROWS // math.gcd(ROWS, count) for count in tokens))
+    return round_up(n, math.lcm(*(ROWS // math.gcd(ROWS, count) for count in tokens)))
+
+
+def round_up(n, step):
+    """The smallest multiple of `step` that holds n."""
     return math.ceil(n / step) * step
 
 
@@ -398,7 +402,7 @@ class GuidedModel:
         if isinstance(model, Prepared):
             output = model(x_model, t, labels)
         elif x.device.type == "cpu" and _transformer(model) is not None:  # adaLN alone has a row an image: the tokens need no filling
-            rows = math.ceil(len(x) / ROWS) * ROWS
+            rows = round_up(len(x), ROWS)
             times = torch.full((rows,), t, dtype=torch.float32)
             output = model(x_model, times[: len(x)], labels, modulations=model.modulations(times, fill(labels, rows))[: len(x)])
         else:
@@ -438,7 +442,7 @@ class Prepared:
         bytes_each = 2 if autocast is not None else 4
         values = sum(layer.adaLN_modulation[-1].out_features for layer in (*model.blocks, model.final_layer))
         self.whole_job = fixed_times and times * (len(distinct) + ROWS - 1) * values * bytes_each <= table_bytes
-        self.rows = math.ceil((len(distinct) if self.whole_job else min(batch_size + 1, len(distinct))) / ROWS) * ROWS
+        self.rows = round_up(len(distinct) if self.whole_job else min(batch_size + 1, len(distinct)), ROWS)
         self.place = torch.zeros(num_classes + 1, dtype=torch.long, device=self.device)
         if self.whole_job:
             self._choose(distinct)
