@@ -19,7 +19,7 @@ PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
 GPU_PY = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help setup demo test lint audit bench bench-check growth chaos levers fuzz convergence convergence-smoke report assets test-gpu bench-gpu clean
+.PHONY: help setup demo test lint audit bench bench-check growth chaos levers fuzz convergence convergence-smoke report assets test-gpu bench-gpu rehearse clean
 
 help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
@@ -36,6 +36,7 @@ help:
 	@echo "convergence-smoke        the same on the digits, minutes on a CPU"
 	@echo "assets     remake the bundled tokenizer"
 	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
+	@echo "rehearse   both of them without a GPU, under a stand-in CUDA driver, hours on 2 cores; ARGS=--short takes minutes"
 	@echo "clean      remove what builds and tests left (not .venv, not runs)"
 
 setup: $(STAMP)
@@ -102,6 +103,10 @@ test-gpu:
 # Stages of at most 9 minutes; run it again to continue. ARGS='--budget-s 540' ends in time, ARGS='--stage norm_1' does one: docs/gpu.md.
 bench-gpu:
 	$(GPU_PY) bench/gpu.py --out $(OUT) $(ARGS)
+
+# All but the arithmetic of test-gpu and bench-gpu, as an 80 GB and as a 141 GB card: tests/rehearsal/__main__.py says what that can find.
+rehearse: $(READY)
+	PYTHONPATH=.:kernels:tests $(PY) -m rehearsal $(ARGS)
 
 report: $(READY)
 	$(PY) bench/report.py $(ARGS)

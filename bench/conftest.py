@@ -21,6 +21,7 @@ def pytest_addoption(parser):
     group.addoption("--head-dim", help="head dimensions in place of the preset's, for attention: 64,72")
     group.addoption("--dtypes", help="default: bfloat16,float16,float32 on CUDA, float32,bfloat16 on CPU")
     group.addoption("--case-s", type=float, help="seconds to measure a case; default: 20 on CUDA, 2 on CPU")
+    group.addoption("--warmup-s", type=float, help="seconds of warm-up a case; default: 3 on CUDA, 0 on CPU")
     group.addoption("--official", type=Path, help="a checkout of github.com/hustvl/LightningDiT, for bench_step.py")
     group.addoption("--only", default="", help="contestants to keep, separated by commas: eager,ours")
     group.addoption("--rounds", type=int, default=20, help="most rounds of a case")
@@ -35,6 +36,9 @@ def settings_of(config) -> harness.Settings:
         chosen = config.getoption("--shapes") or ("xl" if device == "cuda" else "s")
         only = tuple(name for name in config.getoption("--only").split(",") if name)
         dry, cuda = chosen == "tiny", device == "cuda"
+        warmup_s = config.getoption("--warmup-s")
+        if warmup_s is None:
+            warmup_s = 3.0 if cuda and not dry else 0.0
         config.lightningdit_bench = harness.Settings(
             shapes=("xl", "b", "s") if chosen == "all" else (chosen,),
             device=device,
@@ -42,7 +46,7 @@ def settings_of(config) -> harness.Settings:
             rounds=(min(5, config.getoption("--rounds")), config.getoption("--rounds")),
             case_s=config.getoption("--case-s") or (20.0 if cuda else 2.0),
             sample_ms=0.1 if dry else 5.0,
-            warmup_s=3.0 if cuda and not dry else 0.0,
+            warmup_s=warmup_s,
             long_rows=not config.getoption("--tokens"),
             path=config.getoption("--results") or LOCAL / f"{device}_{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H%M%S}.json",
         )

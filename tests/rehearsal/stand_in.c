@@ -1,0 +1,986 @@
+/* A CUDA driver, runtime, cuBLAS, cuSOLVER and cuDNN for a machine without a GPU.
+
+   It stands for one Hopper card. Memory is address space that is reserved and never touched, so
+   hundreds of GiB can be allocated, up to the card's size. Launches are checked and counted, and not
+   run. stand_in.py builds it: it adds an alias of stand_in_ok, which returns success, for every other
+   symbol of these libraries that PyTorch or Triton asks for.
+
+   STAND_IN_GIB, STAND_IN_NAME: memory and name of the card. STAND_IN_TRACE: a file name to which the
+   process id is appended; it gets one line a launch. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <driver_types.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* Status codes that PyTorch tells apart (cudaError_t and CUresult share these numbers). */
+enum {
+  OK = 0,
+  INVALID_ARGUMENT = 1,
+  OUT_OF_MEMORY = 2,
+  INVALID_LAUNCH = 9,
+  INVALID_DEVICE = 101,
+  NOT_SUPPORTED = 801,
+  CAPTURE_UNSUPPORTED = 900,
+  CAPTURE_INVALIDATED = 901,
+  CAPTURE_IMPLICIT = 906,
+};
+enum { CUDNN_NOT_SUPPORTED = 3000, CUPTI_MAX_LIMIT_REACHED = 12 };
+enum { CUDA_VERSION = 13000, CUBLAS_VERSION = 130000, CUPTI_VERSION = 130000 };
+
+/* The card: an H100 or H200 (CUDA C++ Programming Guide, compute capability 9.0). */
+enum {
+  SHARED_MEMORY_OF_A_BLOCK = 232448, /* bytes, opt-in */
+  THREADS_OF_A_BLOCK = 1024,
+  GRID_YZ = 65535,
+  MULTIPROCESSORS = 132,
+  L2_BYTES = 50 << 20,
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static __thread int last_error;
+static int64_t capacity, used; /* bytes */
+
+int stand_in_ok(void) { return OK; }
+
+static int fail(int code) {
+  last_error = code;
+  return code;
+}
+
+static int complain(int code, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  fputs("stand-in CUDA driver: ", stderr);
+  vfprintf(stderr, format, arguments);
+  fputc('\n', stderr);
+  va_end(arguments);
+  return fail(code);
+}
+
+__attribute__((constructor)) static void read_environment(void) {
+  const char *gib = getenv("STAND_IN_GIB");
+  capacity = (int64_t)((gib ? atof(gib) : 79.2) * (1 << 30));
+}
+
+/* ---- Streams, and the trace of what is launched on them. ---- */
+
+typedef struct Stream {
+  int capturing, invalid, priority;
+  unsigned long long capture; /* id */
+  int64_t launches;           /* since the capture began */
+  double clock_us;            /* invented time, for events */
+  struct Stream *next;
+} Stream;
+
+static Stream legacy; /* the default stream */
+static Stream *streams = &legacy;
+static int global_captures; /* in progress, of the strict mode: they forbid some calls of any thread */
+static __thread int capture_mode; /* of this thread: 0 global, 1 thread local, 2 relaxed */
+static unsigned long long next_capture = 1;
+
+static Stream *stream_of(void *handle) {
+  return (uintptr_t)handle <= 2 ? &legacy : handle; /* 0, 1 and 2 name default streams */
+}
+
+static FILE *trace(void) {
+  static FILE *file;
+  static int tried;
+  const char *path = getenv("STAND_IN_TRACE");
+  if (!tried && path && *path) { /* at the first launch: most processes have none */
+    char name[4096];
+    snprintf(name, sizeof name, "%s.%d", path, getpid());
+    file = fopen(name, "a");
+    if (file) setvbuf(file, NULL, _IOLBF, 0);
+  }
+  tried = 1;
+  return file;
+}
+
+static int forbidden_in_capture(const char *what) {
+  if (!global_captures || capture_mode == 2) return OK;
+  return complain(CAPTURE_UNSUPPORTED, "%s during a capture", what);
+}
+
+static int wait_for(Stream *stream, const char *what) {
+  if (!stream->capturing) return forbidden_in_capture(what);
+  stream->invalid = 1;
+  return complain(CAPTURE_UNSUPPORTED, "%s on a stream that is being captured", what);
+}
+
+/* Counts a launch that takes this many (invented) microseconds. */
+static int launch(void *handle, double us, const char *kind, const char *format, ...) {
+  Stream *stream = stream_of(handle);
+  if (stream == &legacy && global_captures && capture_mode != 2)
+    return complain(CAPTURE_IMPLICIT, "%s on the legacy stream during a capture", kind);
+  pthread_mutex_lock(&lock);
+  stream->launches++;
+  stream->clock_us += us;
+  FILE *file = trace();
+  if (file) {
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(file, "%s %s ", stream->capturing ? "captured" : "run", kind);
+    vfprintf(file, format, arguments);
+    fputc('\n', file);
+    va_end(arguments);
+  }
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
+
+int cudaStreamCreateWithPriority(void **out, unsigned flags, int priority) {
+  Stream *stream = calloc(1, sizeof *stream);
+  stream->priority = priority;
+  pthread_mutex_lock(&lock);
+  stream->next = streams->next;
+  streams->next = stream;
+  pthread_mutex_unlock(&lock);
+  *out = stream;
+  return OK;
+}
+int cudaStreamCreate(void **out) { return cudaStreamCreateWithPriority(out, 0, 0); }
+int cudaStreamGetPriority(void *stream, int *priority) {
+  *priority = stream_of(stream)->priority;
+  return OK;
+}
+int cudaStreamSynchronize(void *stream) {
+  return wait_for(stream_of(stream), "cudaStreamSynchronize");
+}
+int cudaStreamQuery(void *stream) { return wait_for(stream_of(stream), "cudaStreamQuery"); }
+int cudaDeviceSynchronize(void) { return forbidden_in_capture("cudaDeviceSynchronize"); }
+int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *data) {
+  if (!stream_of(stream)->capturing) function(data);
+  return OK;
+}
+int cudaStreamAddCallback(void *stream, void (*function)(void *, int, void *), void *data,
+                          unsigned flags) {
+  function(stream, OK, data);
+  return OK;
+}
+
+/* ---- CUDA graphs: a capture keeps the number of its launches. ---- */
+
+typedef struct {
+  int64_t launches;
+} Graph;
+
+int cudaThreadExchangeStreamCaptureMode(int *mode) {
+  int before = capture_mode;
+  capture_mode = *mode;
+  *mode = before;
+  return OK;
+}
+
+static void begin_capture(Stream *stream, unsigned long long id) {
+  stream->capturing = 1;
+  stream->invalid = 0;
+  stream->capture = id;
+  stream->launches = 0;
+}
+
+int cudaStreamBeginCapture(void *handle, int mode) {
+  Stream *stream = stream_of(handle);
+  if (stream == &legacy) return complain(CAPTURE_UNSUPPORTED, "a capture of the legacy stream");
+  begin_capture(stream, next_capture++);
+  global_captures += mode == 0;
+  return OK;
+}
+
+int cudaStreamEndCapture(void *handle, void **out) {
+  Stream *stream = stream_of(handle);
+  if (!stream->capturing) return fail(CAPTURE_INVALIDATED);
+  if (global_captures) global_captures--;
+  int invalid = 0;
+  int64_t launches = 0;
+  for (Stream *one = streams; one; one = one->next) /* streams that waited for it joined it */
+    if (one->capturing && one->capture == stream->capture) {
+      launches += one->launches;
+      invalid |= one->invalid;
+      if (one != stream) one->capturing = 0;
+    }
+  stream->capturing = 0;
+  *out = NULL;
+  if (invalid) return fail(CAPTURE_INVALIDATED);
+  Graph *graph = calloc(1, sizeof *graph);
+  graph->launches = launches;
+  *out = graph;
+  return OK;
+}
+
+static int capture_status(Stream *stream) {
+  return !stream->capturing ? 0 : stream->invalid ? 2 : 1; /* none, invalidated, active */
+}
+int cudaStreamIsCapturing(void *stream, int *status) {
+  *status = capture_status(stream_of(stream));
+  return OK;
+}
+int cudaStreamGetCaptureInfo(void *handle, int *status, unsigned long long *id, void **graph,
+                             const void **dependencies, const void **edges, size_t *count) {
+  Stream *stream = stream_of(handle);
+  *status = capture_status(stream);
+  if (id) *id = stream->capture;
+  if (graph) *graph = stream;
+  if (dependencies) *dependencies = NULL;
+  if (edges) *edges = NULL;
+  if (count) *count = 0;
+  return OK;
+}
+int cudaGraphInstantiateWithFlags(void **out, void *graph, unsigned long long flags) {
+  *out = graph;
+  return OK;
+}
+int cudaGraphLaunch(void *handle, void *stream) {
+  Graph *graph = handle;
+  return launch(stream, 5.0 * graph->launches, "graph", "%lld launches", (long long)graph->launches);
+}
+int cudaGraphGetNodes(void *graph, void *nodes, size_t *count) {
+  *count = (size_t)((Graph *)graph)->launches;
+  return OK;
+}
+int cudaGraphNodeGetDependencies(void *node, void *dependencies, void *edges, size_t *count) {
+  *count = 0;
+  return OK;
+}
+
+/* ---- Events: when on the invented clock of its stream each was recorded. ---- */
+
+typedef struct {
+  double clock_us;
+  unsigned long long capture; /* 0: recorded outside of one */
+} Event;
+
+int cudaEventCreateWithFlags(void **out, unsigned flags) {
+  *out = calloc(1, sizeof(Event));
+  return OK;
+}
+int cudaEventCreate(void **out) { return cudaEventCreateWithFlags(out, 0); }
+int cudaEventRecordWithFlags(void *handle, void *stream, unsigned flags) {
+  Stream *where = stream_of(stream);
+  Event *event = handle;
+  event->clock_us = where->clock_us;
+  event->capture = where->capturing ? where->capture : 0;
+  return OK;
+}
+int cudaEventRecord(void *event, void *stream) { return cudaEventRecordWithFlags(event, stream, 0); }
+int cudaEventQuery(void *event) {
+  if (((Event *)event)->capture) return fail(CAPTURE_UNSUPPORTED);
+  return forbidden_in_capture("cudaEventQuery");
+}
+int cudaEventSynchronize(void *event) {
+  return ((Event *)event)->capture ? fail(CAPTURE_UNSUPPORTED) : OK;
+}
+int cudaEventElapsedTime(float *ms, void *start, void *end) {
+  *ms = (float)((((Event *)end)->clock_us - ((Event *)start)->clock_us) / 1e3);
+  return OK;
+}
+int cudaStreamWaitEvent(void *handle, void *waited, unsigned flags) {
+  Stream *stream = stream_of(handle);
+  Event *event = waited;
+  if (event->capture && !stream->capturing && stream != &legacy)
+    begin_capture(stream, event->capture);
+  if (event->clock_us > stream->clock_us) stream->clock_us = event->clock_us;
+  return OK;
+}
+
+/* ---- Memory: reserved address space. What is read back was never computed. ---- */
+
+typedef struct Block {
+  char *start;
+  size_t size;
+  int on_host;
+  struct Block *next;
+} Block;
+
+static Block *blocks;
+enum { COPIED = 1 << 20, READ_BACK_AS_ZERO = 1 << 16 }; /* bytes */
+
+static size_t whole_pages(size_t size) {
+  return size ? (size + 4095) & ~(size_t)4095 : 4096;
+}
+
+static int reserve(void **out, size_t size, int on_host) {
+  *out = NULL;
+  if (!on_host && used + (int64_t)size > capacity) return fail(OUT_OF_MEMORY);
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  char *start = mmap(NULL, whole_pages(size), PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (start == MAP_FAILED) return fail(OUT_OF_MEMORY);
+  Block *block = malloc(sizeof *block);
+  *block = (Block){start, size, on_host, NULL};
+  pthread_mutex_lock(&lock);
+  block->next = blocks;
+  blocks = block;
+  if (!on_host) used += size;
+  pthread_mutex_unlock(&lock);
+  *out = start;
+  return OK;
+}
+
+static int give_back(void *start) {
+  pthread_mutex_lock(&lock);
+  for (Block **link = &blocks; *link; link = &(*link)->next)
+    if ((*link)->start == start) {
+      Block *block = *link;
+      *link = block->next;
+      if (!block->on_host) used -= block->size;
+      munmap(block->start, whole_pages(block->size));
+      free(block);
+      break;
+    }
+  pthread_mutex_unlock(&lock);
+  return OK;
+}
+
+static enum cudaMemoryType memory_type(const void *pointer) {
+  enum cudaMemoryType type = cudaMemoryTypeUnregistered;
+  pthread_mutex_lock(&lock);
+  for (Block *block = blocks; block; block = block->next)
+    if ((char *)pointer >= block->start &&
+        (char *)pointer < block->start + (block->size ? block->size : 1)) {
+      type = block->on_host ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+      break;
+    }
+  pthread_mutex_unlock(&lock);
+  return type;
+}
+
+int cudaMalloc(void **out, size_t size) {
+  int code = forbidden_in_capture("cudaMalloc");
+  return code ? code : reserve(out, size, 0);
+}
+int cudaFree(void *pointer) {
+  int code = pointer ? forbidden_in_capture("cudaFree") : OK;
+  return code ? code : give_back(pointer);
+}
+int cudaMallocAsync(void **out, size_t size, void *stream) { return reserve(out, size, 0); }
+int cudaFreeAsync(void *pointer, void *stream) { return give_back(pointer); }
+int cudaHostAlloc(void **out, size_t size, unsigned flags) { return reserve(out, size, 1); }
+int cudaFreeHost(void *pointer) { return give_back(pointer); }
+int cudaMemGetInfo(size_t *available, size_t *total) {
+  *total = capacity;
+  *available = capacity - used;
+  return OK;
+}
+int cudaPointerGetAttributes(struct cudaPointerAttributes *out, const void *pointer) {
+  memset(out, 0, sizeof *out);
+  out->type = memory_type(pointer);
+  out->devicePointer = (void *)pointer;
+  out->hostPointer = out->type == cudaMemoryTypeDevice ? NULL : (void *)pointer;
+  return OK;
+}
+
+static void copy(void *to, const void *from, size_t size) {
+  int from_device = memory_type(from) == cudaMemoryTypeDevice;
+  int to_device = memory_type(to) == cudaMemoryTypeDevice;
+  if (from_device && to_device) return;
+  if (from_device && size <= READ_BACK_AS_ZERO)
+    memset(to, size == 1, size); /* a boolean is true, any other small value zero */
+  else if (size <= COPIED)
+    memcpy(to, from, size);
+  else if (!to_device)
+    memset(to, 0, size);
+}
+
+static double copy_us(size_t size) { return 1 + size / 3e6; }
+
+int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
+  int code = launch(stream, copy_us(size), "memcpy", "%zu bytes, kind %d", size, kind);
+  if (!code) copy(to, from, size);
+  return code;
+}
+int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
+  int code = forbidden_in_capture("cudaMemcpy");
+  if (!code) copy(to, from, size);
+  return code;
+}
+int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                      size_t height, int kind, void *stream) {
+  return launch(stream, copy_us(width * height), "memcpy2d", "%zu bytes", width * height);
+}
+int cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t size,
+                        void *stream) {
+  return launch(stream, copy_us(size), "memcpypeer", "%zu bytes", size);
+}
+int cudaMemset(void *pointer, int value, size_t size) {
+  if (size <= COPIED) memset(pointer, value, size);
+  return OK;
+}
+int cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) {
+  int code = launch(stream, copy_us(size), "memset", "%zu bytes", size);
+  return code ? code : cudaMemset(pointer, value, size);
+}
+int cudaGetSymbolAddress(void **out, const void *symbol) {
+  static char storage[1 << 20];
+  *out = storage;
+  return OK;
+}
+
+/* ---- The device. ---- */
+
+static const struct {
+  int attribute, value; /* cudaDeviceAttr, what is not listed is 0 */
+} attributes[] = {
+    {1, THREADS_OF_A_BLOCK},         /* threads of a block */
+    {2, 1024},                       /* block x, y, z */
+    {3, 1024},
+    {4, 64},
+    {5, 2147483647},                 /* grid x, y, z */
+    {6, GRID_YZ},
+    {7, GRID_YZ},
+    {8, 49152},                      /* shared memory of a block, without opting in */
+    {9, 65536},                      /* constant memory */
+    {10, 32},                        /* warp */
+    {11, 2147483647},                /* pitch */
+    {12, 65536},                     /* registers of a block */
+    {13, 1980000},                   /* clock, kHz */
+    {14, 512},                       /* texture alignment */
+    {15, 1},                         /* copies and kernels overlap */
+    {16, MULTIPROCESSORS},
+    {31, 1},                         /* concurrent kernels */
+    {36, 2619000},                   /* memory clock, kHz */
+    {37, 5120},                      /* memory bus, bits */
+    {38, L2_BYTES},
+    {39, 2048},                      /* threads of a multiprocessor */
+    {40, 3},                         /* copy engines */
+    {41, 1},                         /* unified addresses */
+    {75, 9},                         /* compute capability */
+    {76, 0},
+    {78, 1},                         /* stream priorities */
+    {79, 1},                         /* caches of globals and locals in L1 */
+    {80, 1},
+    {81, 233472},                    /* shared memory of a multiprocessor */
+    {82, 65536},                     /* registers of a multiprocessor */
+    {83, 1},                         /* managed memory */
+    {89, 1},                         /* concurrent managed access */
+    {90, 1},                         /* compute preemption */
+    {95, 1},                         /* cooperative launch */
+    {97, SHARED_MEMORY_OF_A_BLOCK},
+    {106, 32},                       /* blocks of a multiprocessor */
+    {111, 1024},                     /* shared memory that the system takes of a block */
+    {115, 1},                        /* memory pools */
+    {120, 1},                        /* clusters */
+};
+
+int cudaDeviceGetAttribute(int *out, int attribute, int device) {
+  *out = 0;
+  for (size_t i = 0; i < sizeof attributes / sizeof *attributes; i++)
+    if (attributes[i].attribute == attribute) *out = attributes[i].value;
+  return OK;
+}
+
+int cudaGetDeviceProperties(struct cudaDeviceProp *out, int device) {
+  memset(out, 0, sizeof *out);
+  const char *name = getenv("STAND_IN_NAME");
+  snprintf(out->name, sizeof out->name, "%s", name ? name : "stand-in for an NVIDIA H100");
+  memset(&out->uuid, 0x42, sizeof out->uuid);
+  out->totalGlobalMem = capacity;
+  out->major = 9;
+  out->multiProcessorCount = MULTIPROCESSORS;
+  out->l2CacheSize = L2_BYTES;
+  out->sharedMemPerBlock = 49152;
+  out->sharedMemPerBlockOptin = SHARED_MEMORY_OF_A_BLOCK;
+  out->sharedMemPerMultiprocessor = 233472;
+  out->reservedSharedMemPerBlock = 1024;
+  out->regsPerBlock = out->regsPerMultiprocessor = 65536;
+  out->warpSize = 32;
+  out->maxThreadsPerBlock = THREADS_OF_A_BLOCK;
+  out->maxThreadsPerMultiProcessor = 2048;
+  out->maxBlocksPerMultiProcessor = 32;
+  out->maxThreadsDim[0] = out->maxThreadsDim[1] = 1024;
+  out->maxThreadsDim[2] = 64;
+  out->maxGridSize[0] = 2147483647;
+  out->maxGridSize[1] = out->maxGridSize[2] = GRID_YZ;
+  out->totalConstMem = 65536;
+  out->memPitch = 2147483647;
+  out->memoryBusWidth = 5120;
+  out->textureAlignment = 512;
+  out->texturePitchAlignment = 32;
+  out->asyncEngineCount = 3;
+  out->canMapHostMemory = out->concurrentKernels = out->ECCEnabled = out->unifiedAddressing = 1;
+  out->managedMemory = out->concurrentManagedAccess = out->computePreemptionSupported = 1;
+  out->streamPrioritiesSupported = out->cooperativeLaunch = out->clusterLaunch = 1;
+  out->globalL1CacheSupported = out->localL1CacheSupported = out->memoryPoolsSupported = 1;
+  return OK;
+}
+
+int cudaGetDeviceCount(int *count) {
+  *count = 1;
+  return OK;
+}
+int cudaGetDevice(int *device) {
+  *device = 0;
+  return OK;
+}
+int cudaSetDevice(int device) { return device ? fail(INVALID_DEVICE) : OK; }
+int cudaDriverGetVersion(int *version) {
+  *version = CUDA_VERSION;
+  return OK;
+}
+int cudaRuntimeGetVersion(int *version) { return cudaDriverGetVersion(version); }
+int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+  *least = 0;
+  *greatest = -5;
+  return OK;
+}
+int cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+  *can = 0;
+  return OK;
+}
+int cudaDeviceGetPCIBusId(char *out, int length, int device) {
+  snprintf(out, length, "0000:00:00.0");
+  return OK;
+}
+int cudaDeviceGetDefaultMemPool(void **pool, int device) {
+  *pool = (void *)16;
+  return OK;
+}
+int cudaMemPoolGetAttribute(void *pool, int attribute, void *value) {
+  *(uint64_t *)value = 0;
+  return OK;
+}
+int cudaIpcGetMemHandle(void *handle, void *pointer) { return fail(NOT_SUPPORTED); }
+int cudaIpcGetEventHandle(void *handle, void *event) { return fail(NOT_SUPPORTED); }
+
+int cudaGetLastError(void) {
+  int code = last_error;
+  last_error = OK;
+  return code;
+}
+int cudaPeekAtLastError(void) { return last_error; }
+const char *cudaGetErrorString(int code) {
+  switch (code) {
+  case OK: return "no error";
+  case INVALID_ARGUMENT: return "invalid argument";
+  case OUT_OF_MEMORY: return "out of memory";
+  case INVALID_LAUNCH: return "invalid configuration argument";
+  case INVALID_DEVICE: return "invalid device ordinal";
+  case CAPTURE_UNSUPPORTED: return "operation not permitted when stream is capturing";
+  case CAPTURE_INVALIDATED: return "operation failed due to a previous error during capture";
+  case CAPTURE_IMPLICIT:
+    return "operation would make the legacy stream depend on a capturing blocking stream";
+  default: return "error of the stand-in CUDA driver";
+  }
+}
+const char *cudaGetErrorName(int code) {
+  return code == OUT_OF_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorStandIn";
+}
+
+int cudaGetDriverEntryPointByVersion(const char *name, void **out, unsigned version,
+                                     unsigned long long flags, int *status) {
+  *out = dlsym(RTLD_DEFAULT, name);
+  if (!*out) *out = (void *)stand_in_ok;
+  if (status) *status = OK;
+  return OK;
+}
+
+/* ---- Kernels that nvcc compiled into PyTorch: by the address of their host function. ---- */
+
+typedef struct {
+  const void *host;
+  const char *name;
+} Kernel;
+
+enum { KERNEL_SLOTS = 1 << 19 }; /* PyTorch registers about 100,000 */
+static Kernel *kernels;          /* a hash table with linear probing */
+
+static Kernel *kernel_slot(const void *host) {
+  uint64_t hash = (uintptr_t)host;
+  hash = (hash ^ hash >> 17) * 0x9E3779B97F4A7C15ull;
+  size_t slot = hash & (KERNEL_SLOTS - 1);
+  while (kernels[slot].host && kernels[slot].host != host) slot = (slot + 1) & (KERNEL_SLOTS - 1);
+  return &kernels[slot];
+}
+static const char *kernel_name(const void *host) {
+  const char *name = kernels ? kernel_slot(host)->name : NULL;
+  return name ? name : "unknown";
+}
+
+void **__cudaRegisterFatBinary(void *binary) { return calloc(1, 16); }
+void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name,
+                            int limit, void *a, void *b, void *c, void *d, int *size) {
+  static int count;
+  if (!kernels) kernels = calloc(KERNEL_SLOTS, sizeof *kernels);
+  if (count++ < KERNEL_SLOTS / 2) *kernel_slot(host) = (Kernel){host, name};
+}
+char __cudaInitModule(void **handle) { return 1; }
+
+typedef struct {
+  unsigned x, y, z;
+} Dim3;
+static __thread struct {
+  Dim3 grid, block;
+  size_t shared;
+  void *stream;
+} pushed[16];
+static __thread int depth;
+
+unsigned __cudaPushCallConfiguration(Dim3 grid, Dim3 block, size_t shared, void *stream) {
+  if (depth < 16) {
+    pushed[depth].grid = grid;
+    pushed[depth].block = block;
+    pushed[depth].shared = shared;
+    pushed[depth].stream = stream;
+  }
+  depth++;
+  return OK;
+}
+int __cudaPopCallConfiguration(Dim3 *grid, Dim3 *block, size_t *shared, void *stream) {
+  depth--;
+  if (depth < 16) {
+    *grid = pushed[depth].grid;
+    *block = pushed[depth].block;
+    *shared = pushed[depth].shared;
+    *(void **)stream = pushed[depth].stream;
+  }
+  return OK;
+}
+int __cudaGetKernel(void **out, const void *host) {
+  *out = (void *)host;
+  return OK;
+}
+
+static int launch_kernel(const char *name, Dim3 grid, Dim3 block, size_t shared, void *stream) {
+  uint64_t threads = (uint64_t)block.x * block.y * block.z;
+  int empty = !grid.x || !grid.y || !grid.z || !threads;
+  int large = grid.y > GRID_YZ || grid.z > GRID_YZ || threads > THREADS_OF_A_BLOCK;
+  if (empty || large || shared > SHARED_MEMORY_OF_A_BLOCK)
+    return complain(INVALID_LAUNCH, "%s: grid %u %u %u, block %u %u %u, %zu bytes of shared memory",
+                    name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+  return launch(stream, 5.0, "kernel", "%u %u %u  %u %u %u  %zu  %.1200s", grid.x, grid.y, grid.z,
+                block.x, block.y, block.z, shared, name);
+}
+int cudaLaunchKernel(const void *kernel, Dim3 grid, Dim3 block, void **arguments, size_t shared,
+                     void *stream) {
+  return launch_kernel(kernel_name(kernel), grid, block, shared, stream);
+}
+int __cudaLaunchKernel(const void *kernel, Dim3 grid, Dim3 block, void **arguments, size_t shared,
+                       void *stream) {
+  return launch_kernel(kernel_name(kernel), grid, block, shared, stream);
+}
+int cudaLaunchCooperativeKernel(const void *kernel, Dim3 grid, Dim3 block, void **arguments,
+                                size_t shared, void *stream) {
+  return launch_kernel(kernel_name(kernel), grid, block, shared, stream);
+}
+int cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
+  Dim3 grid = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
+  Dim3 block = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
+  return launch_kernel(kernel_name(kernel), grid, block, config->dynamicSmemBytes, config->stream);
+}
+int cudaFuncGetAttributes(struct cudaFuncAttributes *out, const void *kernel) {
+  memset(out, 0, sizeof *out);
+  out->maxThreadsPerBlock = THREADS_OF_A_BLOCK;
+  out->numRegs = 32;
+  out->ptxVersion = out->binaryVersion = 90;
+  out->maxDynamicSharedSizeBytes = 49152;
+  return OK;
+}
+
+static int set_shared_memory(int attribute, int value) {
+  return attribute == 8 && value > SHARED_MEMORY_OF_A_BLOCK ? fail(INVALID_ARGUMENT) : OK;
+}
+int cudaFuncSetAttribute(const void *kernel, int attribute, int value) {
+  return set_shared_memory(attribute, value);
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *kernel, int threads,
+                                                  size_t shared) {
+  *blocks = 2;
+  return OK;
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *kernel,
+                                                           int threads, size_t shared,
+                                                           unsigned flags) {
+  *blocks = 2;
+  return OK;
+}
+
+/* ---- The driver, by which Triton and Inductor load and launch what they compiled. ---- */
+
+typedef struct {
+  char name[1024];
+} Function;
+typedef struct {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
+  void *stream, *attributes;
+  unsigned count;
+} LaunchConfig;
+
+int cuDriverGetVersion(int *version) { return cudaDriverGetVersion(version); }
+int cuCtxGetCurrent(void **context) {
+  *context = (void *)8;
+  return OK;
+}
+int cuCtxGetDevice(int *device) { return cudaGetDevice(device); }
+int cuCtxGetLimit(size_t *value, int limit) {
+  *value = 1 << 20;
+  return OK;
+}
+int cuDeviceGet(int *device, int index) { return cudaGetDevice(device); }
+int cuDeviceGetCount(int *count) { return cudaGetDeviceCount(count); }
+int cuDeviceGetAttribute(int *out, int attribute, int device) {
+  return cudaDeviceGetAttribute(out, attribute, device);
+}
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) {
+  *flags = 0;
+  *active = 1;
+  return OK;
+}
+int cuDevicePrimaryCtxRetain(void **context, int device) { return cuCtxGetCurrent(context); }
+int cuGetErrorString(int code, const char **text) {
+  *text = cudaGetErrorString(code);
+  return OK;
+}
+int cuModuleLoadData(void **module, const void *image) {
+  int before = last_error, code = forbidden_in_capture("cuModuleLoadData");
+  last_error = before; /* it is the runtime's: errors of the driver do not show there */
+  *module = (void *)16;
+  return code;
+}
+int cuModuleLoadDataEx(void **module, const void *image, unsigned count, void *options,
+                       void *values) {
+  return cuModuleLoadData(module, image);
+}
+int cuModuleLoad(void **module, const char *path) { return cuModuleLoadData(module, path); }
+int cuModuleGetFunction(void **out, void *module, const char *name) {
+  Function *function = calloc(1, sizeof *function);
+  snprintf(function->name, sizeof function->name, "%s", name);
+  *out = function;
+  return OK;
+}
+int cuFuncGetAttribute(int *value, int attribute, void *function) {
+  *value = attribute == 0 ? THREADS_OF_A_BLOCK : attribute == 4 ? 32 : 0; /* 4: registers */
+  return OK;
+}
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+  int before = last_error, code = set_shared_memory(attribute, value);
+  last_error = before;
+  return code;
+}
+int cuPointerGetAttribute(void *out, int attribute, unsigned long long pointer) {
+  if (pointer && memory_type((void *)pointer) == cudaMemoryTypeUnregistered)
+    return INVALID_ARGUMENT; /* Triton then says that a CPU tensor cannot be accessed */
+  *(unsigned long long *)out = pointer;
+  return OK;
+}
+int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                   void *stream, void **arguments, void **extra) {
+  Dim3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
+  int before = last_error;
+  int code = launch_kernel(((Function *)function)->name, grid, block, shared, stream);
+  last_error = before;
+  return code;
+}
+int cuLaunchKernelEx(const LaunchConfig *config, void *function, void **arguments, void **extra) {
+  return cuLaunchKernel(function, config->grid_x, config->grid_y, config->grid_z, config->block_x,
+                        config->block_y, config->block_z, config->shared, config->stream, arguments,
+                        extra);
+}
+int cuLaunchCooperativeKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                              unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                              void *stream, void **arguments) {
+  return cuLaunchKernel(function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream,
+                        arguments, NULL);
+}
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads,
+                                                size_t shared) {
+  *blocks = 2;
+  return OK;
+}
+int cuOccupancyMaxActiveClusters(int *clusters, void *function, void *config) {
+  *clusters = 1;
+  return OK;
+}
+int cuGetProcAddress_v2(const char *name, void **out, int version, uint64_t flags, int *status) {
+  return cudaGetDriverEntryPointByVersion(name, out, version, flags, status);
+}
+int cuGetProcAddress(const char *name, void **out, int version, uint64_t flags, int *status) {
+  return cudaGetDriverEntryPointByVersion(name, out, version, flags, status);
+}
+
+/* ---- cuBLAS, cuSOLVER, cuDNN. A handle is a block whose first word is the stream. ---- */
+
+static int create(void **out) {
+  *out = calloc(1, 64);
+  return OK;
+}
+static int set_stream(void *handle, void *stream) {
+  *(void **)handle = stream;
+  return OK;
+}
+static void *stream_of_handle(void *handle) { return handle ? *(void **)handle : NULL; }
+
+int cublasCreate_v2(void **handle) { return create(handle); }
+int cublasSetStream_v2(void *handle, void *stream) { return set_stream(handle, stream); }
+int cublasGetMathMode(void *handle, int *mode) {
+  *mode = 0;
+  return OK;
+}
+int cublasGetPointerMode_v2(void *handle, int *mode) {
+  *mode = 0;
+  return OK;
+}
+size_t cublasLtGetVersion(void) { return CUBLAS_VERSION; }
+
+static int product(void *stream, const char *name, uint64_t m, uint64_t n, uint64_t k) {
+  double us = 3 + 2.0 * m * n * k / 600e6; /* at 600 TFLOP/s */
+  return launch(stream, us, "gemm", "%s m %llu n %llu k %llu", name, (unsigned long long)m,
+                (unsigned long long)n, (unsigned long long)k);
+}
+#define PRODUCT(function)                                                                          \
+  int cublas##function(void *handle, int transpose_a, int transpose_b, int m, int n, int k) {      \
+    return product(stream_of_handle(handle), #function, m, n, k);                                  \
+  }
+PRODUCT(GemmEx)
+PRODUCT(Sgemm_v2)
+PRODUCT(Dgemm_v2)
+PRODUCT(GemmStridedBatchedEx)
+PRODUCT(SgemmStridedBatched)
+PRODUCT(DgemmStridedBatched)
+
+typedef struct {
+  uint64_t rows, columns;
+} Layout;
+
+int cublasLtMatrixLayoutCreate(void **out, int type, uint64_t rows, uint64_t columns,
+                               int64_t stride) {
+  Layout *layout = calloc(1, sizeof *layout);
+  *layout = (Layout){rows, columns};
+  *out = layout;
+  return OK;
+}
+int cublasLtMatrixLayoutDestroy(void *layout) {
+  free(layout);
+  return OK;
+}
+int cublasLtMatmulDescCreate(void **out, int compute, int scale) { return create(out); }
+int cublasLtMatmulDescDestroy(void *description) {
+  free(description);
+  return OK;
+}
+int cublasLtMatmulPreferenceCreate(void **out) { return create(out); }
+int cublasLtMatmulPreferenceDestroy(void *preference) {
+  free(preference);
+  return OK;
+}
+int cublasLtMatmulAlgoGetHeuristic(void *handle, void *description, void *a, void *b, void *c,
+                                   void *d, void *preference, int wanted, void *results,
+                                   int *count) {
+  enum { HEURISTIC_RESULT_BYTES = 64 + 8 + 4 + 4 + 16 }; /* cublasLtMatmulHeuristicResult_t */
+  memset(results, 0, HEURISTIC_RESULT_BYTES);
+  *count = 1;
+  return OK;
+}
+int cublasLtMatmul(void *handle, void *description, const void *alpha, const void *A, void *a,
+                   const void *B, void *b, const void *beta, const void *C, void *c, void *D,
+                   void *d, const void *algorithm, void *workspace, size_t size, void *stream) {
+  Layout *left = a, *out = d;
+  uint64_t inner = left->rows == out->rows ? left->columns : left->rows;
+  return product(stream, "LtMatmul", out->rows, out->columns, inner);
+}
+
+int cusolverDnCreate(void **handle) { return create(handle); }
+int cusolverDnSetStream(void *handle, void *stream) { return set_stream(handle, stream); }
+int cusolverDnCreateParams(void **parameters) { return create(parameters); }
+int cusolverDnXgeqrf_bufferSize(void *handle, void *parameters, int64_t m, int64_t n, int type_a,
+                                const void *a, int64_t lda, int type_tau, const void *tau, int type,
+                                size_t *on_device, size_t *on_host) {
+  *on_device = 1 << 20;
+  *on_host = 0;
+  return OK;
+}
+#define FACTORISE(function)                                                                        \
+  int cusolverDn##function(void *handle) {                                                         \
+    return launch(stream_of_handle(handle), 300, "solver", #function);                             \
+  }
+#define GEQRF_SIZE(function)                                                                       \
+  int cusolverDn##function##_bufferSize(void *handle, int m, int n, void *a, int lda, int *size) { \
+    *size = 1 << 18;                                                                               \
+    return OK;                                                                                     \
+  }
+#define ORGQR_SIZE(function)                                                                       \
+  int cusolverDn##function##_bufferSize(void *handle, int m, int n, int k, void *a, int lda,       \
+                                        void *tau, int *size) {                                    \
+    *size = 1 << 18;                                                                               \
+    return OK;                                                                                     \
+  }
+FACTORISE(Xgeqrf)
+FACTORISE(Sgeqrf)
+FACTORISE(Dgeqrf)
+FACTORISE(Sorgqr)
+FACTORISE(Dorgqr)
+GEQRF_SIZE(Sgeqrf)
+GEQRF_SIZE(Dgeqrf)
+ORGQR_SIZE(Sorgqr)
+ORGQR_SIZE(Dorgqr)
+
+/* Of cuDNN only the convolutions, by the interface of version 7. */
+typedef struct {
+  int algorithm, status;
+  float time;
+  size_t memory;
+  int determinism, math, reserved[3];
+} Performance;
+
+int cudnnCreate(void **handle) { return create(handle); }
+int cudnnSetStream(void *handle, void *stream) { return set_stream(handle, stream); }
+int cudnnGetStream(void *handle, void **stream) {
+  *stream = stream_of_handle(handle);
+  return OK;
+}
+int cudnnCreateTensorDescriptor(void **out) { return create(out); }
+int cudnnCreateFilterDescriptor(void **out) { return create(out); }
+int cudnnCreateConvolutionDescriptor(void **out) { return create(out); }
+int cudnnCreateActivationDescriptor(void **out) { return create(out); }
+int cudnnCreateDropoutDescriptor(void **out) { return create(out); }
+int cudnnCreatePoolingDescriptor(void **out) { return create(out); }
+
+#define CONVOLUTION(step)                                                                          \
+  int cudnnGetConvolution##step##Algorithm_v7(void *handle, void *a, void *b, void *c, void *d,    \
+                                              int wanted, int *count, Performance *out) {          \
+    *out = (Performance){.algorithm = 1, .determinism = 1, .math = 1};                             \
+    *count = 1;                                                                                    \
+    return OK;                                                                                     \
+  }                                                                                                \
+  int cudnnFindConvolution##step##AlgorithmEx(void *handle, void *ad, void *a, void *bd, void *b,  \
+                                              void *cd, void *dd, void *d, int wanted, int *count, \
+                                              Performance *out) {                                  \
+    return cudnnGetConvolution##step##Algorithm_v7(handle, ad, bd, cd, dd, wanted, count, out);    \
+  }                                                                                                \
+  int cudnnGetConvolution##step##WorkspaceSize(void *handle, void *a, void *b, void *c, void *d,   \
+                                               int algorithm, size_t *size) {                      \
+    *size = 1 << 20;                                                                               \
+    return OK;                                                                                     \
+  }                                                                                                \
+  int cudnnConvolution##step(void *handle) {                                                       \
+    return launch(stream_of_handle(handle), 100, "cudnn", "Convolution" #step);                    \
+  }
+CONVOLUTION(Forward)
+CONVOLUTION(BackwardData)
+CONVOLUTION(BackwardFilter)
+int cudnnConvolutionBiasActivationForward(void *handle) {
+  return launch(stream_of_handle(handle), 100, "cudnn", "ConvolutionBiasActivationForward");
+}
+int cudnnBackendCreateDescriptor(int kind, void **out) { return CUDNN_NOT_SUPPORTED; }
+
+/* The profiler sees operators of the host and no kernels. */
+int cuptiGetVersion(unsigned *version) {
+  *version = CUPTI_VERSION;
+  return OK;
+}
+int cuptiGetResultString(int code, const char **text) {
+  *text = "error of the stand-in CUDA driver";
+  return OK;
+}
+int cuptiActivityGetNumDroppedRecords(void *context, unsigned stream, size_t *count) {
+  *count = 0;
+  return OK;
+}
+int cuptiActivityGetNextRecord(void *buffer, size_t size, void **record) {
+  return CUPTI_MAX_LIMIT_REACHED;
+}
