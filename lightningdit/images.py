@@ -688,6 +688,8 @@ class ImageBatches:
         self.flip, self.shuffle, self.seed, self.rank, self.world = flip, shuffle, seed, rank, world
         self.device, self.workers, self.drop_last, self.progress = torch.device(device), workers, drop_last, progress
         self.bad, self.fallbacks = [], Counter()
+        with optional("decoding images"):  # here: later it would be taken for a fault of each image
+            import PIL.Image  # noqa: F401
         self.decoder, why = _choose_decoder(decoder, crop)
         log.info("%s: decoded by %s (%s)", source.path, self.decoder, why)
 

@@ -182,6 +182,29 @@ def test_training_steps_are_measured_and_digits_are_skipped_without_scikit_learn
     assert "pip install scikit-learn" in reason
 
 
+def test_a_missing_package_is_named_with_the_pip_command(blocked):
+    code = "from lightningdit.images import ImageBatches\nImageBatches([0] * 4, 2, image_size=8)"
+    assert (
+        "MissingPackage: decoding images needs `pip install pillow`" in blocked("-c", code).stderr
+    )
+    result = blocked("-c", "from lightningdit.cli import main; main(['sample', '--help'])")
+    assert result.returncode == 1
+    assert "error: the command line needs `pip install tyro`" in result.stderr
+
+
+def test_progress_bars_are_left_out_without_tqdm_which_is_logged_once(blocked):
+    code = (
+        "from lightningdit.optional import progress_bar\n"
+        "for _ in range(2):\n"
+        "    with progress_bar(total=3) as bar:\n"
+        "        bar.update(2)\n"
+        "print(bar.n, list(progress_bar(range(3))), list(progress_bar([4], disable=True)))\n"
+    )
+    result = blocked("-c", code)
+    assert result.stdout == "2 [0, 1, 2] [4]\n"
+    assert result.stderr.count("a progress bar needs `pip install tqdm`") == 1
+
+
 @needs_kernels
 def test_the_first_step_of_a_process(blocked):
     options = ("--shapes", "tiny", "--device", "cpu", "--contestant", "ours eager")
