@@ -35,11 +35,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from bench.fork import server
 from lightningdit import checkpoint, training
 from lightningdit.log import environment, read_log
+from lightningdit.optional import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 20, 3  # updates of a run; updates between two checkpoints
@@ -451,7 +451,7 @@ def main():
             return campaign.run(index) if time.monotonic() - begin < budget_s else None
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            runs = tqdm(pool.map(one, range(options.first, options.first + count)), total=count, unit="run", file=sys.stderr)
+            runs = progress_bar(pool.map(one, range(options.first, options.first + count)), total=count, unit="run", file=sys.stderr)
             results = [result for result in runs if result is not None]
         for result in results:
             if result["corruption"] or result["hung"] or result["unclear_ends"]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import harness
+from bench.missing import pytest_fixture_setup, pytest_pyfunc_call  # noqa: F401  hooks
 
 LOCAL = Path(__file__).parent / "results" / "local"  # not tracked by git: copy a file one level up to have it in the report
 

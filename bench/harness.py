@@ -21,6 +21,7 @@ import re
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,27 @@ def cost(op: str, inputs: dict, results: dict[str, torch.Tensor]) -> dict[str, d
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+WAITED = "called a synchronizing CUDA operation"  # c10/cuda/CUDAFunctions.cpp
+
+
+def note_waits(waits: list[str]) -> None:
+    """From now on, adds the "file:line" of every call that waits for the GPU to `waits`, while torch.cuda.set_sync_debug_mode is "warn".
+
+    Other warnings are shown as before, among them PyTorch's notice that this mode is a prototype.
+    """
+    show = warnings.showwarning
+
+    def note(message, category, filename, lineno, *rest):
+        if WAITED in str(message):
+            waits.append(f"{filename}:{lineno}")
+        else:
+            show(message, category, filename, lineno, *rest)
+
+    warnings.simplefilter("always")
+    warnings.showwarning = note
+    torch.set_warn_always(True)
 
 
 class Timer:

@@ -22,7 +22,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
@@ -35,6 +34,7 @@ from lightningdit.distributed import generator_for, pick_device  # noqa: E402
 from lightningdit.guard import Guard  # noqa: E402
 from lightningdit.log import environment  # noqa: E402
 from lightningdit.model import LightningDiT, to_float8  # noqa: E402
+from lightningdit.optional import progress_bar  # noqa: E402
 from lightningdit.training import losses, open_latents, open_tokenizer, redraw_batch, set_lr, validate  # noqa: E402
 
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
@@ -202,7 +202,7 @@ def loss_stage(size, lever, precision, seed, device, data, tokenizer, progress=T
     config = configuration(size, lever, precision, seed, **where(data, tokenizer))
     trainer, curve, verdicts = Trainer(config, *data_of(size, data, tokenizer, device), device), [], []
     begin, name = time.perf_counter(), f"{lever}, {precision}, seed {seed}"
-    for step in tqdm(range(config.steps), desc=name, disable=not progress, mininterval=1):
+    for step in progress_bar(range(config.steps), desc=name, disable=not progress, mininterval=1):
         loss, verdict = trainer.step(step, trainer.batch(step))
         curve.append(loss)
         verdicts.append(verdict)

@@ -38,7 +38,6 @@ from lightningdit.training import losses, micro_batches  # noqa: E402
 from lightningdit_kernels import rope_attention  # noqa: E402
 from lightningdit_kernels.testing import DEFINITIONS  # noqa: E402
 
-RECIPE = ROOT / "train" / "configs" / "lightningdit_xl_64ep.yaml"
 KERNELS = dict(norm=("rms_norm_modulate", "gated_residual_rms_norm_modulate"), attention=("rope_attention",), swiglu=("swiglu",))
 ALL = tuple(KERNELS)
 CPU_DEPTH, CPU_SHARE = 2, 8  # the depth, and by how much batches are smaller than those of single ops
@@ -129,7 +128,9 @@ def configure(shapes: str, device: str, **more) -> configuration.DiTConfig:
     side = round(sizes["tokens"] ** 0.5)
     if side**2 != sizes["tokens"]:
         raise ValueError(f"tokens: got {sizes['tokens']}, expected a square")
-    config = configuration.load(configuration.DiTConfig, RECIPE)
+    # The defaults are lightningdit_xl_64ep.yaml's, which cannot be read without pyyaml; tests/test_bench_step.py compares the two.
+    config = configuration.DiTConfig()
+    config.data.num_classes = 1000
     config.model = configuration.ModelConfig(None, sizes["depth"], sizes["width"], sizes["heads"], patch_size=1)
     config.data.image_size, config.batch_size, config.micro_batch = side * config.tokenizer.downsample, sizes["batch"], None
     config.precision = "bf16" if device == "cuda" else "fp32"

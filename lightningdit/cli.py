@@ -16,7 +16,6 @@ import sys
 from typing import Annotated, Any, Literal, Union
 
 import torch
-import tyro
 
 from . import config as configuration
 from . import latent_tools
@@ -26,6 +25,7 @@ from .distributed import check_compiler, pick_device, process_group, world
 from .evaluation import evaluate_samples, evaluate_tokenizer
 from .generation import generate, make_labels, output_format
 from .log import image_grid, save_png
+from .optional import optional
 from .pictures import class_interpolation, denoising_strip, guidance_sweep, seed_interpolation
 from .replay import replay
 from .sampler import Prepared, sample_images
@@ -190,6 +190,9 @@ def export_tokenizer(tokenizer: str, out: str, preset: str | None = None, statis
 
 def union(commands):
     """The type that tyro reads as a choice of commands: {name: function, or (description, {name: function})}."""
+    with optional("the command line"):
+        import tyro
+
     choices = []
     for name, command in commands.items():
         description = None
@@ -209,6 +212,9 @@ COMMANDS = {
 
 def main(argv=None):
     try:
+        with optional("the command line"):
+            import tyro
+
         return tyro.cli(union(COMMANDS), args=argv, prog="lightningdit", description=__doc__)
     except (ValueError, OSError, ImportError) as problem:
         sys.exit(f"error: {problem}")

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
-import yaml
 
 from .checkpoint import write_text
 from .model import PRESETS
+from .optional import optional
 
 
 class ConfigError(ValueError):
@@ -694,6 +693,9 @@ def read_yaml(path):
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config: no file {path}")
+    with optional("a recipe"):
+        import yaml
+
     try:
         return yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -707,6 +709,9 @@ def load(cls, path):
 
 def save(config, path):
     """Writes every field of `config` as YAML, in the order of the dataclass, atomically."""
+    with optional("saving a configuration"):
+        import yaml
+
     values = dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
     write_text(path, yaml.safe_dump(values, sort_keys=False))
 
@@ -733,7 +738,8 @@ def parse(cls, argv, *, recipe=None, description=None):
         argv: arguments without the program's name.
         recipe: YAML file used when the command line has no `--config`.
     Returns: the resolved and validated object.
-    Raises: ConfigError; SystemExit for --help and for what tyro rejects (it names the argument).
+    Raises: ConfigError; SystemExit for --help and for what tyro rejects (it names the argument); ImportError without tyro, which only
+        fields and --help need, or without pyyaml, which recipes need.
     """
     argv, path = list(argv), recipe
     for i, argument in enumerate(argv):
@@ -744,5 +750,10 @@ def parse(cls, argv, *, recipe=None, description=None):
             del argv[i : i + (2 if argument == "--config" else 1)]
             break
     default = from_dict(cls, read_yaml(path)) if path else cls()
+    if not argv:
+        return finish(default)
+    with optional("reading fields of the configuration from the command line"):
+        import tyro
+
     note = f"--config FILE reads a YAML recipe first{f' (default: {recipe})' if recipe else ''}; the fields below override it."
     return finish(tyro.cli(cls, args=argv, default=default, description=f"{description or (cls.__doc__ or '').strip()}\n\n{note}"))

@@ -19,9 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from . import metrics
 from .checkpoint import save_weights, state_sha256, write_text
@@ -31,6 +29,7 @@ from .features import Unavailable, load_extractor
 from .images import EXTENSIONS, ImageBatches, ImageSource, digits, open_images, to_pixels
 from .log import environment, image_grid, save_png
 from .metrics import FeatureStatistics
+from .optional import optional, progress_bar
 from .sampler import sample_images
 from .tokenizer.losses import perceptual_loss
 from .tokenizer.vavae import load_tokenizer
@@ -211,7 +210,7 @@ class Pictures:
 
     def batches(self, batch_size, rank=0, world=1, progress=False):
         """Yields (images uint8 (B, H, W, C), indices int64 (B,)): every world-th image from `rank` on."""
-        bar = tqdm(total=len(range(rank, len(self), world)), desc="images", unit="image", disable=not progress, mininterval=1)
+        bar = progress_bar(total=len(range(rank, len(self), world)), desc="images", unit="image", disable=not progress, mininterval=1)
         with bar:
             for images, indices in self.make_batches(batch_size, rank, world):
                 yield images, indices
@@ -239,6 +238,9 @@ def open_pictures(path, *, image_size=None, channels=3, num_images=None, workers
                         lambda batch_size, rank, world: _npz_batches(path, length, batch_size, rank, world))
     source = _FlatFolder(path) if _is_flat(path) else open_images(path)
     if image_size is None:
+        with optional("the size of an image file"):
+            from PIL import Image
+
         with Image.open(io.BytesIO(source.read(0))) as first:
             require(first.width == first.height, "image_size", None, f"a number: the first image, {source.names[0]}, is "
                     f"{first.width}x{first.height} pixels, not square")

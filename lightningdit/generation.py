@@ -27,11 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from tqdm import tqdm
 
 from .distributed import generator_for
 from .latents import write_json
+from .optional import optional, progress_bar
 from .sampler import fill, padded_rows
 
 FORMATS = ("png", "npz", "zip")
@@ -111,7 +110,8 @@ def generate(draw, decode, out, labels, *, seed, plan, shape, format=None, batch
         return shards.out
     share = [i for number in missing[rank::world] for i in shards.span(number)]
     everything = sum(len(shards.span(number)) for number in missing)
-    bar = tqdm(total=len(labels), initial=len(labels) - everything, desc="images", unit="image", disable=not progress, mininterval=1)
+    options = dict(desc="images", unit="image", disable=not progress, mininterval=1)
+    bar = progress_bar(total=len(labels), initial=len(labels) - everything, **options)
     writer, waiting, left = concurrent.futures.ThreadPoolExecutor(1), [], everything
     pixels, whole = [], missing[rank::world]  # images that are not written yet, and the shards that they belong to, in order
 
@@ -297,7 +297,7 @@ class Shards:
     def merge(self, progress=False):
         """Makes the single file of all shards and removes them; in a folder of PNG files, writes dataset.json."""
         labels, n = self.labels, len(self.labels)
-        bar = tqdm(total=n, desc="merging", unit="image", disable=not (progress and self.single), mininterval=1)
+        bar = progress_bar(total=n, desc="merging", unit="image", disable=not (progress and self.single), mininterval=1)
         with bar:
             if self.format == "png":
                 write_json(self.folder / "dataset.json", dict(labels=[[self._name(i), labels[i]] for i in range(n)]))
@@ -366,6 +366,9 @@ def write_zip(file, members, labels):
 
 
 def _png(image):
+    with optional("a PNG file"):
+        from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "png")
     return buffer.getvalue()

@@ -29,13 +29,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from . import images_dali
 from .distributed import generator_for, seed_for, world
+from .optional import optional, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,8 @@ def digits():
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
-    from sklearn.datasets import load_digits
+    with optional("the images of digits"):
+        from sklearn.datasets import load_digits
 
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
@@ -192,7 +192,7 @@ class ImageFolder(ImageSource):
         if not classes:
             raise ValueError(f"{path} holds no class folders, expected one folder of images a class")
         names, labels, stamps, empty = [], [], [], []
-        with tqdm(desc=f"listing {path.name}", unit="image", delay=1) as bar:
+        with progress_bar(desc=f"listing {path.name}", unit="image", delay=1) as bar:
             for label, name in enumerate(classes):
                 found = sorted(_walk(path / name, name), key=lambda one: one[0].split("/"))
                 if not found:
@@ -262,7 +262,7 @@ class TarImages(ImageSource):
     def __init__(self, path, files):
         self._files = _Files(files)
         total = sum(file.stat().st_size for file in files)
-        with tqdm(total=total, desc=f"indexing {Path(path).name}", unit="B", unit_scale=True, delay=1) as bar:
+        with progress_bar(total=total, desc=f"indexing {Path(path).name}", unit="B", unit_scale=True, delay=1) as bar:
             indices = [_tar_index(file, bar) for file in files]
         for column in ("offsets", "sizes", "labels"):
             setattr(self, f"_{column}", np.concatenate([index[column] for index in indices]))
@@ -586,6 +586,9 @@ def center_crop(image, size):
     Halves it by box filter while the shorter side is at least 2 * size, resizes that side to `size` by bicubic filter, cuts the middle out.
     Bit-exact with the official code, whose FID depends on it. Source: ADM, arXiv:2105.05233.
     """
+    with optional("an image file"):
+        from PIL import Image
+
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -604,6 +607,9 @@ def decode_image(data, size, channels=3, place=None, flip=False):
     """
     if not data:
         raise ValueError("empty file")
+    with optional("an image file"):
+        from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+
     try:
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # its words hold an address in memory, another one each time, and latent stores keep reasons
@@ -632,6 +638,9 @@ def _convert(image, mode):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"mode {image.mode} with values {values.min()}..{values.max()}, expected 16 bit")
+        with optional("an image file"):
+            from PIL import Image
+
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("mode F (floating point) has no fixed range")
@@ -679,6 +688,8 @@ class ImageBatches:
         self.flip, self.shuffle, self.seed, self.rank, self.world = flip, shuffle, seed, rank, world
         self.device, self.workers, self.drop_last, self.progress = torch.device(device), workers, drop_last, progress
         self.bad, self.fallbacks = [], Counter()
+        with optional("decoding images"):  # here: later it would be taken for a fault of each image
+            import PIL.Image  # noqa: F401
         self.decoder, why = _choose_decoder(decoder, crop)
         log.info("%s: decoded by %s (%s)", source.path, self.decoder, why)
 
@@ -729,7 +740,7 @@ class ImageBatches:
         jobs = ((chunk, *self.draws(epoch, chunk)) for chunk in chunks)
         decode = self._pillow if self.decoder == "pillow" else self._dali
         name = Path(self.source.path).name
-        with tqdm(total=len(order), initial=start, desc=f"reading {name}", unit="image", disable=not self.progress) as bar:
+        with progress_bar(total=len(order), initial=start, desc=f"reading {name}", unit="image", disable=not self.progress) as bar:
             for position, (indices, images, failures) in zip(itertools.count(start, self.batch_size), decode(jobs), strict=False):
                 for slot, reason in sorted(failures.items()):
                     self._note(int(indices[slot]), reason, len(order))

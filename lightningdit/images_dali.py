@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+
+from .optional import optional
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +24,14 @@ OTHER_SIZES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lo
 SCAN = 0xDA
 
 
+@functools.cache
 def _dot():
+    with optional("a JPEG file"):
+        from PIL import Image
+
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, "JPEG")
     return file.getvalue()
-
-
-DOT = _dot()
 
 
 def unavailable():
@@ -242,7 +244,7 @@ class DaliDecoder:
     def _inputs(self, batch, slots):
         """What a pipeline takes: bytes, windows, flips, halved sizes. Without any image, one black dot, which `_assemble` drops."""
         if not slots:
-            return [np.frombuffer(DOT, np.uint8)], np.float32([[0, 0, 8, 8]]), np.zeros(1, np.int32), np.float32([[8, 8]])
+            return [np.frombuffer(_dot(), np.uint8)], np.float32([[0, 0, 8, 8]]), np.zeros(1, np.int32), np.float32([[8, 8]])
         halved, windows = zip(*(batch.geometry[slot] for slot in slots), strict=True)
         flips = np.array([batch.flips[slot] for slot in slots], np.int32)
         data = [np.frombuffer(batch.data[slot], np.uint8) for slot in slots]

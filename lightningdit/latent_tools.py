@@ -12,14 +12,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from .checkpoint import save_weights
 from .distributed import generator_for
 from .images import MAX_CLASSES
 from .latents import DTYPES, LatentStore, Writer, channel_sums, combine, digest, draw, make_plan, normalisation_of, renormalise, spans
+from .optional import optional, progress_bar, pyplot
 from .tokenizer.formats import read_statistics
 from .tokenizer.vavae import Tokenizer
 
@@ -27,7 +26,7 @@ OFFICIAL_SHARD = 10_000  # images
 STATISTICS = "latents_stats.pt"
 
 
-def verify(store: tyro.conf.Positional[str]) -> int:
+def verify(store: str, /) -> int:
     """Reads a store whole, compares every shard with its checksum, and says what is in it.
 
     Args:
@@ -37,7 +36,7 @@ def verify(store: tyro.conf.Positional[str]) -> int:
     return 0
 
 
-def export(store: tyro.conf.Positional[str], out: str, seed: int = 0, statistics: Literal["data", "tokenizer"] = "data") -> int:
+def export(store: str, /, out: str, seed: int = 0, statistics: Literal["data", "tokenizer"] = "data") -> int:
     """Writes a store in the official format: one sample of each posterior, the same for the same seed.
 
     Without mirror images in the store, latents_flip holds a second sample of the unflipped posterior.
@@ -54,7 +53,7 @@ def export(store: tyro.conf.Positional[str], out: str, seed: int = 0, statistics
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out: {out} is not empty")
     sums = []
-    for number, (start, stop) in enumerate(tqdm(spans(len(opened), OFFICIAL_SHARD), unit="shard")):
+    for number, (start, stop) in enumerate(progress_bar(spans(len(opened), OFFICIAL_SHARD), unit="shard")):
         indices, tensors = torch.arange(start, stop), dict(labels=opened.labels[start:stop].clone())
         for name, view in (("latents", 0), ("latents_flip", opened.views - 1)):
             noise = torch.randn(stop - start, *opened.shape, generator=generator_for(seed, name, number))
@@ -68,7 +67,7 @@ def export(store: tyro.conf.Positional[str], out: str, seed: int = 0, statistics
 
 
 def import_official(
-    folder: tyro.conf.Positional[str], out: str, tokenizer: str | None = None, dtype: Literal["fp32", "bf16"] = "fp32"
+    folder: str, /, out: str, tokenizer: str | None = None, dtype: Literal["fp32", "bf16"] = "fp32"
 ) -> int:
     """Makes a store of latents in the official format. They are samples, so every epoch sees the same.
 
@@ -96,7 +95,7 @@ def import_official(
     plan = make_plan(source, ends[-1], shape=shape, views=views, parts=1, dtype=dtype, shards=list(zip([0, *ends], ends, strict=False)),
                      tokenizer=made_by and made_by.sha256, statistics=statistics or "data", imported=True)
     writer = Writer(out, plan)
-    for number in tqdm(writer.missing, unit="shard", desc="importing"):
+    for number in progress_bar(writer.missing, unit="shard", desc="importing"):
         with safe_open(files[number], "pt") as file:
             latents = torch.stack([file.get_tensor(name) for name in ("latents", "latents_flip")[:views]], dim=1)
             writer.write(number, latents.to(DTYPES[dtype]), labels[number], torch.arange(*plan["shards"][number]))
@@ -138,7 +137,7 @@ def _official_statistics(file, channels):
     return dict(mean=mean.tolist(), std=std.tolist())
 
 
-def draw_map(store: tyro.conf.Positional[str], out: str = "map.png", num: int = 1000, classes: int = 10, seed: int = 0) -> int:
+def draw_map(store: str, /, out: str = "map.png", num: int = 1000, classes: int = 10, seed: int = 0) -> int:
     """Draws where the latents of each class lie: their first two principal components, and t-SNE.
 
     Args:
@@ -150,11 +149,7 @@ def draw_map(store: tyro.conf.Positional[str], out: str = "map.png", num: int = 
     """
     opened = LatentStore(store)
     labels, points, agreement = class_map(opened, num, classes, seed)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 5))
     shown = labels.unique().tolist()
     colours = plt.get_cmap("tab10" if len(shown) <= 10 else "nipy_spectral")(np.linspace(0, 1, max(10, len(shown))))
@@ -183,9 +178,10 @@ def class_map(store, num=1000, classes=10, seed=0):
         labels (m,) int64; {"principal components": (m, 2), "t-SNE": (m, 2)}; the fraction of each latent's 10 nearest neighbours, by
         distance among the first 50 principal components, that are of its class.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    from sklearn.neighbors import NearestNeighbors
+    with optional("a map of latents"):
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+        from sklearn.neighbors import NearestNeighbors
 
     if num < 20 or classes < 1 or len(store) < 20:
         raise ValueError(f"num, classes: got {num} and {classes} of {len(store)} images, expected at least 20 images and 1 class")

@@ -32,13 +32,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from lightningdit_kernels import native
 
 from .checkpoint import save_weights, sha256, write_text
 from .distributed import generator_for, world
 from .images import MAX_BAD_FRACTION, SHOWN, to_pixels
+from .optional import progress_bar
 from .tokenizer.vavae import Tokenizer, header
 
 FORMAT, VERSION = "lightningdit latents", 1
@@ -193,8 +193,8 @@ def encode(tokenizer, images, path, *, flip=True, dtype="fp32", shard_size=SHARD
     writer = Writer(path, plan, rank, world)
     done = writer.images - sum(stop - start for start, stop in (plan["shards"][number] for number in writer.missing))
     stream = at = writing = None
-    with (tqdm(total=writer.images, initial=done, unit="image", disable=not progress or rank > 0 or not writer.missing, dynamic_ncols=True,
-               desc="encoding" + (f", process 1 of {world}" if world > 1 else "")) as bar,
+    quiet, what = not progress or rank > 0 or not writer.missing, "encoding" + (f", process 1 of {world}" if world > 1 else "")
+    with (progress_bar(total=writer.images, initial=done, unit="image", disable=quiet, dynamic_ncols=True, desc=what) as bar,
           ThreadPoolExecutor(1) as disk):
         for number in writer.missing:
             start, stop = plan["shards"][number]
@@ -388,7 +388,7 @@ class LatentStore:
 
     def verify(self, progress=False):
         """Reads every shard and compares it with its SHA-256. Raises: ValueError that names the first damaged one."""
-        for about in tqdm(self.index["shards"], desc="verifying", unit="shard", disable=not progress, delay=1):
+        for about in progress_bar(self.index["shards"], desc="verifying", unit="shard", disable=not progress, delay=1):
             if sha256(self.path / about["file"]) != about["sha256"]:
                 raise ValueError(f"{self.path / about['file']}: damaged, its SHA-256 differs from the one in the index")
         return self

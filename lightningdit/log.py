@@ -13,12 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from .checkpoint import Saver, write_text
 from .guard import LEFT_OUT
+from .optional import optional, progress_bar, pyplot
 
 
 def environment(device):
@@ -86,9 +84,9 @@ class RunLog:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             plot_scores(run)
         self.file = self.path.open("a") if self.writes else _Silent()
-        self.tensorboard = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=start) if self.writes else _Silent()
+        self.tensorboard = _tensorboard(Path(run) / "tensorboard", start) if self.writes else _Silent()
         interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval,
+        self.bar = progress_bar(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval,
                         disable=not self.writes)
         self.every, self.images_per_step, self.flops_per_image = every, images_per_step, flops_per_image
         self.pending, self.not_finite, self.since = [], None, time.perf_counter()
@@ -213,6 +211,13 @@ class RunLog:
         self.file.write(json.dumps(record) + "\n")
 
 
+def _tensorboard(folder, start):
+    with optional("the log of a run"):
+        from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start)
+
+
 class _Silent:
     """A file or TensorBoard writer that writes nothing, for the processes that leave that to rank 0."""
 
@@ -233,10 +238,7 @@ def read_log(run):
 
 def plot_losses(run):
     """Draws run/loss.png from log.jsonl: both loss terms, thin as logged and thick as a moving mean, and the validation loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     records = read_log(run)
     train = [record for record in records if "loss" in record and not record.get("left_out")]  # those are NaN, or off the scale
@@ -273,10 +275,7 @@ def plot_scores(run):
             scores.setdefault((record["score"], record["samples"]), []).append(record)
     if not scores:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     unit, name = max(((s, name) for s, name in ((1, "seconds"), (60, "minutes"), (3600, "hours"))
@@ -334,4 +333,7 @@ def principal_colours(x):
 def save_png(picture, path):
     """Writes an (H, W, 3) uint8 array as a PNG file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with optional("a PNG file"):
+        from PIL import Image
+
     Image.fromarray(picture).save(path)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .optional import optional
+
 TIE = 1e-12  # of the largest squared norm: squared distances this close count as equal, as rounding of |x|^2 - 2 x y + |y|^2 cannot tell
 
 
@@ -262,7 +264,8 @@ def uniformity(points):
         points: (n, 2), n > 2.
     Source: the measures of VA-VAE, arXiv:2501.01423, Sec. 5, which takes them of a t-SNE of latents (see latent_uniformity).
     """
-    from scipy.stats import gaussian_kde
+    with optional("uniformity"):
+        from scipy.stats import gaussian_kde
 
     points = _checked("points", points, dim=2, minimum=3).cpu().numpy().T
     if np.linalg.matrix_rank(np.cov(points)) < 2:
@@ -279,7 +282,8 @@ def latent_uniformity(vectors):
     The paper takes one vector at a random position of each of 10,000 images, and averages over 10 drawings. The values depend on n, so only
     those of equal n compare; and t-SNE amplifies the last bit of its input: from 100 vectors expect them to move by a tenth.
     """
-    from sklearn.manifold import TSNE
+    with optional("latent_uniformity"):
+        from sklearn.manifold import TSNE
 
     vectors = _checked("vectors", vectors, minimum=91).float().cpu().numpy()
     return uniformity(torch.from_numpy(TSNE(2, perplexity=30, init="pca", random_state=42).fit_transform(vectors)))
@@ -295,7 +299,8 @@ def classifier_accuracy(generated, labels, real, real_labels):
     Returns: a number in [0, 1].
     Raises: ValueError if the image shapes differ.
     """
-    from sklearn.svm import SVC
+    with optional("classifier_accuracy"):
+        from sklearn.svm import SVC
 
     generated, real = np.asarray(generated), np.asarray(real)
     if generated.shape[1:] != real.shape[1:]:

@@ -8,6 +8,7 @@ B batch, N tokens, D hidden size, H heads, Dh head dim, F MLP width, C latent ch
 import dataclasses
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,22 @@ PRESETS = {
 
 # Checkpointing "selective" keeps what these compute, matrix products and attention, and recomputes the rest: norms with modulation and
 # SwiGLU, 10 FLOP or so a value. "full" keeps what goes into a block.
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default,
-            torch.ops.lightningdit.rope_attention.default}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default}
+# Attention is an operator of many names: ours, PyTorch's for flash, memory-efficient and cuDNN's attention, one for CPUs and one for each
+# new device, flash_attn::_flash_attn_forward, xformers_flash::flash_fwd, xformers::efficient_attention_forward_cutlass.
+ATTENTION, BACKWARD = re.compile("attention|attn|flash"), re.compile("backward|bwd")
 CHECKPOINTING = ("none", "selective", "full")
 
 
+@functools.cache
+def is_attention(op):
+    """Whether an operator computes attention: its forward pass, whose outputs are the result and what its backward pass needs."""
+    name = op.name()
+    return ATTENTION.search(name) is not None and BACKWARD.search(name) is None
+
+
 def _keep_products(context, op, *arguments, **options):
-    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS or is_attention(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Branch(NamedTuple):

@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 import fsspec
-from tqdm import tqdm
 
 from . import latents
 from .checkpoint import sha256
+from .optional import progress_bar
 
 
 def is_url(path):
@@ -45,7 +45,7 @@ def fetch_store(url, cache, progress=True):
         if latents.is_store(folder) and latents.read_index(folder) == index:
             return folder
         (folder / "index.json").unlink(missing_ok=True)  # of another store that was at this address
-        with tqdm(total=sum(about["size"] for about in index["shards"]), unit="B", unit_scale=True, desc=f"copying {url}",
+        with progress_bar(total=sum(about["size"] for about in index["shards"]), unit="B", unit_scale=True, desc=f"copying {url}",
                   disable=not progress, dynamic_ncols=True) as bar:
             for about in index["shards"]:
                 target = folder / about["file"]

@@ -22,10 +22,10 @@ import math
 import operator
 
 import torch
-from tqdm import tqdm
 
 from . import flow
 from .flow import check_choice
+from .optional import optional, progress_bar
 
 ODE_METHODS = ("euler", "heun", "midpoint", "dopri5", "ab2", "dpmpp_2m", "unipc")
 SDE_METHODS = ("sde_euler", "sde_heun")
@@ -91,7 +91,7 @@ def sample(model, *, labels, seeds, latent_shape, num_classes, num_steps=249, me
     batch_size = min(batch_size or n, n)
     starts = range(0, n, batch_size) if n else ()
     adaptive = method == "dopri5"  # would store the states that a callback asks for, so its bar moves once a batch
-    bar = tqdm(total=len(starts) * (1 if adaptive else num_steps), desc="sampling", disable=not progress)
+    bar = progress_bar(total=len(starts) * (1 if adaptive else num_steps), desc="sampling", disable=not progress)
     with _evaluation_mode(model), _evaluation_mode(guide), bar:
         callback = None if adaptive else lambda *_: bar.update()
         for start in starts:
@@ -168,7 +168,8 @@ def log_likelihood(model, latents, *, labels, seeds, num_classes, probes=1, path
     Raises: ValueError that names the argument; ImportError without torchdiffeq; RuntimeError if no step is small enough.
     Source: FFJORD, arXiv:1810.01367; Score SDE, arXiv:2011.13456, Sec. 4.3; Hutchinson, 1990.
     """
-    from torchdiffeq import odeint
+    with optional("log_likelihood"):
+        from torchdiffeq import odeint
 
     if not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes: got {probes!r}, expected an integer of at least 1")
@@ -188,7 +189,7 @@ def log_likelihood(model, latents, *, labels, seeds, num_classes, probes=1, path
         bar.update()
         return v.detach(), divergence
 
-    with _evaluation_mode(model), tqdm(desc="likelihood", unit="evaluation", disable=not progress) as bar:
+    with _evaluation_mode(model), progress_bar(desc="likelihood", unit="evaluation", disable=not progress) as bar:
         times = torch.tensor([t1, t0], dtype=x.dtype, device=x.device)
         noise, integral = (states[-1] for states in odeint(derivative, (x, x.new_zeros(len(x))), times, method="dopri5",
                                                            atol=atol, rtol=rtol, options=dict(step_t=times[-1:])))
@@ -626,10 +627,8 @@ def _corrector_weights(h, r):
 
 
 def _dopri5(velocity, x, grid, atol, rtol, callback, overshoot):
-    try:
+    with optional("method 'dopri5'"):
         from torchdiffeq import odeint
-    except ImportError as error:
-        raise ImportError("method 'dopri5' needs torchdiffeq: pip install torchdiffeq") from error
     times = (grid if callback is not None else grid[[0, -1]]).to(x.device)
     try:
         states = odeint(lambda t, x: velocity(x, float(t)), x, times, method="dopri5", atol=atol, rtol=rtol,

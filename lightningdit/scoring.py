@@ -5,12 +5,12 @@ Images go from the sampler straight to the feature network; of their features fl
 import dataclasses
 
 import torch
-from tqdm import tqdm
 
 from . import evaluation, latents, remote, sampler
 from .config import require
 from .distributed import world
 from .features import load_extractor
+from .optional import progress_bar
 
 
 def open_scorer(config, tokenizer, device):
@@ -54,7 +54,7 @@ class Scorer:
         (rank, processes), score, sample = world(), self.config.score, self.config.sample
         settings = self.config.sampling_arguments() | dict(num_steps=score.num_steps or sample.num_steps)
         collector, each = evaluation.Collector(self.extractor, keep=0), -(-score.num // processes)
-        for start in tqdm(range(0, each, sample.batch_size), desc="scoring", unit="batch", leave=False, delay=5, disable=rank != 0):
+        for start in progress_bar(range(0, each, sample.batch_size), desc="scoring", unit="batch", leave=False, delay=5, disable=rank != 0):
             own = [rank + i * processes for i in range(start, min(start + sample.batch_size, each))]
             drawn = [min(i, score.num - 1) for i in own]
             with autocast:

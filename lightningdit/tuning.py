@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from .checkpoint import state_sha256
 from .config import require
@@ -26,6 +25,7 @@ from .features import load_extractor
 from .generation import LABELS, by_the_first, draw_batches, make_labels
 from .latents import write_json
 from .log import environment
+from .optional import progress_bar, pyplot
 from .sampler import Diverged, Prepared, sample
 from .trained import load_run, parse_classes
 
@@ -279,7 +279,7 @@ def search(trial, settings, metric, samples, max_samples, factor, kept=(), keep=
         count = max(math.ceil(count / factor), min(LEAST, count))
         plan.append((count, plan[-1][1] * factor))
     results, known, rounds = list(kept), {(setting_of(r), r["samples"]): r for r in kept}, []
-    with tqdm(total=sum(c * n for c, n in plan), unit="image", disable=not progress, mininterval=1) as bar:
+    with progress_bar(total=sum(c * n for c, n in plan), unit="image", disable=not progress, mininterval=1) as bar:
         for count, n in plan:
             found = []
             for setting in settings[:count]:
@@ -350,10 +350,7 @@ def table(results, metric):
 
 def plot(rounds, metric, path):
     """Three panels: the metric against the scale in the first round; against the cost; recall against precision. A star marks the best."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     first, last = ([r for r in results if value_of(r, metric) is not None] for results in (rounds[0], rounds[-1]))
     best, name = last[0], column(last[0], metric)

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from bench import fork
+from bench.missing import pytest_fixture_setup, pytest_pyfunc_call  # noqa: F401  hooks
 from lightningdit import config as configuration
 from lightningdit.checkpoint import save_weights
 from lightningdit.config import DiTConfig
@@ -63,11 +64,12 @@ def digits_model():
     """
 
     def make(folder, depth=1, std=0.1, others=(), **sample):
+        yaml = pytest.importorskip("yaml")
         recipe = configuration.read_yaml(ROOT / "train" / "configs" / "digits.yaml")
         recipe["model"] |= dict(size=None, patch_size=1, depth=depth, hidden_size=48, num_heads=2)
         recipe["data"]["num_classes"] = 10
         recipe["sample"] = recipe.get("sample", {}) | sample
-        (folder / "config.yaml").write_text(configuration.yaml.safe_dump(recipe))
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
         arguments = configuration.load(DiTConfig, folder / "config.yaml").model_arguments()
         for seed, name in enumerate(("model", *others)):
             torch.manual_seed(seed)

@@ -10,6 +10,7 @@ import torch
 
 import lightningdit.model
 from bench import bench_growth, bench_step, bench_tokenizer, harness, step
+from lightningdit import config as configuration
 from lightningdit_kernels import native
 
 needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
@@ -73,6 +74,14 @@ def test_flops_of_xl_are_the_papers():
     assert batches == [128, 32, 16]
     with pytest.raises(ValueError, match="tokens: got 200, expected a square"):
         step.configure("xl/N200", "cuda")
+
+
+def test_the_step_is_the_recipes():
+    """What it is trained with, from the losses to the optimizer: bench/step.py takes the defaults, so that it needs no pyyaml."""
+    pytest.importorskip("yaml")
+    recipe = configuration.load(configuration.DiTConfig, step.ROOT / "train" / "configs" / "lightningdit_xl_64ep.yaml")
+    others = ("run", "batch_size", "micro_batch", "compile", "checkpoint_every", "data.num_images", "model.size", "sample")
+    assert configuration.differences(recipe, step.configure("xl/N256", "cuda"), ignore=others) == []
 
 
 @needs_kernels

@@ -1,6 +1,7 @@
 """Every `lightningdit` command in the documentation is parsed by the command line itself, so that none of them can rot."""
 
 import functools
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -34,7 +35,12 @@ def parse(monkeypatch):
     def recorded(command):
         if isinstance(command, tuple):
             return command[0], {name: recorded(c) for name, c in command[1].items()}
-        return functools.wraps(command)(lambda **arguments: called.append((command.__name__, arguments)) or 0)
+
+        def call(*positional, **named):
+            called.append((command.__name__, inspect.signature(command).bind(*positional, **named).arguments))
+            return 0
+
+        return functools.wraps(command)(call)
 
     monkeypatch.setattr(cli, "COMMANDS", {name: recorded(command) for name, command in cli.COMMANDS.items()})
 

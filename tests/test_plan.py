@@ -1,4 +1,5 @@
 """The estimate of memory against what autograd really keeps, and the tables made from it."""
+import functools
 import gc
 from pathlib import Path
 
@@ -8,10 +9,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lightningdit.model
 from lightningdit import plan
 from lightningdit.config import ConfigError, DiTConfig, from_dict, parse
 from lightningdit.model import CHECKPOINTING, PRESETS, LightningDiT
 from lightningdit.optim import EMA, build_optimizer
+from lightningdit_kernels import rope_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 LIGHTNING = dict(use_swiglu=True, use_rope=True, use_rmsnorm=True)
@@ -65,6 +68,16 @@ def test_activations_are_those_that_autograd_keeps(shape, bf16, checkpointing):
     model = LightningDiT(**SMALL, **shape, **options).train()
     kept, peak = ((b - a) / 32 for a, b in zip(live_bytes(model, 32, bf16), live_bytes(model, 64, bf16), strict=True))
     assert plan._activations(model, 2 if bf16 else 4, checkpointing)[0] == pytest.approx(kept, rel=0.03)
+    assert plan.activation_bytes(model, 2 if bf16 else 4) == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_selective_checkpointing_keeps_as_much_with_the_attention_of_pytorch(monkeypatch, bf16):
+    monkeypatch.setattr(lightningdit.model, "rope_attention", functools.partial(rope_attention, backend="sdpa"))
+    shape = dict(hidden_size=128, num_heads=4, depth=8, **LIGHTNING)
+    model = LightningDiT(**SMALL, **shape, use_checkpoint=True, checkpoint_policy="selective").train()
+    kept, peak = ((b - a) / 32 for a, b in zip(live_bytes(model, 32, bf16), live_bytes(model, 64, bf16), strict=True))
+    assert plan._activations(model, 2 if bf16 else 4, "selective")[0] == pytest.approx(kept, rel=0.03)
     assert plan.activation_bytes(model, 2 if bf16 else 4) == pytest.approx(peak, rel=0.05)
 
 

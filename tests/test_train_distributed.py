@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from bench.chaos import TINY, Fault, Life, difference, outcome
+from bench.harness import WAITED
 from lightningdit import checkpoint, cli, replay
-from lightningdit.config import DiTConfig, load
+from lightningdit.config import DiTConfig, load, parse
 from lightningdit.distributed import REQUEUE
 from lightningdit.log import read_log
 from lightningdit.model import LightningDiT
@@ -262,6 +263,7 @@ def test_deterministic_says_what_it_sets_and_repeats_bitwise(live, tmp_path):
 
 TRACED = """
 import collections, json, runpy, sys, torch
+sys.modules["tyro"] = None  # as on a GPU machine that lacks it
 from lightningdit import training
 draw, trace = training.draw_batch, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 def in_optimizer(event):
@@ -282,18 +284,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 COUNTED = """
-import json, runpy, sys, warnings, torch
+import json, runpy, sys, torch
+from bench.harness import note_waits
 from lightningdit import training
 draw, waits = training.draw_batch, []
-def note(message, category, filename, line, *others):
-    if "synchroniz" in str(message):
-        waits.append(f"{filename}:{line}")
 def draw_batch(*arguments):
     step = arguments[4] + 1
     if step == 3:
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        torch.set_warn_always(True)
+        note_waits(waits)
         torch.cuda.set_sync_debug_mode("warn")
         torch.ones((), device="cuda").item()
         assert len(waits) == 1, waits
@@ -308,14 +306,67 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+NOTICE_AND_WAIT = """
+import json, torch, warnings
+from bench.harness import note_waits
+waits = []
+note_waits(waits)
+torch._C._cuda_set_sync_debug_mode(1)  # what torch.cuda.set_sync_debug_mode calls when it has found a device
+print(json.dumps(waits))
+warnings.warn("called a synchronizing CUDA operation (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:281.)")
+print(json.dumps(waits))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_cuda_set_sync_debug_mode"), reason="a PyTorch without CUDA")
+def test_only_calls_that_wait_are_counted():
+    """PyTorch's notice that this debug mode is a prototype speaks of synchronizing operations, too."""
+    result = subprocess.run([sys.executable, "-c", NOTICE_AND_WAIT], capture_output=True, text=True, cwd=ROOT, env=live_environment())
+    assert result.returncode == 0, result.stderr
+    assert "prototype feature and does not yet detect all synchronizing operations" in result.stderr
+    before, after = map(json.loads, result.stdout.splitlines())
+    assert before == []
+    assert after == ["<string>:8"]
+
+
+def test_the_warning_is_worded_as_the_installed_pytorch_words_it():
+    library = Path(torch.__file__).parent / "lib" / "libc10_cuda.so"
+    if not library.is_file():
+        pytest.skip("a PyTorch without CUDA")
+    assert WAITED.encode() in library.read_bytes()
+
+
+def recipe_of(arguments, path):
+    """Writes the recipe of the digits with `--section.name value` pairs put in, as the command line would, for which it needs tyro."""
+    yaml = pytest.importorskip("yaml")
+    recipe = yaml.safe_load((ROOT / "train" / "configs" / "digits.yaml").read_text())
+    for name, value in zip(arguments[::2], map(str, arguments[1::2]), strict=True):
+        *sections, key = name.removeprefix("--").replace("-", "_").split(".")
+        part = recipe
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[key] = yaml.safe_load(value)
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_a_recipe_is_what_the_command_line_makes_of_its_fields(tmp_path):
+    arguments = [*map(str, TINY), "--optim.clip-grad-norm", "1.0", "--data.resident", "none"]
+    recipe = ROOT / "train" / "configs" / "digits.yaml"
+    assert load(DiTConfig, recipe_of(arguments, tmp_path / "recipe.yaml")) == parse(DiTConfig, arguments, recipe=recipe)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
 @pytest.mark.parametrize("resident", ["device", "none"])
 def test_a_gpu_is_never_waited_for_between_two_lines_of_the_log(tmp_path, resident):
     """Five whole updates of two micro-batches, with clipping, without a synchronising call; the counter itself is tried on one."""
+    for package in ("matplotlib", "PIL", "sklearn", "tensorboard"):
+        pytest.importorskip(package)
     arguments = [*TINY, "--log-every", 10, "--steps", 10, "--micro-batch", 4, "--checkpoint-every", 100, "--optim.clip-grad-norm", 1.0,
                  "--model.hidden-size", 64, "--data.resident", resident, "--device", "cuda", "--run", tmp_path / "run"]
-    command = [sys.executable, "-c", COUNTED, ROOT / "train" / "dit.py", *arguments]
+    recipe = recipe_of(arguments, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-c", COUNTED, ROOT / "train" / "dit.py", "--config", recipe]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=live_environment())
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.split("WAITS ")[1].splitlines()[0]) == []
@@ -325,7 +376,7 @@ def test_steps_between_two_lines_of_the_log_never_wait_for_the_device(tmp_path, 
     """In the trace of five whole updates no operator reads a value back, except inside the CPU's fused AdamW, which reads step counts."""
     arguments = [*TINY, "--log-every", 10, "--steps", 10, "--micro-batch", 4, "--checkpoint-every", 100, "--run", tmp_path / "run"]
     (tmp_path / "traced.py").write_text(TRACED)
-    result = script(tmp_path / "traced.py", ROOT / "train" / "dit.py", *arguments)
+    result = script(tmp_path / "traced.py", ROOT / "train" / "dit.py", "--config", recipe_of(arguments, tmp_path / "recipe.yaml"))
     counts = json.loads(result.stdout.split("TRACE ")[1].splitlines()[0])
     assert counts["aten::_fused_adamw_"] >= 5
     waits = {name: times for name, times in counts.items() if name in ("aten::item", "aten::_local_scalar_dense", "aten::nonzero")}

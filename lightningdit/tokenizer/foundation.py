@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightningdit.checkpoint import read_file, save_weights
+from lightningdit.optional import optional
 from lightningdit.tokenizer.vavae import ASSETS, header, load_state, read_weights
 from lightningdit_kernels import group_norm_silu
 
@@ -167,10 +168,8 @@ class FoundationEncoder(nn.Module):
 
 
 def _timm():
-    try:
+    with optional("a foundation model"):
         import timm
-    except ImportError:
-        raise ImportError("foundation models need the package timm: pip install timm") from None
     return timm
 
 

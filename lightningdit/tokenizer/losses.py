@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightningdit.checkpoint import load_weights
+from lightningdit.optional import optional
 from lightningdit_kernels import alignment_losses, marginal_cosine_loss, marginal_distance_matrix_loss
 
 VF_LIMIT, DISC_LIMIT = 1e8, 1e4  # of the two adaptive ratios
@@ -85,10 +86,8 @@ def perceptual_loss(weights=None, net="vgg", random_weights=False):
         raise ValueError(f"net: got {net!r}, expected one of {', '.join(TRUNKS)}")
     if weights is not None and random_weights:
         raise ValueError(f"weights: got {str(weights)!r} and random_weights, expected one of the two")
-    try:
+    with optional("LPIPS (loss.perceptual_weight = 0 trains without it)"):
         from lpips import LPIPS
-    except ImportError:
-        raise ImportError("LPIPS needs the package lpips: pip install lpips; or train without it: loss.perceptual_weight 0") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips builds the network by arguments that torchvision has renamed
         lpips = LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -108,7 +107,8 @@ def perceptual_loss(weights=None, net="vgg", random_weights=False):
 def _trunk_weights(weights, net):
     if weights is not None:
         return load_weights(weights)
-    from torchvision.models import get_weight
+    with optional("LPIPS"):
+        from torchvision.models import get_weight
 
     name, file = TRUNKS[net]
     try:

@@ -11,12 +11,12 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import trange
 
 from lightningdit import checkpoint
 from lightningdit.distributed import average_over_ranks, generator_for
 from lightningdit.images import to_pixels
 from lightningdit.optim import lr_at
+from lightningdit.optional import progress_bar
 from lightningdit.tokenizer import losses
 from lightningdit.tokenizer.autoencoder import Posterior
 
@@ -183,7 +183,7 @@ def train_classifier(encoder, batches, *, steps, lr, translate, seed, log_every=
     if state is not None and state.is_file():
         start = _load_classifier(state, encoder, optimizer, schedule)
     found, saved = batches(start), time.monotonic()
-    bar = trange(start, steps, desc="encoder", unit="step", mininterval=1, initial=start, total=steps)
+    bar = progress_bar(range(start, steps), desc="encoder", unit="step", mininterval=1, initial=start, total=steps)
     for step in bar:
         now = time.monotonic()
         late = deadline is not None and now > deadline
