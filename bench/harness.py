@@ -29,6 +29,7 @@ import torch
 
 from bench.providers import EAGER, providers, serving
 from lightningdit.checkpoint import write_text
+from lightningdit.plan import free_memory, is_out_of_memory
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
 
@@ -189,39 +190,64 @@ class Timer:
         return method, sample
 
 
-def rounds_for(timers: dict, settings) -> int:
-    """As many rounds as settings.case_s allows, within settings.rounds; the turn that finds out is also the first warm-up."""
+def turn(timers: dict, lost: dict[str, str] | None) -> dict[str, float]:
+    """A sample of every timer. One that runs out of memory is taken out of `timers`, its reason goes to `lost`; it raises without."""
+    samples = {}
+    for name in list(timers):
+        try:
+            samples[name] = timers[name].sample()
+        except RuntimeError as error:
+            if lost is None or not is_out_of_memory(error):
+                raise
+            lost[name] = reason_of(error)
+        if name not in samples:  # after the exception, whose traceback holds tensors
+            del timers[name]
+            free_memory("cuda" if torch.cuda.is_initialized() else "cpu")
+    return samples
+
+
+def rounds_for(timers: dict, settings, lost: dict[str, str] | None = None) -> int:
+    """As many rounds as settings.case_s allows, within settings.rounds; the turn that finds out is also the first warm-up.
+
+    Args: lost: as of turn().
+    """
     begin = time.perf_counter()
-    for timer in timers.values():
-        timer.sample()
+    turn(timers, lost)
     least, most = settings.rounds
     return max(least, min(most, int(settings.case_s / (time.perf_counter() - begin))))
 
 
-def interleave(timers: dict, rounds: int, benchmark=None, warmup_s: float = 0.0, observe: Callable[[], object] | None = None) -> dict:
+def interleave(
+    timers: dict,
+    rounds: int,
+    benchmark=None,
+    warmup_s: float = 0.0,
+    observe: Callable[[], object] | None = None,
+    lost: dict[str, str] | None = None,
+) -> dict:
     """rounds samples of every timer, taken in turns. With pytest-benchmark's fixture, one of its rounds is one turn of all.
 
-    observe is called after each turn, in the warm-up too.
+    observe is called after each turn, in the warm-up too. lost: as of turn(); who is in it is not in the result.
     """
     samples = {name: [] for name in timers}
 
-    def turn():
-        for name, timer in timers.items():
-            samples[name].append(timer.sample())
+    def one_turn():
+        for name, time_ms in turn(timers, lost).items():
+            samples[name].append(time_ms)
         if observe:
             observe()
 
     end = time.perf_counter() + warmup_s
     while time.perf_counter() < end:
-        turn()
+        one_turn()
     for times in samples.values():
         times.clear()
     if benchmark is None:
         for _ in range(rounds):
-            turn()
+            one_turn()
     else:
-        benchmark.pedantic(turn, rounds=rounds, iterations=1)
-    return samples
+        benchmark.pedantic(one_turn, rounds=rounds, iterations=1)
+    return {name: times for name, times in samples.items() if name in timers}
 
 
 def quantile(values: list[float], share: float) -> float:
