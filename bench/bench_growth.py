@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 
 from bench import step  # noqa: E402
 from bench.harness import Timer, gpu_state, interleave, quantile, reason_of, rounds_for, short, synchronize  # noqa: E402
-from lightningdit.plan import is_out_of_memory, largest_by_trial  # noqa: E402
+from lightningdit.memory import is_out_of_memory, largest_by_trial  # noqa: E402
 
 HEAD_DIM = 64
 AXES = ("batch", "tokens", "width", "depth")

@@ -27,8 +27,8 @@ from bench.harness import Monitor, Timer, gpu_state, interleave, ran, reason_of,
 from bench.providers import serving
 from bench.scaling import PEAK_TFLOPS
 from lightningdit.images import digits, to_pixels
+from lightningdit.memory import is_out_of_memory, largest_by_trial
 from lightningdit.model import forward_flops
-from lightningdit.plan import is_out_of_memory, largest_by_trial
 from lightningdit.tokenizer.vavae import load_tokenizer
 from lightningdit_kernels.testing import random_tensor
 

@@ -26,7 +26,7 @@ import lightningdit.tokenizer.losses
 from bench.harness import Timer, gpu_state, identify, interleave, ran, reason_of, rounds_for, short, summary, synchronize
 from bench.providers import EAGER, serving
 from bench.step import allocate_state, copy_of
-from lightningdit.plan import SPARE, largest_by_trial
+from lightningdit.memory import SPARE, largest_by_trial
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
 from lightningdit.tokenizer.foundation import load_encoder
 from lightningdit.tokenizer.losses import PatchDiscriminator, perceptual_loss

@@ -3,8 +3,9 @@
 Correctness first: a contestant that is further from fp64 than twice eager PyTorch gets a reason in place of a time. All contestants of a
 case take turns, round after round, so that clocks, temperature and neighbours hit all of them alike; a speed-up is the median over the
 rounds of the ratio within a round. Inputs rotate through copies that together exceed the last cache. On CUDA the copies are run inside
-one CUDA graph and timed by events, on CPU by perf_counter. Bytes and FLOPs are counted from the shapes: those that one perfect pass needs.
-A contestant also has to prove who it is: one profiled run must show its operators or kernels, and not another's (`identify`).
+one CUDA graph and timed by events, the first of which waits until the GPU has all of it in its queue; on CPU by perf_counter. Bytes and
+FLOPs are counted from the shapes: those that one perfect pass needs. A contestant also has to prove who it is: one profiled run must show
+its operators or kernels, and not another's (`identify`). One that runs out of memory, whenever, loses its row.
 """
 
 import copy
@@ -29,9 +30,10 @@ import torch
 
 from bench.providers import EAGER, providers, serving
 from lightningdit.checkpoint import write_text
-from lightningdit.plan import free_memory, is_out_of_memory
+from lightningdit.memory import free_memory, is_out_of_memory, largest_by_trial
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
+from lightningdit_kernels.tuning import cycles_to_enqueue, event_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "kernels/1"
@@ -163,31 +165,44 @@ class Timer:
             for index in range(self.sets):
                 self.run(index)
 
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                all_sets()
+        torch.cuda.current_stream().wait_stream(stream)
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    all_sets()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails would leave its own stream the current one
-                with torch.cuda.graph(graph):
-                    all_sets()
-            replay, method = graph.replay, "CUDA graph"
-        except RuntimeError as error:  # something in it cannot be captured: launch times are then part of the figure
+            replay, method = capture(all_sets).replay, "CUDA graph"
+        except RuntimeError as error:  # something in it cannot be captured: gaps between launches may then be part of the figure
             torch.cuda.synchronize()
             replay, method = all_sets, f"events, not captured: {str(error).splitlines()[0][:120]}"
+        cycles = cycles_to_enqueue(replay)
+        return method, lambda: event_ms(replay, cycles) / self.sets
 
-        def sample() -> float:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / self.sets
 
-        return method, sample
+_pool = None  # of all graphs of the process: they are replayed one after the other, and nobody reads their results
+
+
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of run(). Its results are overwritten when another one is replayed.
+
+    A capture that fails raises, and leaves the current stream, the default generator and the pool of the next capture in order: PyTorch
+    leaves its own stream the current one, the generator waiting for a capture that never ends ("Offset increment outside graph capture")
+    and the pool as one that is being recorded to.
+    """
+    global _pool
+    _pool = _pool or torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            with torch.cuda.graph(graph, pool=_pool):
+                run()
+    except Exception:
+        _pool = None
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
+    return graph
 
 
 def turn(timers: dict, lost: dict[str, str] | None) -> dict[str, float]:
@@ -412,20 +427,30 @@ def run_case(benchmark, case: Case, settings) -> dict:
     probe = values_and_gradients(EAGER[case.op], inputs, FROZEN)
     counted = cost(case.op, inputs, probe)
     outputs = [value for name, value in probe.items() if name.startswith("out.")]
-    cotangents = tuple(random_tensor(*out.shape, seed=90 + i).to(out) for i, out in enumerate(outputs))
+    cotangents = tuple(random_tensor(*out.shape, dtype=out.dtype, seed=90 + i, device=case.device) for i, out in enumerate(outputs))
     del probe
     gate_sizes = case.sizes()
     while gate_sizes["batch"] > 1 and _elements(inputs) * gate_sizes["batch"] // case.sizes()["batch"] > GATE_ELEMENTS:
         gate_sizes["batch"] = max(1, gate_sizes["batch"] // 2)
-    if gate_sizes == case.sizes():
-        contestants = _contestants(case, inputs, cotangents, settings)
-    else:
-        contestants = _contestants(case, _inputs(case, gate_sizes), (), settings)
+    contestants = []
+
+    def gated(batch):  # the truth and eager's may not fit: their fp64 takes a multiple
+        gate_sizes["batch"] = batch
+        whole = gate_sizes == case.sizes()
+        contestants[:] = _contestants(case, inputs if whole else _inputs(case, gate_sizes), cotangents if whole else (), settings)
+
+    halved = [gate_sizes["batch"] >> halving for halving in range(gate_sizes["batch"].bit_length())]
+    assert largest_by_trial(halved, gated, case.device, 0), "out of memory: the truth of not even one image fits"
 
     rotation = 3 * torch.cuda.get_device_properties(0).L2_cache_size if cuda else CPU_ROTATION
     sets = max(2, min(16, -(-rotation // nbytes(*(v for v in inputs.values() if isinstance(v, torch.Tensor)), *outputs))))
-    copies = _copies(inputs, sets)
-    leaves = [[v for v in copy.values() if isinstance(v, torch.Tensor) and v.requires_grad] for copy in copies]
+    copies, leaves = [], []
+
+    def copied(count):  # with room for a step of eager beside them
+        leaves.clear()
+        copies[:] = _copies(inputs, count)
+        leaves.extend([v for v in copy.values() if isinstance(v, torch.Tensor) and v.requires_grad] for copy in copies)
+        steps(EAGER[case.op])["forward_backward"](0)
 
     def steps(function):
         def forward(index):
@@ -437,7 +462,9 @@ def run_case(benchmark, case: Case, settings) -> dict:
 
         return dict(forward=forward, forward_backward=forward_backward)
 
-    timers, rows = {}, []
+    sets = largest_by_trial(sorted({sets, sets // 2, 2, 1}, reverse=True), copied, case.device)
+    assert sets, f"out of memory: not even one copy of the inputs and a step of eager fit {case}"
+    timers, rows, lost = {}, [], {}
     for provider, function, row in contestants:
         rows.append(row)
         if function is None:
@@ -455,10 +482,13 @@ def run_case(benchmark, case: Case, settings) -> dict:
     rows_by_name = {row["name"]: row for row in rows}
     eager = rows_by_name.get("eager", dict(status="not asked for", reason="--only must name it"))
     assert eager["status"] == "ok", f"eager is not timed, and nothing without it: {eager['reason']}"
-    rounds = rounds_for(timers, settings)
+    rounds = rounds_for(timers, settings, lost)
     monitor, states = Monitor() if cuda else None, []
     state = gpu_state() if cuda else {}
-    samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe=monitor and (lambda: states.append(monitor.sample())))
+    samples = interleave(timers, rounds, benchmark, settings.warmup_s, monitor and (lambda: states.append(monitor.sample())), lost)
+    for (name, step), reason in lost.items():
+        rows_by_name[name] |= dict(status="failed", reason=f"{step}: {reason}")
+    assert eager["status"] == "ok", f"eager is not timed, and nothing without it: {eager['reason']}"
     for row in rows:
         if row["status"] == "ok":
             _summarise(row, [samples], counted)

@@ -5,12 +5,9 @@
 The activations are those that autograd keeps, to a few percent (a test counts them on CPU); the whole is an estimate, not yet checked
 on a GPU.
 """
-import contextlib
 import dataclasses
-import gc
 import math
 import os
-import re
 
 import torch
 import torch.distributed as dist
@@ -18,6 +15,7 @@ import torch.distributed as dist
 from . import images, latents, remote
 from .config import ModelConfig
 from .distributed import local_world_size, world
+from .memory import SPARE, largest_by_trial
 from .model import CHECKPOINTING, LightningDiT, SwiGLU, forward_flops
 
 CARDS = (24, 40, 80, 141)  # GB of 1e9 bytes. Cards hold about 6 % more, which is left to the CUDA context, workspaces and fragmentation
@@ -25,9 +23,7 @@ CARDS = (24, 40, 80, 141)  # GB of 1e9 bytes. Cards hold about 6 % more, which i
 LAYOUTS = {"one process, DDP": 1, "FSDP over 2": 2, "FSDP over 8, HSDP in nodes of 8": 8, "FSDP over 64": 64}
 MOMENTS = {"fp32": 8, "8bit": 2 * (1 + 4 / 256), "cpu": 0}  # bytes a trainable parameter of AdamW's state, on the device
 OFFLOADED = 16  # bytes a trainable parameter on the host with the state on the CPU: weights, gradients, two moments
-# Bytes that a trial leaves free for what it does not see. It does not grow with the card: the code of compiled kernels, workspaces of
-# cuBLAS and NCCL, fragmentation by batches and samples that come and go. SPARE_SHARE is of the card, for fragmentation by what does grow.
-SPARE, SPARE_SHARE = 3 * 2**30, 0.05
+SPARE_SHARE = 0.05  # of a card, that a trial leaves free for fragmentation, which grows with what is allocated; but SPARE at least
 
 
 def activation_bytes(model, bytes_per_value, checkpointing=None):
@@ -137,54 +133,6 @@ def choose_micro_batch(model, share, mode, bf16, device, state="fp32"):
     if not size:
         raise torch.OutOfMemoryError("not even one image fits")
     return size, how
-
-
-def largest_by_trial(sizes, attempt, device, spare=SPARE):
-    """The first of `sizes` for which attempt(size) does not run out of memory, else 0. What a failed one held is freed.
-
-    Args: spare: bytes of a CUDA device that stay free beside it; on other devices it means nothing.
-    """
-    for size in sizes:
-        try:
-            with ballast(spare, device):
-                attempt(size)
-            return size
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        free_memory(device)  # after the exception, whose traceback holds the tensors of the failed pass
-    return 0
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that a device is full: PyTorch's own, or what CUDA, cuBLAS and Triton say, which allocate by themselves."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and re.search(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED", str(error)) is not None)
-
-
-def free_memory(device):
-    """Frees what nobody holds any more, and gives what is cached back to the device."""
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def ballast(size, device):
-    """Inside, `size` bytes of a CUDA device are taken.
-
-    Raises: torch.OutOfMemoryError where they are not free.
-    """
-    taken = None
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()  # they are to be taken from the device, not from pieces that a pass could use
-        taken = torch.empty(size, dtype=torch.uint8, device=device)
-    try:
-        yield
-    finally:
-        if taken is not None:
-            del taken
-            torch.cuda.empty_cache()
 
 
 def _try_pass(model, count, bf16, device, passes=1):

@@ -128,6 +128,92 @@ def test_ours_being_wrong_fails_the_benchmark(settings, monkeypatch, stopwatch):
     assert settings.records[0]["contestants"][1]["status"] == "incorrect", "and the row is kept"
 
 
+class RunsOut:
+    """A contestant whose calls run out of memory from the `first`-th on."""
+
+    def __init__(self, first):
+        self.left = first
+
+    def __call__(self, packed, bias=None):
+        self.left -= 1
+        if self.left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return providers.eager_swiglu(packed, bias)
+
+
+@pytest.mark.parametrize("first", [0, 1, 4, 9], ids=["in the gate", "in its profile", "as it is prepared", "among others"])
+def test_who_runs_out_of_memory_costs_the_others_nothing(first, settings, monkeypatch, stopwatch):
+    contestant(monkeypatch, "swiglu", RunsOut(first))
+    settings.only = ()
+    eager, peer = harness.run_case(stopwatch, case_of("swiglu"), settings)["contestants"]
+    assert eager["forward_backward"]["rounds"] == 2
+    assert peer["status"] == "failed"
+    assert "out of memory" in peer["reason"]
+    assert "forward" not in peer
+
+
+def test_a_truth_that_does_not_fit_is_of_fewer_images(settings, monkeypatch, stopwatch):
+    right = harness.truth_and_bounds
+
+    def small(eager, inputs, *rest):
+        if len(inputs["packed"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(eager, inputs, *rest)
+
+    monkeypatch.setattr(harness, "truth_and_bounds", small)
+    record = harness.run_case(stopwatch, harness.Case("swiglu", "tiny/B4", torch.float32, "cpu"), settings)
+    assert (record["sizes"]["batch"], record["gate_batch"]) == (4, 1)
+
+
+def test_fewer_copies_where_memory_is_short(settings, monkeypatch, stopwatch):
+    right = harness._copies
+
+    def small(inputs, count):
+        if count > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(inputs, count)
+
+    assert harness.run_case(stopwatch, case_of("swiglu"), settings)["sets"] == 16
+    monkeypatch.setattr(harness, "_copies", small)
+    assert harness.run_case(stopwatch, case_of("swiglu"), settings)["sets"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+def test_a_capture_that_fails_breaks_nothing():
+    """What PyTorch leaves behind: its own stream, a generator that waits for the capture's end, a pool that is being recorded to."""
+    stream, kept = torch.cuda.current_stream(), []
+    earlier = harness.capture(lambda: torch.randn(8, device="cuda"))
+    with pytest.raises(RuntimeError):
+        harness.capture(lambda: (torch.randn(8, device="cuda"), torch.cuda.current_stream().synchronize()))
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(8, device="cuda").shape == (8,)
+    graph = harness.capture(lambda: kept.append(torch.randn(8, device="cuda")))
+    for one in (earlier, graph, graph):
+        one.replay()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    timer = harness.Timer(lambda i: torch.randn(8, device="cuda").sum().item(), 2, "cuda")
+    assert timer.method.startswith("events, not captured")
+    assert timer.sample() > 0
+    assert harness.Timer(lambda i: torch.randn(8, device="cuda"), 2, "cuda").method == "CUDA graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+def test_graphs_share_their_memory():
+    def large():
+        return torch.empty(2**26, device="cuda").fill_(1.0)
+
+    first = harness.capture(large)
+    before = torch.cuda.memory_reserved()
+    second = harness.capture(large)
+    assert torch.cuda.memory_reserved() == before
+    first.replay()
+    second.replay()
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("nvidia", [False, True])
 def test_apex_of_pypi_is_told_from_nvidias(nvidia, tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()

@@ -1,7 +1,6 @@
 """How an op is held to the truth, and on which shapes. Used by tests/ and by the gates of bench/; nothing else imports it."""
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ def values_and_gradients(op, inputs: dict, frozen: tuple[str, ...] = (), cotange
     wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
     generator = torch.Generator().manual_seed(0)
     cotangents = cotangents or [
-        random_tensor(*out.shape, dtype=out.dtype, seed=1000 + i, device=out.device) if _on_gpu(out.shape, out.device)
+        random_tensor(*out.shape, dtype=out.dtype, seed=1000 + i, device=out.device) if out.is_cuda
         else torch.randn(out.shape, generator=generator, dtype=torch.float64) for i, out in enumerate(outputs)
     ]
     cotangents = [cotangent.to(out.device, out.dtype) for cotangent, out in zip(cotangents, outputs, strict=True)]
@@ -170,13 +169,7 @@ def assert_matches_truth(op, eager, inputs: dict, frozen: tuple[str, ...] = ()) 
 
 
 def random_tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Standard normal numbers that do not depend on dtype, and up to LARGE of them not on the device: more are drawn on the GPU itself."""
-    where = device if _on_gpu(shape, device) else "cpu"
-    return torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), dtype=torch.float64, device=where).to(device, dtype)
-
-
-LARGE = 2**22  # one thread of a host draws 4e7 numbers a second: the inputs of one benchmark would take longer than measuring it
-
-
-def _on_gpu(shape, device) -> bool:
-    return torch.device(device).type == "cuda" and math.prod(shape) > LARGE
+    """Standard normal numbers that do not depend on dtype. They are drawn on the device: one thread of a host draws 4e7 a second, and the
+    inputs of one benchmark would take longer than measuring it."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=device).to(dtype)
