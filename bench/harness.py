@@ -186,12 +186,16 @@ _pool = None  # of all graphs of the process: they are replayed one after the ot
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of run(). Its results are overwritten when another one is replayed.
 
-    A capture that fails raises, and leaves the current stream, the default generator and the pool of the next capture in order: PyTorch
-    leaves its own stream the current one, the generator waiting for a capture that never ends ("Offset increment outside graph capture")
-    and the pool as one that is being recorded to.
+    A capture that fails raises, and leaves the current stream, the default generator, other graphs and the pool of the next capture in
+    order. PyTorch leaves its own stream the current one, the pool as one that is being recorded to, and the generator's state, with all
+    graphs that were captured with it, waiting for the end of the capture ("Offset increment outside graph capture"): so each capture
+    gets a state for itself.
     """
     global _pool
     _pool = _pool or torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(torch.cuda.current_stream()):
@@ -199,8 +203,7 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
                 run()
     except Exception:
         _pool = None
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
+        generator.graphsafe_set_state(before)
         raise
     return graph
 
