@@ -30,7 +30,9 @@ import torch
 
 from bench.providers import EAGER, providers, serving
 from lightningdit.checkpoint import write_text
+from lightningdit.config import ModelConfig
 from lightningdit.memory import free_memory, is_out_of_memory, largest_by_trial
+from lightningdit.model import LightningDiT
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
 from lightningdit_kernels.tuning import cycles_to_enqueue, event_ms
@@ -39,8 +41,54 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "kernels/1"
 STEPS = ("forward", "backward", "forward_backward")
 
-# Width, heads, hidden size of the feed-forward. XL is LightningDiT-XL/1; tiny is for the tests of bench/ itself.
-PRESETS = {"xl": (1152, 16, 3072), "l": (1024, 16, 2730), "b": (768, 12, 2048), "s": (384, 6, 1024), "tiny": (32, 2, 64)}
+TINY = ModelConfig(None, 1, 32, 2, 1, mlp_ratio=3.0)  # for the tests of bench/ itself
+
+
+def model_config(preset: str) -> ModelConfig:
+    """A preset's model with one block: the one place that the ops' shapes and options come from."""
+    config = TINY if preset == "tiny" else ModelConfig(f"{preset.upper()}/1", depth=1)
+    config.resolve()
+    return config
+
+
+def model_of(preset: str) -> LightningDiT:
+    """Of model_config, on no device."""
+    arguments = {name: value for name, value in dataclasses.asdict(model_config(preset)).items() if name != "size"}
+    with torch.device("meta"):
+        return LightningDiT(**arguments)
+
+
+def _preset(preset):
+    block = model_of(preset).blocks[0]
+    return block.attn.qkv.in_features, block.attn.num_heads, block.mlp.w3.in_features
+
+
+# Width, heads, hidden size of the feed-forward. XL is LightningDiT-XL/1.
+PRESETS = {preset: _preset(preset) for preset in ("xl", "l", "b", "s", "tiny")}
+# What is measured of an op besides the model's options in tensors of one dtype with fp32 parameters, and in which dtypes. Norms: all in one
+# dtype, and as training has them, with a residual stream in fp32. Alignment: the frozen encoder's features in bf16.
+VARIANTS = {
+    "rope_attention": ("QK-norm", (torch.bfloat16, torch.float16, torch.float32)),
+    "rms_norm_modulate": ("fp32 residual", (torch.bfloat16,)),
+    "gated_residual_rms_norm_modulate": ("fp32 residual", (torch.bfloat16,)),
+    "alignment_losses": ("bf16 features", (torch.float32,)),
+}
+NORMS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
+
+
+def trained_variant(op: str, dtype: torch.dtype) -> str:
+    """The variant that training runs, where the op's tensors are of this dtype."""
+    name, dtypes = VARIANTS.get(op, ("", ()))
+    return name if dtype in dtypes and name != "QK-norm" else ""
+
+
+def is_measured(op: str, dtype: torch.dtype, shapes: str, variant: str) -> bool:
+    """Whether there is a case of this variant. At the points of a sweep there is one: what training runs."""
+    if "/" in shapes:
+        return variant == trained_variant(op, dtype)
+    return variant in ("", VARIANTS[op][0] if op in VARIANTS and dtype in VARIANTS[op][1] else "")
+
+
 BATCH = {"cuda": dict(xl=128, l=128, b=256, s=256, tiny=2), "cpu": dict(xl=8, l=8, b=16, s=32, tiny=2)}
 # What rotates exceeds this many bytes: three times the L2 of a GPU, the usual last cache of a CPU.
 CPU_ROTATION = 64 * 2**20
@@ -56,6 +104,35 @@ class Case:
     shapes: str  # a key of PRESETS; then, if anything differs from it, batch, tokens and head dimension: "xl/B8/N1024/Dh64"
     dtype: torch.dtype
     device: str
+    variant: str = ""  # of VARIANTS
+
+    def __post_init__(self):
+        name, dtypes = VARIANTS.get(self.op, ("", ()))
+        if self.variant and (self.variant != name or self.dtype not in dtypes):
+            raise ValueError(f"variant: got {self.variant!r} of {self.op} in {self.dtype}, expected one of VARIANTS")
+
+    def options(self) -> dict:
+        """For example_inputs: dtypes that are not self.dtype, and which parts the op has."""
+        own = model_of(self.shapes.partition("/")[0]).blocks[0].attn.use_qknorm
+        options = dict(qk_norm=own or self.variant == "QK-norm")
+        if self.op not in NORMS or self.variant:
+            options |= dict(parameters=torch.float32)
+        if self.variant == "fp32 residual":
+            options |= dict(residual=torch.float32)
+        if self.variant == "bf16 features":
+            options |= dict(features=torch.bfloat16)
+        return options
+
+    def call(self, function: Callable) -> Callable:
+        """The function as it is called in training: next to an fp32 residual stream the results' dtype is that of autocast."""
+        if self.variant != "fp32 residual":
+            return function
+
+        def called(**inputs):
+            with torch.autocast(self.device, self.dtype):
+                return function(**inputs)
+
+        return called
 
     def sizes(self) -> dict[str, int]:
         """Sizes for example_inputs: images of 16 x 16 tokens; for the losses and group_norm_silu the tensors of the VA-VAE."""
@@ -82,7 +159,8 @@ class Case:
         return sizes | (dict(batch=point["B"]) if "B" in point else {})
 
     def __str__(self):
-        return f"{self.op}-{self.device}-{self.shapes}-{str(self.dtype).removeprefix('torch.')}"
+        name = f"{self.op}-{self.device}-{self.shapes}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{name}, {self.variant}" if self.variant else name
 
 
 def nbytes(*tensors: torch.Tensor) -> int:
@@ -370,7 +448,7 @@ def _prepare(provider, case, gate):
         return None, row | dict(status="unavailable", reason=reason)
     begin = time.perf_counter()
     try:
-        function = provider.build()
+        function = case.call(provider.build())
         gate(provider.name, function)
         synchronize(case.device)
         row |= dict(status="ok", first_call_s=round(time.perf_counter() - begin, 2))  # compiling, mostly
@@ -392,7 +470,7 @@ def reason_of(error: BaseException) -> str:
 
 def _contestants(case, inputs, cotangents, settings):
     """(provider, function or None, row) of everybody for this case, gated."""
-    truth, ours = truth_and_bounds(EAGER[case.op], inputs, FROZEN, cotangents)
+    truth, ours = truth_and_bounds(case.call(EAGER[case.op]), inputs, FROZEN, cotangents)
     # Others may add thousands of rows in any order: torch.compile's serial fp32 sum of a weight gradient is off by 24 ulp.
     others = {name: bound + 64 * torch.finfo(torch.float32).eps * truth[name].abs().max().item() for name, bound in ours.items()}
 
@@ -404,7 +482,7 @@ def _contestants(case, inputs, cotangents, settings):
 
 
 def _inputs(case, sizes):
-    inputs = example_inputs(case.op, **sizes, dtype=case.dtype, device=case.device)
+    inputs = example_inputs(case.op, **sizes, dtype=case.dtype, device=case.device, **case.options())
     if case.op == "group_norm_silu":
         inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
     return inputs
@@ -423,11 +501,14 @@ def _copies(inputs: dict, count: int) -> list[dict]:
 
 
 def run_case(benchmark, case: Case, settings) -> dict:
-    """Gates, measures and records one case. Returns its record, which also goes to settings.record() and to benchmark.extra_info."""
+    """Gates, measures and records one case; with settings.compile_only it only gates.
+
+    Returns: its record, which also goes to settings.record() and to benchmark.extra_info.
+    """
     cuda = case.device == "cuda"
     torch.compiler.reset()  # what other cases compiled would count towards the limit of recompilations
     inputs = _inputs(case, case.sizes())
-    probe = values_and_gradients(EAGER[case.op], inputs, FROZEN)
+    probe = values_and_gradients(case.call(EAGER[case.op]), inputs, FROZEN)
     counted = cost(case.op, inputs, probe)
     outputs = [value for name, value in probe.items() if name.startswith("out.")]
     cotangents = tuple(random_tensor(*out.shape, dtype=out.dtype, seed=90 + i, device=case.device) for i, out in enumerate(outputs))
@@ -444,6 +525,8 @@ def run_case(benchmark, case: Case, settings) -> dict:
 
     halved = [gate_sizes["batch"] >> halving for halving in range(gate_sizes["batch"].bit_length())]
     assert largest_by_trial(halved, gated, case.device, 0), "out of memory: the truth of not even one image fits"
+    if settings.compile_only:
+        return {}
 
     rotation = 3 * torch.cuda.get_device_properties(0).L2_cache_size if cuda else CPU_ROTATION
     sets = max(2, min(16, -(-rotation // nbytes(*(v for v in inputs.values() if isinstance(v, torch.Tensor)), *outputs))))
@@ -453,7 +536,7 @@ def run_case(benchmark, case: Case, settings) -> dict:
         leaves.clear()
         copies[:] = _copies(inputs, count)
         leaves.extend([v for v in copy.values() if isinstance(v, torch.Tensor) and v.requires_grad] for copy in copies)
-        steps(EAGER[case.op])["forward_backward"](0)
+        steps(case.call(EAGER[case.op]))["forward_backward"](0)
 
     def steps(function):
         def forward(index):
@@ -496,6 +579,7 @@ def run_case(benchmark, case: Case, settings) -> dict:
         if row["status"] == "ok":
             _summarise(row, [samples], counted)
     record = dict(kind="op", op=case.op, shapes=case.shapes, device=case.device, dtype=str(case.dtype).removeprefix("torch."))
+    record |= dict(variant=case.variant, dtypes={k: str(v.dtype).removeprefix("torch.") for k, v in inputs.items() if torch.is_tensor(v)})
     record |= dict(sizes=case.sizes(), counted=counted, sets=sets, load=os.getloadavg()[0], contestants=rows, processes=1)
     record |= dict(gate_batch=gate_sizes["batch"]) if gate_sizes != case.sizes() else {}
     record |= dict(samples_ms={f"{name}: {step}": list(map(short, times)) for (name, step), times in samples.items()})
@@ -619,6 +703,7 @@ class Settings:
     case_s: float  # aim for the measurement of one case
     sample_ms: float  # least length of one sample on CPU
     warmup_s: float
+    compile_only: bool = False  # of ops only the first calls
     long_rows: bool = True  # whether the alignment losses are also measured at 1,024 tokens
     records: list[dict] = dataclasses.field(default_factory=list)
     path: Path | None = None  # the results file, written anew with every record: what was measured before a crash stays
@@ -667,7 +752,7 @@ def pool(records: list[dict]) -> list[dict]:
     """
     groups = {}
     for record in records:
-        names = ("kind", "op", "shapes", "dtype", "tokens", "case", "part", "axis", "resident")
+        names = ("kind", "op", "shapes", "dtype", "variant", "tokens", "case", "part", "axis", "resident")
         key = tuple(str(record.get(name)) for name in names)
         groups.setdefault(key, []).append(record)
     return [_pooled(group) if len(group) > 1 and group[0]["kind"] == "op" else group[0] for group in groups.values()]

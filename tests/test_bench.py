@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 
 from bench import harness, providers
+from bench.step import RECIPE
+from lightningdit import config as configuration
+from lightningdit.model import LightningDiT
+from lightningdit.tokenizer.autoencoder import AutoencoderKL
+from lightningdit.tokenizer.losses import LatentProjection
+from lightningdit.tokenizer.training import Networks, backward
+from lightningdit.tokenizer.vavae import PRESETS as VAVAE_PRESETS
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, example_inputs, values_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
 
 
 @pytest.fixture
@@ -126,6 +135,112 @@ def test_ours_being_wrong_fails_the_benchmark(settings, monkeypatch, stopwatch):
     with pytest.raises(AssertionError, match="ours is not timed: out.0"):
         harness.run_case(stopwatch, case_of("swiglu"), settings)
     assert settings.records[0]["contestants"][1]["status"] == "incorrect", "and the row is kept"
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """What the operators of the project are called with: {op: [{argument: dtype of a tensor, or the value}]}. Sizes are no matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "lightningdit":
+            given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | (kwargs or {})
+            call = {name: value.dtype if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+            self.of.setdefault(op._schema.name.removeprefix("lightningdit::"), []).append(call)
+        return op(*args, **(kwargs or {}))
+
+
+def of_benchmark(op, dtype, variant):
+    case = harness.Case(op, "tiny", dtype, "cpu", variant)
+    with Calls() as calls:
+        case.call(OPS[op])(**harness._inputs(case, case.sizes()))
+    return calls.of[op][0]
+
+
+def distinct(calls):
+    return [dict(call) for call in dict.fromkeys(tuple(call.items()) for call in calls)]
+
+
+@pytest.fixture(scope="module")
+def of_training():
+    """The calls of a model of the recipe, tiny, in a training step with bf16 autocast."""
+    config = configuration.load(configuration.DiTConfig, RECIPE)
+    arguments = config.model_arguments() | dict(depth=3, hidden_size=32, num_heads=2, input_size=4)
+    model = LightningDiT(**arguments).train()
+    y = torch.zeros(2).long()
+    with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, arguments["in_channels"], 4, 4), torch.rand(2), y, y.bool())
+    return calls.of
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", ["rms_norm_modulate", "gated_residual_rms_norm_modulate", "rope_attention", "swiglu"])
+def test_an_op_is_measured_as_training_calls_it(op, of_training):
+    """Dtypes, which optional arguments are given, eps and the dtype of the result."""
+    variant = harness.trained_variant(op, torch.bfloat16)
+    assert distinct(of_training[op]) == [of_benchmark(op, torch.bfloat16, variant)]
+
+
+@needs_kernels
+def test_qk_norm_is_a_case_of_its_own_and_what_the_model_calls_with_it(of_training):
+    arguments = configuration.load(configuration.DiTConfig, RECIPE).model_arguments()
+    arguments |= dict(depth=1, hidden_size=32, num_heads=2, input_size=4, use_qknorm=True)
+    y = torch.zeros(2).long()
+    with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
+        LightningDiT(**arguments)(torch.randn(2, arguments["in_channels"], 4, 4), torch.rand(2), y, y.bool())
+    with_norm = of_benchmark("rope_attention", torch.bfloat16, "QK-norm")
+    assert calls.of["rope_attention"] == [with_norm]
+    assert of_training["rope_attention"][0]["q_weight"] is None
+    assert with_norm["q_weight"] == torch.float32
+
+
+@needs_kernels
+def test_the_tokenizers_ops_are_measured_as_training_calls_them():
+    nets = Networks(AutoencoderKL(**VAVAE_PRESETS["small-f8d16"]), LatentProjection(16, 256), bf16=True, channels_last=True)
+    x = torch.rand(2, 3, 16, 16)
+    features = torch.randn(2, 4, 256, dtype=torch.bfloat16)  # of a frozen encoder in bf16
+    with Calls() as calls:
+        backward(nets, x, torch.randn(2, 16, 2, 2), features, adversarial=False, perceptual_weight=0.0)
+    norms = distinct({name: value for name, value in call.items() if name != "num_groups"} for call in calls.of["group_norm_silu"])
+    measured = of_benchmark("group_norm_silu", torch.bfloat16, "")
+    assert norms == [{name: value for name, value in measured.items() if name != "num_groups"}]
+    (losses,) = distinct({name: call[name] for name in ("s", "weight", "f")} for call in calls.of["alignment_losses"])
+    aligned = of_benchmark("alignment_losses", torch.float32, harness.trained_variant("alignment_losses", torch.float32))
+    assert losses == {name: aligned[name] for name in losses}
+
+
+def test_shapes_are_those_of_the_models():
+    recipe = configuration.load(configuration.DiTConfig, RECIPE)
+    assert vars(recipe.model) | dict(depth=None) == vars(harness.model_config("xl")) | dict(depth=None)
+    assert harness.PRESETS["xl"] == (1152, 16, 3072)
+    assert harness.BATCH["cuda"]["xl"] == recipe.micro_batch
+    sizes = harness.Case("swiglu", "xl", torch.bfloat16, "cuda").sizes()
+    assert sizes["rows"] == recipe.latent_size
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", harness.VARIANTS)
+def test_variants_are_measured(op, settings, stopwatch):
+    variant, dtypes = harness.VARIANTS[op]
+    record = harness.run_case(stopwatch, harness.Case(op, "tiny", dtypes[0], "cpu", variant), settings)
+    assert [row["status"] for row in record["contestants"]] == ["ok", "ok"]
+    assert record["variant"] == variant
+    if variant == "fp32 residual":
+        assert (record["dtypes"]["x"], record["dtypes"]["scale"], record["dtypes"]["weight"]) == ("float32", "bfloat16", "float32")
+        plain = harness.run_case(stopwatch, case_of(op, torch.bfloat16), settings)
+        assert record["counted"]["forward"]["bytes"] > plain["counted"]["forward"]["bytes"]
+
+
+def test_an_op_without_the_variant_has_no_case_of_it():
+    with pytest.raises(ValueError, match="variant: got 'QK-norm' of swiglu"):
+        harness.Case("swiglu", "tiny", torch.bfloat16, "cpu", "QK-norm")
+    assert harness.is_measured("rms_norm_modulate", torch.bfloat16, "xl", "")
+    assert not harness.is_measured("rms_norm_modulate", torch.bfloat16, "xl/B8", "")
+    assert harness.is_measured("rms_norm_modulate", torch.bfloat16, "xl/B8", "fp32 residual")
+    assert not harness.is_measured("rms_norm_modulate", torch.float32, "xl", "fp32 residual")
+    assert not harness.is_measured("rope_attention", torch.bfloat16, "xl/N1024", "QK-norm")
 
 
 class RunsOut:
