@@ -7,8 +7,8 @@ from bench.harness import Case, parametrize, run_case
 
 
 @parametrize("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss")
-def bench_alignment(benchmark, settings, op, dtype, shapes):
-    run_case(benchmark, Case(op, shapes, dtype, settings.device), settings)
+def bench_alignment(benchmark, settings, op, dtype, shapes, variant):
+    run_case(benchmark, Case(op, shapes, dtype, settings.device, variant), settings)
 
 
 @pytest.mark.parametrize("op", ["marginal_distance_matrix_loss", "alignment_losses"])

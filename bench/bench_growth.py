@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 
 from bench import step  # noqa: E402
 from bench.harness import Timer, gpu_state, interleave, quantile, reason_of, rounds_for, short, synchronize  # noqa: E402
-from lightningdit.plan import largest_by_trial  # noqa: E402
+from lightningdit.memory import is_out_of_memory, largest_by_trial  # noqa: E402
 
 HEAD_DIM = 64
 AXES = ("batch", "tokens", "width", "depth")
@@ -45,30 +45,39 @@ def measure(point: dict[str, int], settings) -> list[dict]:
     """A row a contestant at one point; {"name", "reason"} for one that does not fit the GPU, or fails."""
     device = settings.device
     config = step.configure("tiny" if settings.shapes == ("tiny",) else "s", device, heads=point["width"] // HEAD_DIM, **point)
-    trainer = step.Trainer(config, device)
-    batch, timers, rows = trainer.batch(), {}, []
+    try:
+        trainer = step.Trainer(config, device)
+        batch = trainer.batch()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return [dict(name=one.name, reason="out of memory") for one in CONTESTANTS]
+    timers, rows, lost = {}, [], {}
     for one in CONTESTANTS:
-        try:
+        row = dict(name=one.name)
+        rows.append(row)
+
+        def attempt(_, one=one, row=row):
             model = trainer.build(one)
-            fits = largest_by_trial([config.batch_size], lambda _, model=model: trainer.step(model, batch))
+
+            def run(i):
+                trainer.step(model, batch)
+                synchronize(device)
+
+            timer = Timer(run, 1, "cpu", settings.sample_ms)
+            row["peak_mib"] = short(trainer.peak_mib(model, batch))
+            timers[one.name] = timer
+
+        try:
+            if not largest_by_trial([config.batch_size], attempt, device):
+                lost[one.name] = "out of memory"
         except RuntimeError as error:  # the other points and the other contestant are worth having without it
-            rows.append(dict(name=one.name, reason=reason_of(error)))
-            continue
-        if not fits:
-            rows.append(dict(name=one.name, reason="out of memory"))
-            continue
-
-        def run(i, model=model):
-            trainer.step(model, batch)
-            synchronize(device)
-
-        timers[one.name] = Timer(run, 1, "cpu", settings.sample_ms)
-        rows.append(dict(name=one.name, peak_mib=short(trainer.peak_mib(model, batch))))
-    samples = interleave(timers, rounds_for(timers, settings), warmup_s=min(1.0, settings.warmup_s))
+            lost[one.name] = reason_of(error)
+    samples = interleave(timers, rounds_for(timers, settings, lost), warmup_s=min(1.0, settings.warmup_s), lost=lost)
     for row in rows:
         if times := samples.get(row["name"]):
             row |= {key: short(quantile(times, share)) for key, share in (("median_ms", 0.5), ("p20_ms", 0.2), ("p80_ms", 0.8))}
-    return rows
+    return [dict(name=row["name"], reason=lost[row["name"]]) if row["name"] in lost else row for row in rows]
 
 
 EXPONENTS = (0.05, 4.0)  # that a fit chooses from, and that an interval may reach before it counts as open

@@ -147,8 +147,11 @@ def bench_sampling(benchmark, settings, shapes):
                 synchronize(device)
 
             timers[name] = Timer(timed, 1, "cpu", settings.sample_ms)  # by the wall clock on GPUs too
-        samples = interleave(timers, 1 if dry else rounds_for(timers, settings), benchmark, 0)
+        lost = {}
+        samples = interleave(timers, 1 if dry else rounds_for(timers, settings, lost), benchmark, 0, lost=lost)
     for row in rows:
+        if row["name"] in lost:
+            row |= dict(status="failed", reason=lost[row["name"]])
         if row["name"] in samples:
             official_ms = [ms * row["count"] / few for ms in samples["official way, fp32, batch 4"]]  # of as many images
             one = summary(samples[row["name"]], dict(bytes=0, flops=0), official_ms)

@@ -7,14 +7,15 @@
 
 A step is that of train/dit.py (bench/step.py). Before it is timed a contestant must agree with the reference in fp32: the loss and every
 gradient, in fp32 to LOSS_TOLERANCE and GRADIENT_TOLERANCE, in bf16 to twice the error of the eager reference in bf16; and a profile must
-show the kernels that are switched on and no others. A batch that does not fit a contestant is halved for it; speed-ups are per image.
+show the kernels that are switched on and no others. The agreement is of at most GATE_IMAGES different images, which fill the batch.
+
+A batch that does not fit a contestant, with what all of them share and 3 GiB to spare, is halved for it; speed-ups are per image.
 FLOPs are the model's, three times the forward's. Matrix products take turns with the steps: "of product" is of their rate in this run.
 Peak memory is what a step allocates on top of weights, optimizer and average, which all share (state_mib). The first step is timed in a
 fresh process with empty compiler caches; the first call, which finds them as that process left them, is the model's and step's in this one.
 """
 
 import functools
-import gc
 import os
 import time
 
@@ -26,14 +27,15 @@ from bench.harness import Monitor, Timer, gpu_state, interleave, ran, reason_of,
 from bench.providers import serving
 from bench.scaling import PEAK_TFLOPS
 from lightningdit.images import digits, to_pixels
+from lightningdit.memory import is_out_of_memory, largest_by_trial
 from lightningdit.model import forward_flops
-from lightningdit.plan import largest_by_trial
 from lightningdit.tokenizer.vavae import load_tokenizer
 from lightningdit_kernels.testing import random_tensor
 
 REFERENCE = "reference eager"
 GEMM = dict(cuda=8192, cpu=1024)
 STEPS_A_SAMPLE, PRODUCTS = dict(cuda=5, cpu=1), dict(cuda=20, cpu=1)
+GATE_IMAGES = 32  # whose truth is computed, and for which the eager reference must fit the GPU, however small the batch that is timed
 COLD = ("reference compiled", "ours compiled")  # whose first step is timed in a fresh process
 OVERLAY_STEPS, OVERLAY_BATCH = dict(cuda=300, cpu=60), dict(cuda=128, cpu=8)
 # Of the mean difference of the two loss curves to the mean loss: rounding grows from step to step, and more in bf16.
@@ -41,20 +43,31 @@ OVERLAY_TOLERANCE = 0.01
 
 
 class Gate:
-    """The fp32 truth, and what the eager reference is off, for batches of several sizes."""
+    """The fp32 truth, and what the eager reference is off, for different images.
+
+    A larger batch repeats them: its mean loss and gradients are those of the images, and the graph that is compared is the one that is
+    timed. A contestant needs no more memory for it than for a step.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.of = functools.cache(self._of)
 
-    def _of(self, count):
-        batch = self.trainer.batch(count=count)
+    def _of(self, images):
+        batch = self.trainer.batch(count=images)
         truth = self.trainer.truth(batch)
         reference = self.trainer.build(step.Contestant("gate", step.ALL))
         return batch, truth, step.bounds(step.errors(self.trainer.gradients(reference, batch), truth))
 
+    @staticmethod
+    def images(count):
+        """How many different images a batch of `count` is made of: its largest divisor up to GATE_IMAGES."""
+        return next(images for images in range(min(count, GATE_IMAGES), 0, -1) if count % images == 0)
+
     def __call__(self, name, model, count):
-        batch, truth, bounds = self.of(count)
+        images = self.images(count)
+        batch, truth, bounds = self.of(images)
+        batch = {name: value.repeat(count // images, *[1] * (value.dim() - 1)) for name, value in batch.items()}
         errors = step.errors(self.trainer.gradients(model, batch), truth)
         wrong = [f"{key} is off by {errors[key]:.2g} > {bounds[key]:.2g}" for key in bounds if not errors[key] <= bounds[key]]
         if wrong:
@@ -62,29 +75,55 @@ class Gate:
         return {key: short(value) for key, value in errors.items()}
 
 
-def prepare(trainer, gate, contestant, device, official):
-    """(model, its batch, row) of a contestant that may be timed, or (None, None, row with the reason). Changes no weights."""
+def prepare(trainer, gate, contestant, device, official=None, most=None):
+    """(model, its batch, row) of a contestant that may be timed, or (None, None, row with the reason). Changes no weights.
+
+    Args: official: makes the model in place of the contestant. most: images of a batch, instead of the configuration's.
+    """
     row = dict(name=contestant.name, status="ok")
     try:
         begin = time.perf_counter()
         model = trainer.share(official()) if official else trainer.build(contestant)
-        sizes = [trainer.config.batch_size >> halving for halving in range(trainer.config.batch_size.bit_length())]
-        count = largest_by_trial(sizes, lambda count: trainer.step(model, trainer.batch(count=count), skip=True))
-        assert count, "not even one image fits"
-        synchronize(device)
-        row |= dict(batch=count, first_call_s=round(time.perf_counter() - begin, 2), errors=gate(contestant.name, model, count))
-        batch = trainer.batch(count=count)
-        seen = ran(lambda: trainer.step(model, batch, skip=True), device)
-        if not official:
-            contestant.prove(seen, device)
-        row |= dict(peak_mib=round(trainer.peak_mib(model, batch), 1), ran=[one for one in seen if one.startswith("lightningdit::")])
-        return model, batch, row
+
+        def attempt(count):  # all that comes before the rounds: whatever does not fit, a smaller batch may
+            batch = trainer.batch(count=count)
+            trainer.step(model, batch, skip=True)
+            synchronize(device)
+            row.update(batch=count, first_call_s=round(time.perf_counter() - begin, 2))
+            row.update(errors=gate(contestant.name, model, count), gate_images=gate.images(count))
+            seen = ran(lambda: trainer.step(model, batch, skip=True), device)
+            if not official:
+                contestant.prove(seen, device)
+            row.update(peak_mib=round(trainer.peak_mib(model, batch), 1), ran=[one for one in seen if one.startswith("lightningdit::")])
+
+        most = most or trainer.config.batch_size
+        count = largest_by_trial([most >> halving for halving in range(most.bit_length())], attempt, device)
+        if not count:
+            return None, None, dict(name=contestant.name, status="failed", reason="out of memory: not even one image fits")
+        return model, trainer.batch(count=count), row
     except AssertionError as error:
         return None, None, row | dict(status="incorrect", reason=str(error))
     except Exception as error:
         if contestant.name == REFERENCE:  # nothing is timed without it; without ours the others are
             raise
         return None, None, row | dict(status="failed", reason=reason_of(error))
+
+
+def measure(runs, timed, product, settings, benchmark, monitor):
+    """(samples, rounds, states of the monitor, {name: reason} of who ran out of memory, for what all of them hold at once)."""
+    timers, lost, states = {}, {}, []
+    for name in (*runs, "product"):
+        try:
+            timers[name] = Timer(product, 1, "cpu", settings.sample_ms) if name == "product" else timed(name)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            lost[name] = reason_of(error)
+    rounds = rounds_for(timers, settings, lost)
+    observe = monitor and (lambda: states.append(monitor.sample()))
+    samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe, lost)
+    assert "product" in samples, lost.get("product")
+    return samples, rounds, states, lost
 
 
 def products(device, dtype, size):
@@ -119,6 +158,8 @@ def bench_step(benchmark, settings, shapes, part, request):
     cold = {one.name: step.first_step(one.name, shapes, device) for one in chosen if part == "ladder" and one.name in COLD}
     trainer = step.Trainer(step.configure(shapes, device), device)
     config, gate, runs, rows = trainer.config, Gate(trainer), {}, []
+    size, dtype = 64 if tiny else GEMM[device], torch.bfloat16 if trainer.bf16 else torch.float32
+    multiply, product_flops = products(device, dtype, size)  # there before memory is tried
     for one in [*chosen, *[step.Contestant("official", compiled=True)] * (official is not None)]:
         ours = next((row for row in rows if row["name"] == "ours compiled" and row["status"] == "ok"), None)
         if device == "cuda" and one.off == ("attention",) and ours and not any("rope_attention" in name for name in ours["ran"]):
@@ -131,8 +172,6 @@ def bench_step(benchmark, settings, shapes, part, request):
             runs[one.name] = model, batch
     if official is None and part == "ladder":
         rows.append(dict(name="official", status="unavailable", reason="needs --official PATH, a checkout of the official code"))
-    gate.of.cache_clear()
-    gc.collect()
 
     def timed(name):
         def run(i):
@@ -144,12 +183,18 @@ def bench_step(benchmark, settings, shapes, part, request):
 
     assert REFERENCE in runs, f"{REFERENCE} is not timed, and nothing without it: {rows[:1]}"
     flops, per_sample = 3 * forward_flops(trainer.model), 1 if tiny else STEPS_A_SAMPLE[device]
-    size, dtype = 64 if tiny else GEMM[device], torch.bfloat16 if trainer.bf16 else torch.float32
-    multiply, product_flops = products(device, dtype, size)
-    timers = {name: timed(name) for name in runs} | {"product": Timer(multiply, 1, "cpu", settings.sample_ms)}
-    monitor, states = Monitor() if device == "cuda" else None, []
-    rounds = rounds_for(timers, settings)
-    samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe=monitor and (lambda: states.append(monitor.sample())))
+    monitor = Monitor() if device == "cuda" else None
+    samples, rounds, states, lost = measure(runs, timed, multiply, settings, benchmark, monitor)
+    while REFERENCE in lost:  # nothing is worth a time without it
+        (reference,), half = [one for one in chosen if one.name == REFERENCE], len(runs.pop(REFERENCE)[1]["t"]) // 2
+        assert half, f"{REFERENCE}: {lost[REFERENCE]}"
+        model, batch, rows[0] = prepare(trainer, gate, reference, device, most=half)
+        assert model is not None, f"{REFERENCE}: {rows[0]['reason']}"
+        runs = {REFERENCE: (model, batch)} | runs
+        samples, rounds, states, lost = measure(runs, timed, multiply, settings, None, monitor)
+    for row in rows:
+        if row["name"] in lost:
+            row |= dict(status="failed", reason=lost[row["name"]])
     gemm = summary(samples["product"], dict(bytes=0, flops=product_flops), samples["product"])
     samples = {name: [ms / per_sample for ms in times] for name, times in samples.items() if name != "product"}
     reference_batch = next(row["batch"] for row in rows if row["name"] == REFERENCE)
@@ -175,7 +220,7 @@ def bench_step(benchmark, settings, shapes, part, request):
         record |= dict(rounds={key: [one.get(key) for one in states[-rounds:]] for key in states[-1]})
     benchmark.extra_info.update(record)
     settings.record(record)
-    wrong = [row for row in record["left_out"] if row["status"] != "unavailable" and row["name"] != "official"]
+    wrong = {row["name"]: row["reason"] for row in record["left_out"] if row["status"] != "unavailable" and row["name"] != "official"}
     assert not wrong, wrong
 
 

@@ -6,7 +6,8 @@ Everybody has the same weights. "fp32 eager" is the official way: fp32, contiguo
 as train/vavae.py trains and as tokenizers are used: on CUDA bf16 autocast, channels_last and compiled level by level, on a CPU fp32 and
 channels_last.
 "diffusers" is AutoencoderKL of that package, made from the same weights; its strongest form on CUDA has bf16, channels_last and
-torch.compile. Before it is timed a contestant must agree with fp32 eager to TOLERANCES; ours must show its kernels in a profile.
+torch.compile. Before it is timed a contestant must agree with fp32 eager to TOLERANCES, on at most GATE_IMAGES images; ours must show its
+kernels in a profile. Who runs out of memory gets half the batch.
 
 On CUDA f16d32 at 256 pixels, aligned with DINOv2-L, whose weights, as LPIPS's, are random here: speed does not depend on them. On a CPU a
 small tokenizer of 8 pixels a latent position, with random numbers for features and without LPIPS.
@@ -24,8 +25,8 @@ import lightningdit.tokenizer.autoencoder
 import lightningdit.tokenizer.losses
 from bench.harness import Timer, gpu_state, identify, interleave, ran, reason_of, rounds_for, short, summary, synchronize
 from bench.providers import EAGER, serving
-from bench.step import copy_of
-from lightningdit.plan import largest_by_trial
+from bench.step import allocate_state, copy_of
+from lightningdit.memory import SPARE, largest_by_trial
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
 from lightningdit.tokenizer.foundation import load_encoder
 from lightningdit.tokenizer.losses import PatchDiscriminator, perceptual_loss
@@ -36,6 +37,7 @@ from lightningdit_kernels.testing import DEFINITIONS
 # Preset, pixels a side, images in a training step and in encoding or decoding, channels of the features.
 SIZES = dict(cuda=("f16d32", 256, 32, 64, 1024), cpu=("small-f8d16", 64, 4, 8, 384), tiny=("small-f8d16", 16, 2, 2, 256))
 BASELINE = "fp32 eager"
+GATE_IMAGES = 32
 # Relative, in L2 norm: of moments and pixels, of the loss's terms, of all gradients together.
 TOLERANCES = dict(fp32=dict(output=1e-4, terms=1e-4, gradient=1e-3), bf16=dict(output=5e-2, terms=5e-2, gradient=1e-1))
 
@@ -83,6 +85,8 @@ class StepContestant:
     def __init__(self, plain, device, size):
         self.nets, self.features = networks(plain, device, size), feature_source(plain, device, size)
         self.optimizers = [torch.optim.Adam(module.parameters(), betas=(0.5, 0.9), fused=True) for _, module in self.nets.trained()]
+        for optimizer in self.optimizers:
+            allocate_state(optimizer)
         self.lpips = device == "cuda"
 
     def backward(self, pixels, noise, features=None):
@@ -110,22 +114,36 @@ def halved(batch):
 
 
 def race(benchmark, settings, case, runs, batch, gate, left_out, precision, **more):
-    """Times runs[name](count), count images of the batch or as many as fit, in turns. gate(name) returns by how much the contestant
+    """Times runs[name](count), count images of the batch or as many as fit, in turns. gate(name, count) returns by how much the contestant
     differs, or raises AssertionError."""
-    device, rows, timers = settings.device, [], {}
+    device, rows, timers, lost = settings.device, [], {}, {}
+
+    def timer_of(name, count):
+        def timed(i):
+            runs[name](count)
+            synchronize(device)
+
+        return Timer(timed, 1, "cpu", settings.sample_ms)  # by the wall clock on GPUs too
+
     for name, run in runs.items():
         row = dict(name=name, status="ok", precision=precision[name])
         rows.append(row)
-        try:
-            row["differences"] = gate(name)
-            row["batch"] = count = largest_by_trial(halved(batch), run)
-            assert count, "not even one image fits"
+
+        def attempt(count, name=name, run=run, row=row):
+            if "differences" not in row:  # a run changes the weights, even one that fails half-way
+                row["differences"] = gate(name, count)
+            run(count)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seen = ran(lambda run=run, count=count: run(count), device)
+            seen = ran(lambda: run(count), device)
             identify(name, "", serving("group_norm_silu", device), seen)
             if device == "cuda":
-                row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+                row["peak_mib"] = round((torch.cuda.max_memory_allocated() - SPARE) / 2**20, 1)
+            timers[name], row["batch"] = timer_of(name, count), count
+
+        try:
+            if not largest_by_trial(halved(batch), attempt, device):
+                row |= dict(status="failed", reason="out of memory: not even one image fits")
         except AssertionError as error:
             row |= dict(status="incorrect", reason=str(error))
             continue
@@ -133,16 +151,17 @@ def race(benchmark, settings, case, runs, batch, gate, left_out, precision, **mo
             if name == BASELINE:  # nothing is timed without it; without the others the rest is
                 raise
             row |= dict(status="failed", reason=reason_of(error))
-            continue
-
-        def timed(i, run=run, count=count):
-            run(count)
-            synchronize(device)
-
-        timers[name] = Timer(timed, 1, "cpu", settings.sample_ms)  # by the wall clock on GPUs too
     by_name = {row["name"]: row for row in rows}
     assert by_name[BASELINE]["status"] == "ok", f"{BASELINE} is not timed, and nothing without it: {by_name[BASELINE]['reason']}"
-    samples = interleave(timers, rounds_for(timers, settings), benchmark, settings.warmup_s)
+    samples = interleave(timers, rounds_for(timers, settings, lost), benchmark, settings.warmup_s, lost=lost)
+    while BASELINE in lost:  # nothing is worth a time without it
+        half = by_name[BASELINE]["batch"] // 2
+        assert half, f"{BASELINE}: {lost[BASELINE]}"
+        by_name[BASELINE]["batch"] = half
+        lost, timers = {}, {name: timer_of(name, by_name[name]["batch"]) for name in (BASELINE, *timers)}
+        samples = interleave(timers, rounds_for(timers, settings, lost), None, settings.warmup_s, lost=lost)
+    for name, reason in lost.items():
+        by_name[name] |= dict(status="failed", reason=reason)
     for name, times in samples.items():
         row = by_name[name]
         per_image = row["batch"] / by_name[BASELINE]["batch"]
@@ -160,6 +179,13 @@ def race(benchmark, settings, case, runs, batch, gate, left_out, precision, **mo
     wrong = [row for row in record["left_out"] if row["status"] != "unavailable" and not row["name"].startswith("diffusers")]
     wrong += [row for row in record["left_out"] if row["status"] == "incorrect" and row not in wrong]
     assert not wrong, wrong
+
+
+@pytest.fixture(autouse=True)
+def fixed_shapes():
+    """A batch that had to be halved is compiled as it is, and not for any size."""
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
 
 
 def size_of(settings):
@@ -182,12 +208,12 @@ def bench_vavae_step(benchmark, settings):
         truth["of"] = pixels[:count], noise[:count], features
         truth["terms"], truth["gradient"] = found[BASELINE].measures(*truth["of"])
 
-    def gate(name):
+    def gate(name, count):
         terms, gradient = found[name].measures(*truth["of"])
         differences = dict(terms=distance(terms, truth["terms"]), gradient=distance(gradient, truth["gradient"]))
         return check(name, differences, precision[name])
 
-    assert largest_by_trial(halved(batch), measure), f"{BASELINE}: not even one image fits"
+    assert largest_by_trial(halved(min(batch, GATE_IMAGES)), measure, device), f"{BASELINE}: not even one image fits"
     runs = {name: lambda count, one=one: one(pixels[:count], noise[:count]) for name, one in found.items()}
     race(benchmark, settings, "step", runs, batch, gate, [], precision, preset=preset, pixels=side)
 
@@ -270,10 +296,16 @@ def bench_codec(benchmark, settings, case):
         inputs = torch.randn(batch, PRESETS[preset]["z_channels"], grid, grid, device=device, generator=generator)
     functions = {name: pair[case == "decode"] for name, pair in found.items()}
     with torch.no_grad():
-        truth = functions[BASELINE](inputs)
+        truth = {}
 
-        def gate(name):
-            return check(name, dict(output=distance(functions[name](inputs), truth)), precision[name])
+        def measure(count):
+            truth["output"] = functions[BASELINE](inputs[:count])
+
+        assert largest_by_trial(halved(min(batch, GATE_IMAGES)), measure, device), f"{BASELINE}: not even one image fits"
+
+        def gate(name, count):  # the batch that is timed: another one would be compiled once more
+            true = truth["output"][:count]
+            return check(name, dict(output=distance(functions[name](inputs[:count])[: len(true)], true)), precision[name])
 
         runs = {name: lambda count, f=f: f(inputs[:count]) for name, f in functions.items()}
         race(benchmark, settings, case, runs, batch, gate, left_out, precision, preset=preset, pixels=side)

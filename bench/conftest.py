@@ -25,6 +25,7 @@ def pytest_addoption(parser):
     group.addoption("--warmup-s", type=float, help="seconds of warm-up a case; default: 3 on CUDA, 0 on CPU")
     group.addoption("--official", type=Path, help="a checkout of github.com/hustvl/LightningDiT, for bench_step.py")
     group.addoption("--only", default="", help="contestants to keep, separated by commas: eager,ours")
+    group.addoption("--compile-only", action="store_true", help="of ops: end after everybody's first call, caches on disk filled")
     group.addoption("--rounds", type=int, default=20, help="most rounds of a case")
     group.addoption("--results", type=Path, help="the JSON file to write; default: bench/results/local/<device>_<date>.json")
 
@@ -48,6 +49,7 @@ def settings_of(config) -> harness.Settings:
             case_s=config.getoption("--case-s") or (20.0 if cuda else 2.0),
             sample_ms=0.1 if dry else 5.0,
             warmup_s=warmup_s,
+            compile_only=config.getoption("--compile-only"),
             long_rows=not config.getoption("--tokens"),
             path=config.getoption("--results") or LOCAL / f"{device}_{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H%M%S}.json",
         )
@@ -80,6 +82,9 @@ def pytest_generate_tests(metafunc):
     settings, ceiling = settings_of(config), metafunc.module.__name__.endswith("bench_ceilings")
     if "dtype" in fixtures and "dtype" not in fixed:
         metafunc.parametrize("dtype", dtypes_of(config), ids=lambda dtype: str(dtype).removeprefix("torch."))
+    if "variant" in fixtures:
+        ops = next(mark.args[1] for mark in metafunc.definition.iter_markers("parametrize") if mark.args[0] == "op")
+        metafunc.parametrize("variant", list(dict.fromkeys(["", *(harness.VARIANTS[op][0] for op in ops if op in harness.VARIANTS)])))
     if "batch" in fixtures:
         metafunc.parametrize("batch", numbers(config, "--batch", (128, 256) if settings.device == "cuda" else (2,)))
     if "shapes" in fixtures:
@@ -89,6 +94,15 @@ def pytest_generate_tests(metafunc):
             for letter, values in (("B", numbers(config, "--batch")), ("N", numbers(config, "--tokens")), ("Dh", heads)):
                 points += [[f"/{letter}{value}" for value in values]] if values else []
         metafunc.parametrize("shapes", list(map("".join, itertools.product(*points))))
+
+
+def pytest_collection_modifyitems(items):
+    """Not every op has every variant in every dtype."""
+    def wanted(item):
+        point = getattr(item, "callspec", None) and item.callspec.params
+        return not point or "variant" not in point or harness.is_measured(*(point[name] for name in ("op", "dtype", "shapes", "variant")))
+
+    items[:] = filter(wanted, items)
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 Correctness first: a contestant that is further from fp64 than twice eager PyTorch gets a reason in place of a time. All contestants of a
 case take turns, round after round, so that clocks, temperature and neighbours hit all of them alike; a speed-up is the median over the
 rounds of the ratio within a round. Inputs rotate through copies that together exceed the last cache. On CUDA the copies are run inside
-one CUDA graph and timed by events, on CPU by perf_counter. Bytes and FLOPs are counted from the shapes: those that one perfect pass needs.
-A contestant also has to prove who it is: one profiled run must show its operators or kernels, and not another's (`identify`).
+one CUDA graph and timed by events, the first of which waits until the GPU has all of it in its queue; on CPU by perf_counter. Bytes and
+FLOPs are counted from the shapes: those that one perfect pass needs. A contestant also has to prove who it is: one profiled run must show
+its operators or kernels, and not another's (`identify`). One that runs out of memory, whenever, loses its row.
 """
 
 import copy
@@ -30,15 +31,65 @@ import torch
 
 from bench.providers import EAGER, providers, serving
 from lightningdit.checkpoint import write_text
+from lightningdit.config import ModelConfig
+from lightningdit.memory import free_memory, is_out_of_memory, largest_by_trial
+from lightningdit.model import LightningDiT
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
+from lightningdit_kernels.tuning import cycles_to_enqueue, event_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "kernels/1"
 STEPS = ("forward", "backward", "forward_backward")
 
-# Width, heads, hidden size of the feed-forward. XL is LightningDiT-XL/1; tiny is for the tests of bench/ itself.
-PRESETS = {"xl": (1152, 16, 3072), "l": (1024, 16, 2730), "b": (768, 12, 2048), "s": (384, 6, 1024), "tiny": (32, 2, 64)}
+TINY = ModelConfig(None, 1, 32, 2, 1, mlp_ratio=3.0)  # for the tests of bench/ itself
+
+
+def model_config(preset: str) -> ModelConfig:
+    """A preset's model with one block: the one place that the ops' shapes and options come from."""
+    config = TINY if preset == "tiny" else ModelConfig(f"{preset.upper()}/1", depth=1)
+    config.resolve()
+    return config
+
+
+def model_of(preset: str) -> LightningDiT:
+    """Of model_config, on no device."""
+    arguments = {name: value for name, value in dataclasses.asdict(model_config(preset)).items() if name != "size"}
+    with torch.device("meta"):
+        return LightningDiT(**arguments)
+
+
+def _preset(preset):
+    block = model_of(preset).blocks[0]
+    return block.attn.qkv.in_features, block.attn.num_heads, block.mlp.w3.in_features
+
+
+# Width, heads, hidden size of the feed-forward. XL is LightningDiT-XL/1.
+PRESETS = {preset: _preset(preset) for preset in ("xl", "l", "b", "s", "tiny")}
+# What is measured of an op besides the model's options in tensors of one dtype with fp32 parameters, and in which dtypes. Norms: all in one
+# dtype, and as training has them, with a residual stream in fp32. Alignment: the frozen encoder's features in bf16.
+VARIANTS = {
+    "rope_attention": ("QK-norm", (torch.bfloat16, torch.float16, torch.float32)),
+    "rms_norm_modulate": ("fp32 residual", (torch.bfloat16,)),
+    "gated_residual_rms_norm_modulate": ("fp32 residual", (torch.bfloat16,)),
+    "alignment_losses": ("bf16 features", (torch.float32,)),
+}
+NORMS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
+
+
+def trained_variant(op: str, dtype: torch.dtype) -> str:
+    """The variant that training runs, where the op's tensors are of this dtype."""
+    name, dtypes = VARIANTS.get(op, ("", ()))
+    return name if dtype in dtypes and name != "QK-norm" else ""
+
+
+def is_measured(op: str, dtype: torch.dtype, shapes: str, variant: str) -> bool:
+    """Whether there is a case of this variant. At the points of a sweep there is one: what training runs."""
+    if "/" in shapes:
+        return variant == trained_variant(op, dtype)
+    return variant in ("", VARIANTS[op][0] if op in VARIANTS and dtype in VARIANTS[op][1] else "")
+
+
 BATCH = {"cuda": dict(xl=128, l=128, b=256, s=256, tiny=2), "cpu": dict(xl=8, l=8, b=16, s=32, tiny=2)}
 # What rotates exceeds this many bytes: three times the L2 of a GPU, the usual last cache of a CPU.
 CPU_ROTATION = 64 * 2**20
@@ -54,6 +105,35 @@ class Case:
     shapes: str  # a key of PRESETS; then, if anything differs from it, batch, tokens and head dimension: "xl/B8/N1024/Dh64"
     dtype: torch.dtype
     device: str
+    variant: str = ""  # of VARIANTS
+
+    def __post_init__(self):
+        name, dtypes = VARIANTS.get(self.op, ("", ()))
+        if self.variant and (self.variant != name or self.dtype not in dtypes):
+            raise ValueError(f"variant: got {self.variant!r} of {self.op} in {self.dtype}, expected one of VARIANTS")
+
+    def options(self) -> dict:
+        """For example_inputs: dtypes that are not self.dtype, and which parts the op has."""
+        own = model_of(self.shapes.partition("/")[0]).blocks[0].attn.use_qknorm
+        options = dict(qk_norm=own or self.variant == "QK-norm")
+        if self.op not in NORMS or self.variant:
+            options |= dict(parameters=torch.float32)
+        if self.variant == "fp32 residual":
+            options |= dict(residual=torch.float32)
+        if self.variant == "bf16 features":
+            options |= dict(features=torch.bfloat16)
+        return options
+
+    def call(self, function: Callable) -> Callable:
+        """The function as it is called in training: next to an fp32 residual stream the results' dtype is that of autocast."""
+        if self.variant != "fp32 residual":
+            return function
+
+        def called(**inputs):
+            with torch.autocast(self.device, self.dtype):
+                return function(**inputs)
+
+        return called
 
     def sizes(self) -> dict[str, int]:
         """Sizes for example_inputs: images of 16 x 16 tokens; for the losses and group_norm_silu the tensors of the VA-VAE."""
@@ -80,7 +160,8 @@ class Case:
         return sizes | (dict(batch=point["B"]) if "B" in point else {})
 
     def __str__(self):
-        return f"{self.op}-{self.device}-{self.shapes}-{str(self.dtype).removeprefix('torch.')}"
+        name = f"{self.op}-{self.device}-{self.shapes}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{name}, {self.variant}" if self.variant else name
 
 
 def nbytes(*tensors: torch.Tensor) -> int:
@@ -184,66 +265,107 @@ class Timer:
             for index in range(self.sets):
                 self.run(index)
 
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                all_sets()
+        torch.cuda.current_stream().wait_stream(stream)
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    all_sets()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails would leave its own stream the current one
-                with torch.cuda.graph(graph):
-                    all_sets()
-            replay, method = graph.replay, "CUDA graph"
-        except RuntimeError as error:  # something in it cannot be captured: launch times are then part of the figure
+            replay, method = capture(all_sets).replay, "CUDA graph"
+        except RuntimeError as error:  # something in it cannot be captured: gaps between launches may then be part of the figure
             torch.cuda.synchronize()
             replay, method = all_sets, f"events, not captured: {str(error).splitlines()[0][:120]}"
-
-        def sample() -> float:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / self.sets
-
-        return method, sample
+        cycles = cycles_to_enqueue(replay)
+        return method, lambda: event_ms(replay, cycles) / self.sets
 
 
-def rounds_for(timers: dict, settings) -> int:
-    """As many rounds as settings.case_s allows, within settings.rounds; the turn that finds out is also the first warm-up."""
+_pool = None  # of all graphs of the process: they are replayed one after the other, and nobody reads their results
+
+
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of run(). Its results are overwritten when another one is replayed.
+
+    A capture that fails raises, and leaves the current stream, the default generator, other graphs and the pool of the next capture in
+    order. PyTorch leaves its own stream the current one, the pool as one that is being recorded to, and the generator's state, with all
+    graphs that were captured with it, waiting for the end of the capture ("Offset increment outside graph capture"): so each capture
+    gets a state for itself.
+    """
+    global _pool
+    _pool = _pool or torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            with torch.cuda.graph(graph, pool=_pool):
+                run()
+    except Exception:
+        _pool = None
+        generator.graphsafe_set_state(before)
+        raise
+    return graph
+
+
+def turn(timers: dict, lost: dict[str, str] | None) -> dict[str, float]:
+    """A sample of every timer. One that runs out of memory is taken out of `timers`, its reason goes to `lost`; it raises without."""
+    samples = {}
+    for name in list(timers):
+        try:
+            samples[name] = timers[name].sample()
+        except RuntimeError as error:
+            if lost is None or not is_out_of_memory(error):
+                raise
+            lost[name] = reason_of(error)
+        if name not in samples:  # after the exception, whose traceback holds tensors
+            del timers[name]
+            free_memory("cuda" if torch.cuda.is_initialized() else "cpu")
+    return samples
+
+
+def rounds_for(timers: dict, settings, lost: dict[str, str] | None = None) -> int:
+    """As many rounds as settings.case_s allows, within settings.rounds; the turn that finds out is also the first warm-up.
+
+    Args: lost: as of turn().
+    """
     begin = time.perf_counter()
-    for timer in timers.values():
-        timer.sample()
+    turn(timers, lost)
     least, most = settings.rounds
     return max(least, min(most, int(settings.case_s / (time.perf_counter() - begin))))
 
 
-def interleave(timers: dict, rounds: int, benchmark=None, warmup_s: float = 0.0, observe: Callable[[], object] | None = None) -> dict:
+def interleave(
+    timers: dict,
+    rounds: int,
+    benchmark=None,
+    warmup_s: float = 0.0,
+    observe: Callable[[], object] | None = None,
+    lost: dict[str, str] | None = None,
+) -> dict:
     """rounds samples of every timer, taken in turns. With pytest-benchmark's fixture, one of its rounds is one turn of all.
 
-    observe is called after each turn, in the warm-up too.
+    observe is called after each turn, in the warm-up too. lost: as of turn(); who is in it is not in the result.
     """
     samples = {name: [] for name in timers}
 
-    def turn():
-        for name, timer in timers.items():
-            samples[name].append(timer.sample())
+    def one_turn():
+        for name, time_ms in turn(timers, lost).items():
+            samples[name].append(time_ms)
         if observe:
             observe()
 
     end = time.perf_counter() + warmup_s
     while time.perf_counter() < end:
-        turn()
+        one_turn()
     for times in samples.values():
         times.clear()
     if benchmark is None:
         for _ in range(rounds):
-            turn()
+            one_turn()
     else:
-        benchmark.pedantic(turn, rounds=rounds, iterations=1)
-    return samples
+        benchmark.pedantic(one_turn, rounds=rounds, iterations=1)
+    return {name: times for name, times in samples.items() if name in timers}
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -348,7 +470,7 @@ def _prepare(provider, case, gate):
         return None, row | dict(status="unavailable", reason=reason)
     begin = time.perf_counter()
     try:
-        function = provider.build()
+        function = case.call(provider.build())
         gate(provider.name, function)
         synchronize(case.device)
         row |= dict(status="ok", first_call_s=round(time.perf_counter() - begin, 2))  # compiling, mostly
@@ -370,7 +492,7 @@ def reason_of(error: BaseException) -> str:
 
 def _contestants(case, inputs, cotangents, settings):
     """(provider, function or None, row) of everybody for this case, gated."""
-    truth, ours = truth_and_bounds(EAGER[case.op], inputs, FROZEN, cotangents)
+    truth, ours = truth_and_bounds(case.call(EAGER[case.op]), inputs, FROZEN, cotangents)
     # Others may add thousands of rows in any order: torch.compile's serial fp32 sum of a weight gradient is off by 24 ulp.
     others = {name: bound + 64 * torch.finfo(torch.float32).eps * truth[name].abs().max().item() for name, bound in ours.items()}
 
@@ -382,7 +504,7 @@ def _contestants(case, inputs, cotangents, settings):
 
 
 def _inputs(case, sizes):
-    inputs = example_inputs(case.op, **sizes, dtype=case.dtype, device=case.device)
+    inputs = example_inputs(case.op, **sizes, dtype=case.dtype, device=case.device, **case.options())
     if case.op == "group_norm_silu":
         inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
     return inputs
@@ -401,27 +523,42 @@ def _copies(inputs: dict, count: int) -> list[dict]:
 
 
 def run_case(benchmark, case: Case, settings) -> dict:
-    """Gates, measures and records one case. Returns its record, which also goes to settings.record() and to benchmark.extra_info."""
+    """Gates, measures and records one case; with settings.compile_only it only gates.
+
+    Returns: its record, which also goes to settings.record() and to benchmark.extra_info.
+    """
     cuda = case.device == "cuda"
     torch.compiler.reset()  # what other cases compiled would count towards the limit of recompilations
     inputs = _inputs(case, case.sizes())
-    probe = values_and_gradients(EAGER[case.op], inputs, FROZEN)
+    probe = values_and_gradients(case.call(EAGER[case.op]), inputs, FROZEN)
     counted = cost(case.op, inputs, probe)
     outputs = [value for name, value in probe.items() if name.startswith("out.")]
-    cotangents = tuple(random_tensor(*out.shape, seed=90 + i).to(out) for i, out in enumerate(outputs))
+    cotangents = tuple(random_tensor(*out.shape, dtype=out.dtype, seed=90 + i, device=case.device) for i, out in enumerate(outputs))
     del probe
     gate_sizes = case.sizes()
     while gate_sizes["batch"] > 1 and _elements(inputs) * gate_sizes["batch"] // case.sizes()["batch"] > GATE_ELEMENTS:
         gate_sizes["batch"] = max(1, gate_sizes["batch"] // 2)
-    if gate_sizes == case.sizes():
-        contestants = _contestants(case, inputs, cotangents, settings)
-    else:
-        contestants = _contestants(case, _inputs(case, gate_sizes), (), settings)
+    contestants = []
+
+    def gated(batch):  # the truth and eager's may not fit: their fp64 takes a multiple
+        gate_sizes["batch"] = batch
+        whole = gate_sizes == case.sizes()
+        contestants[:] = _contestants(case, inputs if whole else _inputs(case, gate_sizes), cotangents if whole else (), settings)
+
+    halved = [gate_sizes["batch"] >> halving for halving in range(gate_sizes["batch"].bit_length())]
+    assert largest_by_trial(halved, gated, case.device, 0), "out of memory: the truth of not even one image fits"
+    if settings.compile_only:
+        return {}
 
     rotation = 3 * torch.cuda.get_device_properties(0).L2_cache_size if cuda else CPU_ROTATION
     sets = max(2, min(16, -(-rotation // nbytes(*(v for v in inputs.values() if isinstance(v, torch.Tensor)), *outputs))))
-    copies = _copies(inputs, sets)
-    leaves = [[v for v in copy.values() if isinstance(v, torch.Tensor) and v.requires_grad] for copy in copies]
+    copies, leaves = [], []
+
+    def copied(count):  # with room for a step of eager beside them
+        leaves.clear()
+        copies[:] = _copies(inputs, count)
+        leaves.extend([v for v in copy.values() if isinstance(v, torch.Tensor) and v.requires_grad] for copy in copies)
+        steps(case.call(EAGER[case.op]))["forward_backward"](0)
 
     def steps(function):
         def forward(index):
@@ -433,7 +570,9 @@ def run_case(benchmark, case: Case, settings) -> dict:
 
         return dict(forward=forward, forward_backward=forward_backward)
 
-    timers, rows = {}, []
+    sets = largest_by_trial(sorted({sets, sets // 2, 2, 1}, reverse=True), copied, case.device)
+    assert sets, f"out of memory: not even one copy of the inputs and a step of eager fit {case}"
+    timers, rows, lost = {}, [], {}
     for provider, function, row in contestants:
         rows.append(row)
         if function is None:
@@ -451,14 +590,18 @@ def run_case(benchmark, case: Case, settings) -> dict:
     rows_by_name = {row["name"]: row for row in rows}
     eager = rows_by_name.get("eager", dict(status="not asked for", reason="--only must name it"))
     assert eager["status"] == "ok", f"eager is not timed, and nothing without it: {eager['reason']}"
-    rounds = rounds_for(timers, settings)
+    rounds = rounds_for(timers, settings, lost)
     monitor, states = Monitor() if cuda else None, []
     state = gpu_state() if cuda else {}
-    samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe=monitor and (lambda: states.append(monitor.sample())))
+    samples = interleave(timers, rounds, benchmark, settings.warmup_s, monitor and (lambda: states.append(monitor.sample())), lost)
+    for (name, step), reason in lost.items():
+        rows_by_name[name] |= dict(status="failed", reason=f"{step}: {reason}")
+    assert eager["status"] == "ok", f"eager is not timed, and nothing without it: {eager['reason']}"
     for row in rows:
         if row["status"] == "ok":
             _summarise(row, [samples], counted)
     record = dict(kind="op", op=case.op, shapes=case.shapes, device=case.device, dtype=str(case.dtype).removeprefix("torch."))
+    record |= dict(variant=case.variant, dtypes={k: str(v.dtype).removeprefix("torch.") for k, v in inputs.items() if torch.is_tensor(v)})
     record |= dict(sizes=case.sizes(), counted=counted, sets=sets, load=os.getloadavg()[0], contestants=rows, processes=1)
     record |= dict(gate_batch=gate_sizes["batch"]) if gate_sizes != case.sizes() else {}
     record |= dict(samples_ms={f"{name}: {step}": list(map(short, times)) for (name, step), times in samples.items()})
@@ -582,6 +725,7 @@ class Settings:
     case_s: float  # aim for the measurement of one case
     sample_ms: float  # least length of one sample on CPU
     warmup_s: float
+    compile_only: bool = False  # of ops only the first calls
     long_rows: bool = True  # whether the alignment losses are also measured at 1,024 tokens
     records: list[dict] = dataclasses.field(default_factory=list)
     path: Path | None = None  # the results file, written anew with every record: what was measured before a crash stays
@@ -630,7 +774,7 @@ def pool(records: list[dict]) -> list[dict]:
     """
     groups = {}
     for record in records:
-        names = ("kind", "op", "shapes", "dtype", "tokens", "case", "part", "axis", "resident")
+        names = ("kind", "op", "shapes", "dtype", "variant", "tokens", "case", "part", "axis", "resident")
         key = tuple(str(record.get(name)) for name in names)
         groups.setdefault(key, []).append(record)
     return [_pooled(group) if len(group) > 1 and group[0]["kind"] == "op" else group[0] for group in groups.values()]

@@ -27,15 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
 from bench.harness import cpu_name, quantile, write  # noqa: E402
+from bench.step import allocate_state  # noqa: E402
 from lightningdit import optim  # noqa: E402
 from lightningdit.checkpoint import write_text  # noqa: E402
 from lightningdit.config import DiTConfig, finish, from_dict, read_yaml  # noqa: E402
 from lightningdit.distributed import generator_for, pick_device  # noqa: E402
 from lightningdit.guard import Guard  # noqa: E402
 from lightningdit.log import environment  # noqa: E402
+from lightningdit.memory import largest_by_trial  # noqa: E402
 from lightningdit.model import LightningDiT, to_float8  # noqa: E402
 from lightningdit.optional import progress_bar  # noqa: E402
-from lightningdit.training import losses, open_latents, open_tokenizer, redraw_batch, set_lr, validate  # noqa: E402
+from lightningdit.training import losses, micro_batches, open_latents, open_tokenizer, redraw_batch, set_lr, validate  # noqa: E402
 
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
 UNMEASURED = "not yet measured on a GPU"
@@ -154,6 +156,7 @@ class Trainer:
         self.average = optim.EMA(self.model, settings.ema, settings.ema_warmup, average)
         self.optimizer = optim.build_optimizer(self.model, settings.lr, settings.betas, settings.eps, settings.weight_decay, settings.state,
                                                settings.name, settings.muon_momentum)
+        allocate_state(self.optimizer)
         self.guard = Guard(self.optimizer, device=device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.use_bf16(device))
         self.model.train()
@@ -162,19 +165,28 @@ class Trainer:
         batch = redraw_batch(self.config, self.tokenizer, self.train_set, step, self.device)
         return {name: tensor for name, tensor in batch.items() if name != "indices"}
 
-    def step(self, step, batch):
-        """(loss, verdict) of update `step` (0-based), on the device."""
+    def step(self, step, batch, skip=False):
+        """(loss, verdict) of update `step` (0-based), on the device. skip: leave weights and moments as they are, at the same cost."""
+        try:
+            return self._step(step, batch, skip)
+        finally:  # of a backward that ran out of memory, too
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, step, batch, skip):
         set_lr(self.optimizer, step, self.config)
-        loss = sum(term.mean() for term in losses(self.config, self.model, self.autocast, **batch).values())
-        loss.backward()
+        loss, parts = 0, micro_batches(self.config, batch)
+        for part in parts:
+            share = sum(term.mean() for term in losses(self.config, self.model, self.autocast, **part).values()) / len(parts)
+            share.backward()
+            loss = loss + share.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if self.config.optim.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_grad_norm, norm)
-        verdict = self.guard.judge(loss, norm)
+        verdict = self.guard.judge(loss, norm, skip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(step)
-        return loss.detach(), verdict
+        if not skip:
+            self.average.update(step)
+        return loss, verdict
 
     def memory_mib(self):
         """Counted after a step: what stays (weights, average, optimizer), and what a forward pass keeps for the backward."""
@@ -187,20 +199,38 @@ class Trainer:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = losses(self.config, self.model, self.autocast, **self.batch(0))
+            loss = losses(self.config, self.model, self.autocast, **micro_batches(self.config, self.batch(0))[0])
         for tensor in stay:
             kept.pop(tensor.untyped_storage().data_ptr(), None)
         del loss
         return dict(state_mib=round(sum(t.nbytes for t in stay) / 2**20, 3), kept_mib=round(sum(kept.values()) / 2**20, 3))
 
 
+def fit(*trainers):
+    """Sets the largest micro-batch (the batch, halved so often) with which every trainer makes its step while all of them are there.
+
+    Raises: torch.OutOfMemoryError where one image does not fit.
+    """
+    whole = trainers[0].config.batch_size
+
+    def attempt(micro):
+        torch._dynamo.reset()  # a second size would be compiled for any size
+        for trainer in trainers:
+            trainer.config.micro_batch = micro
+            trainer.step(0, trainer.batch(0), skip=True)
+
+    if not largest_by_trial([whole >> n for n in range(whole.bit_length()) if whole % 2**n == 0], attempt, trainers[0].device):
+        raise torch.OutOfMemoryError("not even one image fits")
+
+
 def loss_stage(size, lever, precision, seed, device, data, tokenizer, progress=True):
     """One training: the curve as means over `every` steps, the last validation loss of the average, memory."""
+    config = configuration(size, lever, precision, seed, **where(data, tokenizer))
+    trainer, curve, verdicts = Trainer(config, *data_of(size, data, tokenizer, device), device), [], []
+    fit(trainer)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    config = configuration(size, lever, precision, seed, **where(data, tokenizer))
-    trainer, curve, verdicts = Trainer(config, *data_of(size, data, tokenizer, device), device), [], []
     begin, name = time.perf_counter(), f"{lever}, {precision}, seed {seed}"
     for step in progress_bar(range(config.steps), desc=name, disable=not progress, mininterval=1):
         loss, verdict = trainer.step(step, trainer.batch(step))
@@ -211,7 +241,7 @@ def loss_stage(size, lever, precision, seed, device, data, tokenizer, progress=T
     every = max(1, config.steps // POINTS)
     means = torch.stack(curve).float().cpu()[: config.steps // every * every].view(-1, every).mean(1)
     row |= dict(every=every, curve=[round(value, 5) for value in means.tolist()], left_out=int((torch.stack(verdicts) != 0).sum()))
-    row |= dict(validation=round(sum(validation.values()), 6))
+    row |= dict(validation=round(sum(validation.values()), 6), micro_batch=config.micro_batch)
     if device.type == "cuda":
         row |= dict(peak_mib=round(torch.cuda.max_memory_allocated() / 2**20, 1))
     return row | trainer.memory_mib()
@@ -224,6 +254,7 @@ def speed_stage(size, lever, precision, device, data, tokenizer):
     for name in (BASELINE, lever):
         trainer = Trainer(configuration(size, name, precision, **options), *data_of(size, data, tokenizer, device), device)
         sides[name] = trainer, trainer.batch(0)
+    fit(*(trainer for trainer, _ in sides.values()))
     seconds = {name: [] for name in sides}
     for number in range(-1, rounds):  # the first round is to warm up
         for name in sides if number % 2 else reversed(sides):
@@ -236,8 +267,8 @@ def speed_stage(size, lever, precision, device, data, tokenizer):
             if number >= 0:
                 seconds[name].append((time.perf_counter() - begin) / steps)
     baseline_s, lever_s = ([float(f"{value:.5g}") for value in seconds[name]] for name in (BASELINE, lever))
-    return dict(lever=lever, precision=precision, batch_size=trainer.config.batch_size, steps_a_round=steps, baseline_s=baseline_s,
-                lever_s=lever_s, load=round(os.getloadavg()[0], 2))
+    return dict(lever=lever, precision=precision, batch_size=trainer.config.batch_size, micro_batch=trainer.config.micro_batch,
+                steps_a_round=steps, baseline_s=baseline_s, lever_s=lever_s, load=round(os.getloadavg()[0], 2))
 
 
 def stages(device):

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightningdit_kernels import backends
 from lightningdit_kernels.attention import head_norm_ref, rope_ref
+from lightningdit_kernels.library import result_dtype
 from lightningdit_kernels.testing import DEFINITIONS, OPS
 
 HALF = (torch.bfloat16, torch.float16)
@@ -79,16 +80,27 @@ def _compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-# Plain compositions, as one would write them without this library.
+# Plain compositions, as one would write them without this library. Where parameters are fp32 and activations are not, they are what
+# autocast makes of the official code: a linear layer's bias in the activations' dtype, norms in fp32, and their result rounded for the
+# matrix product that takes it.
 
 
 def eager_norm(x, scale, shift=None, weight=None, eps=1e-6):
-    h = nnf.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale[:, None])
-    return h if shift is None else h + shift[:, None]
+    return _modulate(nnf.rms_norm(x, x.shape[-1:], weight, eps), scale, shift)
+
+
+def _modulate(h, scale, shift):
+    out_dtype = result_dtype(h)
+    h = h * (1 + scale[:, None])
+    return (h if shift is None else h + shift[:, None]).to(out_dtype)
+
+
+def _biased(y, bias):
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _add(x, y, gate, bias):
-    return x + gate[:, None] * (y if bias is None else y + bias)
+    return x + gate[:, None] * _biased(y, bias)
 
 
 def eager_gated_norm(x, y, gate, scale, shift=None, weight=None, eps=1e-6, bias=None):
@@ -97,13 +109,12 @@ def eager_gated_norm(x, y, gate, scale, shift=None, weight=None, eps=1e-6, bias=
 
 
 def eager_swiglu(packed, bias=None):
-    packed = packed if bias is None else packed + bias
-    gate, up = packed.chunk(2, dim=-1)
+    gate, up = _biased(packed, bias).chunk(2, dim=-1)
     return nnf.silu(gate) * up
 
 
 def eager_group_norm_silu(x, weight, bias, num_groups, eps=1e-6):
-    return nnf.silu(nnf.group_norm(x, num_groups, weight, bias, eps))
+    return nnf.silu(nnf.group_norm(x.to(weight.dtype), num_groups, weight, bias, eps)).to(x.dtype)
 
 
 EAGER = DEFINITIONS | {
@@ -115,11 +126,6 @@ EAGER = DEFINITIONS | {
 
 
 # Peers of rms_norm_modulate and gated_residual_rms_norm_modulate: their RMSNorm between compiled pieces.
-
-
-def _modulate(h, scale, shift):
-    h = h * (1 + scale[:, None])
-    return h if shift is None else h + shift[:, None]
 
 
 def _norm_with(rms_norm: Callable, gated: bool) -> Callable:
@@ -205,8 +211,7 @@ def _liger_swiglu():
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     def function(packed, bias=None):
-        packed = packed if bias is None else packed + bias
-        return LigerSiLUMulFunction.apply(*packed.chunk(2, dim=-1))
+        return LigerSiLUMulFunction.apply(*_biased(packed, bias).chunk(2, dim=-1))
 
     return function
 
@@ -217,7 +222,7 @@ def _apex_group_norm():
     def function(x, weight, bias, num_groups, eps=1e-6):
         module = GroupNorm(num_groups, x.shape[1], eps=eps, act="silu").to(x.device, x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.func.functional_call(module, dict(weight=weight, bias=bias), (x,))
+        return torch.func.functional_call(module, dict(weight=weight.to(x.dtype), bias=bias.to(x.dtype)), (x,))
 
     return function
 

@@ -201,7 +201,8 @@ def region_op(results: Results, op: str) -> str:
     found = of_kind(results, "kernels")
     for record in report_kernels.op_records(found[1]["results"]) if found else ():
         contestants = report_kernels.timed(record)
-        if record["op"] == op and record["dtype"] == "float32" and not report_kernels.is_point(record) and "ours" in contestants:
+        wanted = record["op"] == op and record["dtype"] == "float32" and not report_kernels.is_point(record)
+        if wanted and record.get("variant", "") == "" and "ours" in contestants:
             found = {name: times(row["forward_backward"]["speedup"]) for name, row in contestants.items()}
             return f"{found['ours']} ({found.get('compiled', '-')})"
     return "not measured"

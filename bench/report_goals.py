@@ -42,7 +42,7 @@ def op_record(records: list[dict], op: str, cuda: bool, tokens: int) -> dict | N
                  and r["sizes"]["rows"] * r["sizes"]["columns"] == tokens]
     else:
         found = [r for r in found if r["dtype"] == "float32" and not report_kernels.is_point(r)]
-    return max(found, key=lambda r: r["sizes"]["batch"], default=None)
+    return max(found, key=lambda r: (report_kernels.is_as_trained(r), r["sizes"]["batch"]), default=None)
 
 
 def peers_of(record: dict) -> list[str]:

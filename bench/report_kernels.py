@@ -3,7 +3,9 @@
 import re
 import statistics
 
-from bench.harness import STEPS, short
+import torch
+
+from bench.harness import STEPS, short, trained_variant
 from bench.tables import Row, geometric_mean, markdown, number, origin, percent, times
 from lightningdit_kernels.testing import OPS
 
@@ -46,7 +48,25 @@ def ceilings(records: list[dict]) -> dict[str, float]:
 
 def op_records(records: list[dict]) -> list[dict]:
     order = list(OPS)
-    return sorted((r for r in records if r["kind"] == "op"), key=lambda r: (order.index(r["op"]), r["shapes"], r["dtype"] != "float32"))
+
+    def place(record):
+        return order.index(record["op"]), record["shapes"], record["dtype"] != "float32", record.get("variant", "")
+
+    return sorted((record for record in records if record["kind"] == "op"), key=place)
+
+
+def variant_of(record: dict) -> str:
+    """What was measured besides the model's options. Files from before there were variants have QK-norm in attention."""
+    return record.get("variant", "QK-norm" if record["op"] == "rope_attention" else "")
+
+
+def dtype_of(record: dict) -> str:
+    """The dtype, with the variant: "bfloat16, fp32 residual"."""
+    return ", ".join(filter(None, (record["dtype"], variant_of(record))))
+
+
+def is_as_trained(record: dict) -> bool:
+    return variant_of(record) == trained_variant(record["op"], getattr(torch, record["dtype"]))
 
 
 def shape_of(record: dict) -> str:
@@ -104,7 +124,7 @@ def sweep_tables(records: list[dict]) -> list[str]:
     """Per op, dtype and preset one table: a row for each point, forward + backward of everybody who was timed."""
     groups, lines = {}, []
     for record in filter(is_point, records):
-        groups.setdefault((record["op"], record["dtype"], record["shapes"].partition("/")[0]), []).append(record)
+        groups.setdefault((record["op"], dtype_of(record), record["shapes"].partition("/")[0]), []).append(record)
     for (op, dtype, preset), points in groups.items():
         points.sort(key=lambda record: [int(number) for number in re.findall(r"\d+", record["shapes"])])
         names = list(dict.fromkeys(row["name"] for record in points for row in record["contestants"] if row["status"] == "ok"))
@@ -143,7 +163,7 @@ def rows(run: dict) -> list[Row]:
             what, shape = ("copy", "fp32") if record["kind"] == "copy" else ("square matrix product", f"{row['name']} {record['dtype']}")
             found.append(Row(f"ceiling: {what}", shape, f"{number(amount / row['median_ms'])} {unit}", f"{spread} {unit}"))
     for record in (record for record in op_records(run["results"]) if not is_point(record)):
-        what, shape = f"{record['op']}, forward + backward", f"{shape_of(record)} {record['dtype']}"
+        what, shape = f"{record['op']}, forward + backward", f"{shape_of(record)} {dtype_of(record)}"
         contestants = timed(record)
         if "ours" not in contestants:
             reason = next((row["reason"] for row in record["contestants"] if row["name"] == "ours"), "not asked for")
@@ -192,7 +212,7 @@ def section(name: str, run: dict) -> list[str]:
     lines = [f"## {run.get('gpu') or 'CPU: ' + run['cpu']}", "", origin(name, run), "", *opening(run)]
     for record in op_records(records):
         if not is_point(record):
-            title = f"### {record['op']}, {record['dtype']}, {record['shapes'].upper()} {shape_of(record)}"
+            title = f"### {record['op']}, {dtype_of(record)}, {record['shapes'].upper()} {shape_of(record)}"
             lines += [title, "", *markdown(HEADER, op_rows(record, limits)), "", *absent(record)]
     lines += sweep_tables(op_records(records))
     for record in records:
@@ -215,7 +235,7 @@ cache holds. Bytes and FLOPs are those of one perfect pass. "backward" is what b
 "compiled" is torch.compile of the op's definition; "ours" is the public function, with the backend that serves it here. Speed-ups are over
 eager, medians of the ratios per round with a 95 % bootstrap interval; below 1 is a loss, and stays. "peak MiB" is what one forward +
 backward allocates at most, "launch us" how long the CPU is busy with enqueueing one on a GPU, "first call s" compilation and everything
-else that only the first one does."""
+else that only the first one does; on a GPU it finds on disk what was compiled ahead."""
 
 
 def document(runs: dict[str, dict]) -> str:
@@ -239,7 +259,7 @@ def figures(run: dict) -> dict:
     at, ticks = 0.0, {}
     for record, rows in groups:
         inside = [name for name in names if name in rows]
-        ticks[f"{record['op']}\n{record['dtype']} {record['shapes'].upper()}"] = at + (len(inside) - 1) / 2
+        ticks[f"{record['op']}\n{dtype_of(record)} {record['shapes'].upper()}"] = at + (len(inside) - 1) / 2
         for name in inside:
             row, color = rows[name], f"C{names.index(name)}"
             low, high = row["speedup"] - row["speedup_low"], row["speedup_high"] - row["speedup"]
@@ -271,7 +291,7 @@ def figures(run: dict) -> dict:
             if counted["flops"]:
                 marker = dict(eager="o", ours="s")[name]
                 axes.plot(counted["flops"] / counted["bytes"], row["tflop_per_s"], marker, color="C0" if name == "eager" else "C1")
-                text = f" {record['op']} {record['dtype']} {name}"
+                text = f" {record['op']} {dtype_of(record)} {name}"
                 axes.text(counted["flops"] / counted["bytes"], row["tflop_per_s"], text, fontsize=6, va="center")
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -291,7 +311,7 @@ def text_table(records: list[dict]) -> list[str]:
             rate = next(f"{row[key]:8.3g} {unit}" for key, unit in rates.items() if key in row)
             lines.append(f"{record['kind']:12} {record.get('dtype', ''):9} {row['name']:14} {row['median_ms']:10.4g} ms  {rate}")
     for record in op_records(records):
-        lines.append(f"{record['op']} {record['dtype']} {record['shapes']} {shape_of(record)} on {record['device']}")
+        lines.append(f"{record['op']} {dtype_of(record)} {record['shapes']} {shape_of(record)} on {record['device']}")
         for row in record["contestants"]:
             if row["status"] != "ok":
                 lines.append(f"  {row['name']:14} {row['status']}: {row['reason']}")

@@ -43,7 +43,7 @@ ALL = tuple(KERNELS)
 CPU_DEPTH, CPU_SHARE = 2, 8  # the depth, and by how much batches are smaller than those of single ops
 # Relative: of the loss, and of each parameter's gradient in L2 norm. Reached in fp32; in bf16 twice the error of eager PyTorch is allowed.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
-GATE_IMAGES = 8  # in one forward pass of the fp32 truth
+TRUTH_IMAGES = 8  # in one forward pass of the fp32 truth
 
 
 def copy_of(module: ModuleType, name: str, **functions) -> ModuleType:
@@ -137,6 +137,20 @@ def configure(shapes: str, device: str, **more) -> configuration.DiTConfig:
     return configuration.finish(config)
 
 
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes an optimizer's state, which its first step would make when the memory of a backward pass has been tried. Changes no weights.
+
+    Args: optimizer: one that leaves an update out where its `found_inf` is 1: PyTorch's fused ones, those of lightningdit.optim.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.ones((), device=parameter.device)
+    optimizer.step()
+    optimizer.found_inf = None
+    optimizer.zero_grad(set_to_none=True)
+
+
 class Trainer:
     """Weights, optimizer, average and guard of a run, which any number of models share.
 
@@ -152,6 +166,7 @@ class Trainer:
             torch.nn.init.normal_(layer.weight, std=0.02)
         self.average = optim.EMA(self.model, config.optim.ema)
         self.optimizer = optim.build_optimizer(self.model, config.optim.lr, config.optim.betas, config.optim.eps, config.optim.weight_decay)
+        allocate_state(self.optimizer)
         self.guard = Guard(self.optimizer, threshold=config.guard.threshold, window=config.guard.window, device=device)
         self.bf16 = config.use_bf16(self.device)
 
@@ -229,10 +244,11 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def truth(self, batch) -> dict[str, torch.Tensor]:
-        """What the reference gives in fp32, a few images at a time."""
-        self.config.micro_batch = min(GATE_IMAGES, len(batch["t"]))
+        """What the reference gives in fp32, a few images at a time; in the host's memory, so that it takes none from who is compared."""
+        self.config.micro_batch = min(TRUTH_IMAGES, len(batch["t"]))
         try:
-            return self.gradients(self.build(Contestant("truth", ALL)), batch, bf16=False)
+            found = self.gradients(self.build(Contestant("truth", ALL)), batch, bf16=False)
+            return {name: value.cpu() for name, value in found.items()}
         finally:
             self.config.micro_batch = None
 
@@ -243,10 +259,15 @@ def errors(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> di
     Gradients below a thousandth of the whole gradient's norm are compared with that.
     """
     assert found.keys() == truth.keys(), f"got gradients of {sorted(found.keys() ^ truth.keys())} on one side only"
-    norms = {name: value.norm() for name, value in truth.items() if name != "loss"}
-    least = 1e-3 * torch.stack(list(norms.values())).norm()
-    worst = torch.stack([(found[name] - truth[name]).norm() / torch.maximum(norm, least) for name, norm in norms.items()]).max()
-    return dict(loss=float((found["loss"] - truth["loss"]).abs() / truth["loss"].abs()), gradients=float(worst))
+    distances, norms = [], []
+    for name in truth.keys() - {"loss"}:
+        true = truth[name].to(found[name].device)
+        norms.append(true.norm())
+        distances.append((found[name] - true).norm())
+    norms = torch.stack(norms)
+    worst = (torch.stack(distances) / torch.maximum(norms, 1e-3 * norms.norm())).max()
+    loss = truth["loss"].to(found["loss"].device)
+    return dict(loss=float((found["loss"] - loss).abs() / loss.abs()), gradients=float(worst))
 
 
 def bounds(eager: dict[str, float]) -> dict[str, float]:

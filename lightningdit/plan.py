@@ -6,7 +6,6 @@ The activations are those that autograd keeps, to a few percent (a test counts t
 on a GPU.
 """
 import dataclasses
-import gc
 import math
 import os
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from . import images, latents, remote
 from .config import ModelConfig
 from .distributed import local_world_size, world
+from .memory import SPARE, largest_by_trial
 from .model import CHECKPOINTING, LightningDiT, SwiGLU, forward_flops
 
 CARDS = (24, 40, 80, 141)  # GB of 1e9 bytes. Cards hold about 6 % more, which is left to the CUDA context, workspaces and fragmentation
@@ -23,6 +23,7 @@ CARDS = (24, 40, 80, 141)  # GB of 1e9 bytes. Cards hold about 6 % more, which i
 LAYOUTS = {"one process, DDP": 1, "FSDP over 2": 2, "FSDP over 8, HSDP in nodes of 8": 8, "FSDP over 64": 64}
 MOMENTS = {"fp32": 8, "8bit": 2 * (1 + 4 / 256), "cpu": 0}  # bytes a trainable parameter of AdamW's state, on the device
 OFFLOADED = 16  # bytes a trainable parameter on the host with the state on the CPU: weights, gradients, two moments
+SPARE_SHARE = 0.05  # of a card, that a trial leaves free for fragmentation, which grows with what is allocated; but SPARE at least
 
 
 def activation_bytes(model, bytes_per_value, checkpointing=None):
@@ -104,7 +105,8 @@ def choose_micro_batch(model, share, mode, bf16, device, state="fp32"):
     """The largest divisor of `share` images that fits in one forward and backward pass: found by trial on CUDA, by the estimate elsewhere.
 
     Each process tries alone, so that one that runs out of memory leaves no other waiting for its messages; the smallest answer counts for
-    all. To be called with the whole model, before it is compiled (a trial must not fix shapes) and sharded.
+    all. To be called with the whole model, before it is compiled (a trial must not fix shapes) and sharded. What training adds to a pass,
+    moments and average, is not there yet: as many bytes are taken meanwhile, and SPARE or SPARE_SHARE of the card, whichever is more.
 
     Args: mode: what choose_parallel said. state: of the optimizer.
     Returns: (images, how it was found).
@@ -116,12 +118,10 @@ def choose_micro_batch(model, share, mode, bf16, device, state="fp32"):
     if device.type == "cuda":
         now = training_memory(model, 0, bf16)  # what a trial itself holds of it
         held = sum(size for name, size in now.items() if name != "EMA" and not name.startswith("optimizer"))
-        total = torch.cuda.get_device_properties(device).total_memory
-        # Room for what is not there yet, and 5 % for fragmentation.
-        ballast = torch.empty(int(max(0, sum(later.values()) - held) + 0.05 * total), dtype=torch.uint8, device=device)
-        size, how = largest_by_trial(sizes, lambda count: _try_pass(model, count, bf16, device)), "by trial"
-        del ballast
-        torch.cuda.empty_cache()
+        spare = max(SPARE, SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        taken = int(max(0, sum(later.values()) - held) + spare)
+        size = largest_by_trial(sizes, lambda count: _try_pass(model, count, bf16, device, 1 if count == share else 2), device, taken)
+        how = "by trial"
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
         most = (memory - sum(later.values())) / activation_bytes(model, 2 if bf16 else 4)
@@ -135,29 +135,20 @@ def choose_micro_batch(model, share, mode, bf16, device, state="fp32"):
     return size, how
 
 
-def largest_by_trial(sizes, attempt):
-    """The first of `sizes` for which attempt(size) does not raise torch.OutOfMemoryError, else 0. What a failed one held is freed."""
-    for size in sizes:
-        try:
-            attempt(size)
-            return size
-        except torch.OutOfMemoryError:
-            pass  # left before anything else is allocated: the traceback holds the tensors of the failed pass
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return 0
+def _try_pass(model, count, bf16, device, passes=1):
+    """Forward and backward passes of `count` images; leaves no gradients, whatever happens.
 
-
-def _try_pass(model, count, bf16, device):
-    """A forward and backward pass of `count` images; leaves no gradients, whatever happens."""
+    Args: passes: 2 as where gradients are accumulated, which are all there while the second pass has its activations.
+    """
     x = torch.zeros(count, model.in_channels, model.input_size, model.input_size, device=device)
     t, y = torch.full((count,), 0.5, device=device), torch.zeros(count, dtype=torch.int64, device=device)
     training = model.training
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            prediction = model.train()(x, t, y, y.bool())
-        prediction.float().square().sum().backward()
+        for _ in range(passes):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                prediction = model.train()(x, t, y, y.bool())
+            prediction.float().square().sum().backward()
+            del prediction
     finally:
         model.train(training).zero_grad(set_to_none=True)
 

@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 
 from bench import harness, providers
+from bench.step import RECIPE
+from lightningdit import config as configuration
+from lightningdit.model import LightningDiT
+from lightningdit.tokenizer.autoencoder import AutoencoderKL
+from lightningdit.tokenizer.losses import LatentProjection
+from lightningdit.tokenizer.training import Networks, backward
+from lightningdit.tokenizer.vavae import PRESETS as VAVAE_PRESETS
 from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, example_inputs, values_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
 
 
 @pytest.fixture
@@ -126,6 +135,198 @@ def test_ours_being_wrong_fails_the_benchmark(settings, monkeypatch, stopwatch):
     with pytest.raises(AssertionError, match="ours is not timed: out.0"):
         harness.run_case(stopwatch, case_of("swiglu"), settings)
     assert settings.records[0]["contestants"][1]["status"] == "incorrect", "and the row is kept"
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """What the operators of the project are called with: {op: [{argument: dtype of a tensor, or the value}]}. Sizes are no matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "lightningdit":
+            given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | (kwargs or {})
+            call = {name: value.dtype if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+            self.of.setdefault(op._schema.name.removeprefix("lightningdit::"), []).append(call)
+        return op(*args, **(kwargs or {}))
+
+
+def of_benchmark(op, dtype, variant):
+    case = harness.Case(op, "tiny", dtype, "cpu", variant)
+    with Calls() as calls:
+        case.call(OPS[op])(**harness._inputs(case, case.sizes()))
+    return calls.of[op][0]
+
+
+def distinct(calls):
+    return [dict(call) for call in dict.fromkeys(tuple(call.items()) for call in calls)]
+
+
+@pytest.fixture(scope="module")
+def of_training():
+    """The calls of a model of the recipe, tiny, in a training step with bf16 autocast."""
+    config = configuration.load(configuration.DiTConfig, RECIPE)
+    arguments = config.model_arguments() | dict(depth=3, hidden_size=32, num_heads=2, input_size=4)
+    model = LightningDiT(**arguments).train()
+    y = torch.zeros(2).long()
+    with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, arguments["in_channels"], 4, 4), torch.rand(2), y, y.bool())
+    return calls.of
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", ["rms_norm_modulate", "gated_residual_rms_norm_modulate", "rope_attention", "swiglu"])
+def test_an_op_is_measured_as_training_calls_it(op, of_training):
+    """Dtypes, which optional arguments are given, eps and the dtype of the result."""
+    variant = harness.trained_variant(op, torch.bfloat16)
+    assert distinct(of_training[op]) == [of_benchmark(op, torch.bfloat16, variant)]
+
+
+@needs_kernels
+def test_qk_norm_is_a_case_of_its_own_and_what_the_model_calls_with_it(of_training):
+    arguments = configuration.load(configuration.DiTConfig, RECIPE).model_arguments()
+    arguments |= dict(depth=1, hidden_size=32, num_heads=2, input_size=4, use_qknorm=True)
+    y = torch.zeros(2).long()
+    with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
+        LightningDiT(**arguments)(torch.randn(2, arguments["in_channels"], 4, 4), torch.rand(2), y, y.bool())
+    with_norm = of_benchmark("rope_attention", torch.bfloat16, "QK-norm")
+    assert calls.of["rope_attention"] == [with_norm]
+    assert of_training["rope_attention"][0]["q_weight"] is None
+    assert with_norm["q_weight"] == torch.float32
+
+
+@needs_kernels
+def test_the_tokenizers_ops_are_measured_as_training_calls_them():
+    nets = Networks(AutoencoderKL(**VAVAE_PRESETS["small-f8d16"]), LatentProjection(16, 256), bf16=True, channels_last=True)
+    x = torch.rand(2, 3, 16, 16)
+    features = torch.randn(2, 4, 256, dtype=torch.bfloat16)  # of a frozen encoder in bf16
+    with Calls() as calls:
+        backward(nets, x, torch.randn(2, 16, 2, 2), features, adversarial=False, perceptual_weight=0.0)
+    norms = distinct({name: value for name, value in call.items() if name != "num_groups"} for call in calls.of["group_norm_silu"])
+    measured = of_benchmark("group_norm_silu", torch.bfloat16, "")
+    assert norms == [{name: value for name, value in measured.items() if name != "num_groups"}]
+    (losses,) = distinct({name: call[name] for name in ("s", "weight", "f")} for call in calls.of["alignment_losses"])
+    aligned = of_benchmark("alignment_losses", torch.float32, harness.trained_variant("alignment_losses", torch.float32))
+    assert losses == {name: aligned[name] for name in losses}
+
+
+def test_shapes_are_those_of_the_models():
+    recipe = configuration.load(configuration.DiTConfig, RECIPE)
+    assert vars(recipe.model) | dict(depth=None) == vars(harness.model_config("xl")) | dict(depth=None)
+    assert harness.PRESETS["xl"] == (1152, 16, 3072)
+    assert harness.BATCH["cuda"]["xl"] == recipe.micro_batch
+    sizes = harness.Case("swiglu", "xl", torch.bfloat16, "cuda").sizes()
+    assert sizes["rows"] == recipe.latent_size
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", harness.VARIANTS)
+def test_variants_are_measured(op, settings, stopwatch):
+    variant, dtypes = harness.VARIANTS[op]
+    record = harness.run_case(stopwatch, harness.Case(op, "tiny", dtypes[0], "cpu", variant), settings)
+    assert [row["status"] for row in record["contestants"]] == ["ok", "ok"]
+    assert record["variant"] == variant
+    if variant == "fp32 residual":
+        assert (record["dtypes"]["x"], record["dtypes"]["scale"], record["dtypes"]["weight"]) == ("float32", "bfloat16", "float32")
+        plain = harness.run_case(stopwatch, case_of(op, torch.bfloat16), settings)
+        assert record["counted"]["forward"]["bytes"] > plain["counted"]["forward"]["bytes"]
+
+
+def test_an_op_without_the_variant_has_no_case_of_it():
+    with pytest.raises(ValueError, match="variant: got 'QK-norm' of swiglu"):
+        harness.Case("swiglu", "tiny", torch.bfloat16, "cpu", "QK-norm")
+    assert harness.is_measured("rms_norm_modulate", torch.bfloat16, "xl", "")
+    assert not harness.is_measured("rms_norm_modulate", torch.bfloat16, "xl/B8", "")
+    assert harness.is_measured("rms_norm_modulate", torch.bfloat16, "xl/B8", "fp32 residual")
+    assert not harness.is_measured("rms_norm_modulate", torch.float32, "xl", "fp32 residual")
+    assert not harness.is_measured("rope_attention", torch.bfloat16, "xl/N1024", "QK-norm")
+
+
+class RunsOut:
+    """A contestant whose calls run out of memory from the `first`-th on."""
+
+    def __init__(self, first):
+        self.left = first
+
+    def __call__(self, packed, bias=None):
+        self.left -= 1
+        if self.left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return providers.eager_swiglu(packed, bias)
+
+
+@pytest.mark.parametrize("first", [0, 1, 4, 9], ids=["in the gate", "in its profile", "as it is prepared", "among others"])
+def test_who_runs_out_of_memory_costs_the_others_nothing(first, settings, monkeypatch, stopwatch):
+    contestant(monkeypatch, "swiglu", RunsOut(first))
+    settings.only = ()
+    eager, peer = harness.run_case(stopwatch, case_of("swiglu"), settings)["contestants"]
+    assert eager["forward_backward"]["rounds"] == 2
+    assert peer["status"] == "failed"
+    assert "out of memory" in peer["reason"]
+    assert "forward" not in peer
+
+
+def test_a_truth_that_does_not_fit_is_of_fewer_images(settings, monkeypatch, stopwatch):
+    right = harness.truth_and_bounds
+
+    def small(eager, inputs, *rest):
+        if len(inputs["packed"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(eager, inputs, *rest)
+
+    monkeypatch.setattr(harness, "truth_and_bounds", small)
+    record = harness.run_case(stopwatch, harness.Case("swiglu", "tiny/B4", torch.float32, "cpu"), settings)
+    assert (record["sizes"]["batch"], record["gate_batch"]) == (4, 1)
+
+
+def test_fewer_copies_where_memory_is_short(settings, monkeypatch, stopwatch):
+    right = harness._copies
+
+    def small(inputs, count):
+        if count > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(inputs, count)
+
+    assert harness.run_case(stopwatch, case_of("swiglu"), settings)["sets"] == 16
+    monkeypatch.setattr(harness, "_copies", small)
+    assert harness.run_case(stopwatch, case_of("swiglu"), settings)["sets"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+def test_a_capture_that_fails_breaks_nothing():
+    """What PyTorch leaves behind: its own stream, a generator that waits for the capture's end, a pool that is being recorded to."""
+    stream, kept = torch.cuda.current_stream(), []
+    earlier = harness.capture(lambda: torch.randn(8, device="cuda"))
+    with pytest.raises(RuntimeError):
+        harness.capture(lambda: (torch.randn(8, device="cuda"), torch.cuda.current_stream().synchronize()))
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(8, device="cuda").shape == (8,)
+    graph = harness.capture(lambda: kept.append(torch.randn(8, device="cuda")))
+    for one in (earlier, graph, graph):
+        one.replay()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    timer = harness.Timer(lambda i: torch.randn(8, device="cuda").sum().item(), 2, "cuda")
+    assert timer.method.startswith("events, not captured")
+    assert timer.sample() > 0
+    assert harness.Timer(lambda i: torch.randn(8, device="cuda"), 2, "cuda").method == "CUDA graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+def test_graphs_share_their_memory():
+    def large():
+        return torch.empty(2**26, device="cuda").fill_(1.0)
+
+    first = harness.capture(large)
+    before = torch.cuda.memory_reserved()
+    second = harness.capture(large)
+    assert torch.cuda.memory_reserved() == before
+    first.replay()
+    second.replay()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("nvidia", [False, True])

@@ -130,6 +130,125 @@ def test_a_batch_that_does_not_fit_is_halved(settings, monkeypatch, stopwatch):
     assert ours["speedup"] == pytest.approx(sum(ratios) / 2, rel=1e-3)
 
 
+def runs_out(monkeypatch, where, who, when=lambda count: True, times=1000):
+    """trainer.<where> of the contestant raises torch.OutOfMemoryError, `times` times, for batches of which `when` holds: their sizes."""
+    right, seen = getattr(step.Trainer, where), []
+
+    def limited(self, model, batch, *rest, **options):
+        if who in type(model).__module__ and when(len(batch["t"])) and len(seen) < times:
+            seen.append(len(batch["t"]))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, model, batch, *rest, **options)
+
+    monkeypatch.setattr(step.Trainer, where, limited)
+    return seen
+
+
+@needs_kernels
+@pytest.mark.parametrize("where", ["step", "gradients", "peak_mib"])
+def test_the_reference_that_does_not_fit_is_halved(where, settings, monkeypatch, stopwatch):
+    """In its first step, in the gate, as its peak is measured. The gate's own reference computes the truth, one image at a time."""
+    seen = runs_out(monkeypatch, where, "reference_eager", lambda count: count > 1)
+    settings.only = ("reference eager", "ours eager")
+    bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
+    rows = {row["name"]: row["batch"] for row in settings.records[0]["rows"]}
+    assert rows == {"reference eager": 1, "ours eager": 2}
+    assert seen == [2]
+
+
+@needs_kernels
+@pytest.mark.parametrize("where", ["gradients", "peak_mib"])
+def test_a_contestant_that_never_fits_loses_its_row_alone(where, settings, monkeypatch, stopwatch):
+    runs_out(monkeypatch, where, "ours_eager")
+    settings.only = ("reference eager", "ours eager")
+    with pytest.raises(AssertionError, match="not even one image fits"):
+        bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
+    (record,) = settings.records
+    assert [row["name"] for row in record["rows"]] == ["reference eager"]
+    assert [(row["name"], row["status"]) for row in record["left_out"]] == [("ours eager", "failed")]
+
+
+def memory_runs_out_in_the_rounds(monkeypatch, who, after):
+    """Of one contestant, once it has been sampled `after` times, in batches of more than one image."""
+    original, sampled = harness.Timer._wall_ms, []
+
+    def limited(self):
+        cells = dict(zip(self.run.__code__.co_freevars, self.run.__closure__ or (), strict=True))
+        if "name" in cells and cells["name"].cell_contents == who:
+            count = len(cells["runs"].cell_contents[who][1]["t"])
+            sampled.append(count)
+            if count > 1 and len(sampled) > after:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self)
+
+    monkeypatch.setattr(harness.Timer, "_wall_ms", limited)
+    return sampled
+
+
+@needs_kernels
+@pytest.mark.parametrize("after", [0, 2], ids=["in the first turn", "between others"])
+def test_the_reference_that_runs_out_among_others_is_halved_and_the_rounds_begin_again(after, settings, monkeypatch, stopwatch):
+    sampled = memory_runs_out_in_the_rounds(monkeypatch, "reference eager", after)
+    settings.only = ("reference eager", "ours eager")
+    bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
+    rows = {row["name"]: row for row in settings.records[0]["rows"]}
+    assert list(rows) == list(settings.only)
+    assert (rows["reference eager"]["batch"], rows["ours eager"]["batch"]) == (1, 2)
+    assert sampled[: after + 1] == [2] * (after + 1)
+    assert all(len(times) == 2 for times in settings.records[0]["samples_ms"].values())
+
+
+@needs_kernels
+def test_who_runs_out_among_others_loses_its_row_alone(settings, monkeypatch, stopwatch):
+    memory_runs_out_in_the_rounds(monkeypatch, "ours eager", 1)
+    settings.only = ("reference eager", "ours eager")
+    with pytest.raises(AssertionError, match="CUDA out of memory"):
+        bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
+    (record,) = settings.records
+    assert [row["name"] for row in record["rows"]] == ["reference eager"]
+    assert record["rows"][0]["median_ms"] > 0
+    assert list(record["samples_ms"]) == ["reference eager"]
+
+
+@needs_kernels
+def test_a_large_batch_is_compared_on_few_images_that_fill_it(trainer):
+    gate = bench_step.Gate(trainer)
+    assert [gate.images(count) for count in (128, 96, 33, 32, 7)] == [32, 32, 11, 32, 7]
+    trainer.config.batch_size = 64
+    ours, seen = trainer.build(step.Contestant("ours eager")), []
+    handle = ours.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    errors = gate("ours eager", ours, 64)
+    handle.remove()
+    assert seen == [64], "the batch that is timed"
+    assert errors["gradients"] < step.GRADIENT_TOLERANCE
+    assert len(gate.of(32)[0]["t"]) == 32
+
+
+def test_moments_are_there_before_the_first_step_and_weights_unchanged(trainer):
+    state = trainer.optimizer.state
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {len(state[p]) for p in trained} == {3}
+    torch.manual_seed(trainer.config.seed)
+    again = lightningdit.model.LightningDiT(**trainer.config.model_arguments())
+    assert torch.equal(again.x_embedder.proj.weight, trainer.model.x_embedder.proj.weight)
+    assert all(not value.any() for p in trained for value in state[p].values())
+    assert all(p.grad is None for p in trained)
+
+
+def test_growth_without_memory_is_a_reason(settings, monkeypatch):
+    runs_out(monkeypatch, "step", "ours_eager")
+    point = dict(batch=1, tokens=16, width=64, depth=1)
+    reference, ours = bench_growth.measure(point, settings)
+    assert reference["median_ms"] > 0
+    assert ours == dict(name="ours eager", reason="out of memory")
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "Trainer", full)
+    assert [row["reason"] for row in bench_growth.measure(point, settings)] == ["out of memory"] * 2
+
+
 def test_official_code_takes_part_by_its_path(tmp_path, trainer):
     """A stand-in with the official interface: its own label dropout, and no argument for it."""
     config = trainer.config
@@ -223,6 +342,33 @@ def test_tokenizer_is_measured(case, settings, stopwatch):
     assert len(names) + len(record["left_out"]) == (2 if case == "step" else 3)
     for row in record["rows"]:
         assert all(math.isfinite(value) for value in row["differences"].values()) and row["images_per_s"] > 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("who", ["fp32 eager", "ours"])
+@pytest.mark.parametrize("case", ["step", "encode"])
+def test_a_tokenizer_that_does_not_fit_is_halved(case, who, settings, monkeypatch, stopwatch):
+    right, tried = bench_tokenizer.race, []
+
+    def limited(benchmark, settings, case, runs, *rest, **more):
+        run = runs[who]
+
+        def small(count):
+            tried.append(count)
+            if count > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return run(count)
+
+        return right(benchmark, settings, case, runs | {who: small}, *rest, **more)
+
+    monkeypatch.setattr(bench_tokenizer, "race", limited)
+    if case == "step":
+        bench_tokenizer.bench_vavae_step(stopwatch, settings)
+    else:
+        bench_tokenizer.bench_codec(stopwatch, settings, case)
+    rows = {row["name"]: row["batch"] for row in settings.records[0]["rows"]}
+    assert {name: batch for name, batch in rows.items() if not name.startswith("diffusers")} == {"fp32 eager": 2, "ours": 2} | {who: 1}
+    assert tried[:2] == [2, 1]
 
 
 @needs_kernels

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def script(*arguments):
 def test_stages_find_their_benchmarks():
     """One stage of every form; that none of the others names a file or an option that these do not."""
     forms = {"ceilings": 3, "gemms": 1, "alignment_3": 5, "norm_others_1": 4, "attention_sweep_256_72": 4, "step_xl_256_ladder": 1}
+    forms |= {"norm_1": 4, "attention_2": 2, "norm_sweep_256": 8, "alignment_others_1": 9}
     forms |= {"overlay": 1, "vavae_step": 1, "vavae_encode": 1, "sampling": 1, "images": 3, "latents": 2, "growth_width": 1}
     for name, arguments in gpu.STAGES.items():
         assert (ROOT / arguments[0]).is_file(), name
@@ -200,7 +202,7 @@ def test_no_test_loses_another(tmp_path):
     (tests / "test_other.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_other(): pass\n")
     (tests / "test_imports.py").write_text("import pytest, no_such_package\n@pytest.mark.gpu\ndef test_imports(): pass\n")
     (tests / "test_cpu.py").write_text("assert False, 'a file without CUDA tests is not imported'\n")
-    summary = gpu_tests.run(tests, out, 2, time.monotonic() + 120, test_s=12)
+    summary = gpu_tests.run(tests, out, 2, time.monotonic() + 120, test_s=12, compile_s=0)
     found = json.loads((out / "test_gpu.json").read_text())
     outcomes = {test.rpartition("::")[2] or test: line for test, line in found["tests"].items()}
     assert found["summary"] == summary
@@ -212,6 +214,77 @@ def test_no_test_loses_another(tmp_path):
     (absent,) = [line for test, line in found["tests"].items() if "test_imports" in test]
     assert absent["outcome"] == "failed" and "no_such_package" in absent["message"]
     assert len(found["tests"]) == len(wanted) + 1 and (summary["passed"], summary["failed"], summary["lost"]) == (5, 3, 2)
+
+
+AHEAD = """
+import os, time, pytest
+from lightningdit_kernels.testing import assert_matches_truth
+def note(what): open(os.environ["NOTES"], "a").write(what + "\\n")
+def op(x):
+    note(f"launched {x.item():g}")
+    return x * 2
+def wrong(x): return note("compared") or x * 3
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1.0, 2.0])
+def test_op(n):
+    import torch
+    assert_matches_truth(op, wrong, dict(x=torch.tensor(n)))
+@pytest.mark.gpu
+def test_crashes(): os._exit(9)
+"""
+
+
+def test_what_tests_launch_is_compiled_ahead_and_nothing_is_compared(tmp_path, monkeypatch):
+    """A crash costs nothing else, and the test's own result is of its own run."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\naddopts = --import-mode=importlib\n")
+    tests, notes = tmp_path / "tests", tmp_path / "notes"
+    (tests / "kernels").mkdir(parents=True)
+    (tests / "kernels" / "test_k.py").write_text(AHEAD)
+    monkeypatch.setenv("NOTES", str(notes))
+    (tmp_path / "late").mkdir()
+    ahead, _ = gpu_tests.compile_ahead(tests, tmp_path / "late", time.monotonic(), processes=2)
+    assert "passed" not in ahead["tests"], "no time, nothing compiled"
+    ahead, _ = gpu_tests.compile_ahead(tests, tmp_path, time.monotonic() + 120, processes=2)
+    assert ahead["processes"] == 2
+    assert ahead["tests"] == dict(passed=2, lost=1)
+    assert sorted(notes.read_text().splitlines()) == ["launched 1", "launched 2"], "once each, and no comparison"
+    notes.unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(gpu_tests.os, "cpu_count", lambda: 2)
+    summary = gpu_tests.run(tests, out, 1, time.monotonic() + 100, test_s=50)
+    found = json.loads((out / "test_gpu.json").read_text())
+    assert found["compiled_ahead"]["processes"] == 2
+    assert summary["failed"] == 2, "eager is another function: the tests' own run compares"
+    assert "compared" in notes.read_text()
+    assert "==== compile_1" in (out / "test_gpu.log").read_text()
+
+
+def test_ops_are_compiled_ahead_once_on_a_machine(tmp_path, monkeypatch):
+    """Stages that repeat one another once, in the time that there is, whatever becomes of them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ran, repeated = [], [name for name in gpu.STAGES if re.fullmatch(r"(norm|swiglu)_[123]", name)]
+
+    def run_limited(command, log, limit_s):
+        ran.append((command[3], "--compile-only" in command, limit_s))
+        return "stopped after 5 s" if "bench/bench_swiglu.py" in command else 0
+
+    monkeypatch.setattr(gpu, "run_limited", run_limited)
+    ahead = gpu.compile_ahead(repeated, tmp_path, 100, ["--device", "cuda"])
+    assert ahead["stages"] == {"norm_1": "0", "swiglu_1": "stopped after 5 s"}
+    assert [(file, only) for file, only, _ in sorted(ran)] == [("bench/bench_norm.py", True), ("bench/bench_swiglu.py", True)]
+    assert all(95 < limit_s <= 100 for *_, limit_s in ran)
+    assert gpu.compile_ahead(repeated, tmp_path, 100, ["--device", "cuda"]) is None
+    assert list(gpu.compile_ahead([*repeated, "norm_others_1"], tmp_path, 100, ["--device", "cuda"])["stages"]) == ["norm_others_1"]
+    assert len(gpu.compile_ahead(repeated, tmp_path, 100, ["--device", "cuda", "--shapes", "l"])["stages"]) == 2, "other shapes"
+
+
+def test_compiling_alone_measures_nothing(tmp_path):
+    results = tmp_path / "results.json"
+    dry = ["--benchmark-only", "--shapes", "tiny", "--device", "cpu", "--only", "eager,ours", "-q", "-p", "no:cacheprovider"]
+    done = script("-m", "pytest", "bench/bench_swiglu.py", *dry, "--compile-only", "--results", results)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not results.exists()
 
 
 def test_cuda_tests_are_found_and_shared_out(tmp_path):

@@ -24,6 +24,40 @@ def test_the_rule(changes, on_gpu, cpu):
     assert [levers.recommend(ROW | changes, where) for where in (True, False)] == [on_gpu, cpu]
 
 
+@pytest.mark.parametrize("most", [8, 3, 1])
+def test_the_micro_batch_that_fits_trains_as_the_whole_batch_does(most, monkeypatch):
+    cpu, right, sizes = torch.device("cpu"), levers.losses, []
+
+    def limited(config, model, autocast, x1, *rest, **batch):
+        if len(x1) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(x1))
+        return right(config, model, autocast, x1, *rest, **batch)
+
+    reference = levers.Trainer(levers.configuration("tiny", "AdamW", "fp32"), *levers.data_of("tiny", None, None, cpu), cpu)
+    whole, _ = reference.step(0, reference.batch(0))
+    trainer = levers.Trainer(levers.configuration("tiny", "AdamW", "fp32"), *levers.data_of("tiny", None, None, cpu), cpu)
+    monkeypatch.setattr(levers, "losses", limited)
+    levers.fit(trainer)
+    assert trainer.config.micro_batch == {8: 8, 3: 2, 1: 1}[most]
+    loss, _ = trainer.step(0, trainer.batch(0))
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    for one, other in zip(trainer.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert sizes[-1] == trainer.config.micro_batch
+
+
+def test_without_memory_for_one_image_a_stage_says_so(monkeypatch):
+    def full(*arguments, **batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cpu = torch.device("cpu")
+    trainer = levers.Trainer(levers.configuration("tiny", "AdamW", "fp32"), *levers.data_of("tiny", None, None, cpu), cpu)
+    monkeypatch.setattr(levers, "losses", full)
+    with pytest.raises(torch.OutOfMemoryError, match="not even one image"):
+        levers.fit(trainer)
+
+
 def test_median_and_its_interval():
     ratios = [1.0 + 0.01 * (i % 5) for i in range(25)]
     median, low, high = levers.median_and_interval(ratios)

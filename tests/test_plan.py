@@ -1,7 +1,9 @@
 """The estimate of memory against what autograd really keeps, and the tables made from it."""
+import contextlib
 import functools
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lightningdit.model
-from lightningdit import plan
+from lightningdit import memory, plan
 from lightningdit.config import ConfigError, DiTConfig, from_dict, parse
 from lightningdit.model import CHECKPOINTING, PRESETS, LightningDiT
 from lightningdit.optim import EMA, build_optimizer
@@ -170,7 +172,7 @@ def test_the_largest_micro_batch_by_trial(most, expected):
     model.most, model.tried = most, []
     sizes = [24, 12, 8, 6, 4, 3, 2, 1]
     cpu = torch.device("cpu")
-    assert plan.largest_by_trial(sizes, lambda count: plan._try_pass(model, count, False, cpu)) == expected
+    assert memory.largest_by_trial(sizes, lambda count: plan._try_pass(model, count, False, cpu), cpu) == expected
     assert model.tried == [n for n in sizes if n >= expected]
     assert not model.training and all(p.grad is None for p in model.parameters())
 
@@ -180,7 +182,64 @@ def test_other_errors_of_a_trial_pass_through():
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        plan.largest_by_trial([2, 1], attempt)
+        memory.largest_by_trial([2, 1], attempt, "cpu")
+
+
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_what_allocates_by_itself_runs_out_of_memory_in_its_own_words(message):
+    def attempt(count):
+        if count > 1:
+            raise RuntimeError(message)
+
+    assert memory.largest_by_trial([2, 1], attempt, "cpu") == 1
+
+
+def gradients_in_the_last_pass(model):
+    """Bytes of the gradients that were there in the last forward pass of a trial."""
+    seen = []
+
+    def watch(module, arguments):
+        seen.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+
+    handle = model.register_forward_pre_hook(watch)
+    return seen, handle
+
+
+def test_a_trial_of_a_part_of_the_batch_has_the_gradients_of_the_parts_before_it():
+    model = LightningDiT(**SMALL, hidden_size=16, num_heads=1, depth=1, **LIGHTNING)
+    seen, handle = gradients_in_the_last_pass(model)
+    plan._try_pass(model, 2, False, torch.device("cpu"), passes=2)
+    handle.remove()
+    assert seen == [0, sum(p.nbytes for p in model.parameters() if p.requires_grad)]
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("gigabytes, spare", [(24e9, memory.SPARE), (80e9, plan.SPARE_SHARE * 80e9)])
+def test_a_trial_leaves_room_for_moments_average_and_what_it_does_not_see(gigabytes, spare, monkeypatch):
+    model, taken = LightningDiT(**SMALL, hidden_size=16, num_heads=1, depth=1, **LIGHTNING), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes))
+    monkeypatch.setattr(plan, "_try_pass", lambda model, count, *rest: None)
+
+    @contextlib.contextmanager
+    def ballast(size, device):
+        taken.append(size)
+        yield
+
+    monkeypatch.setattr(memory, "ballast", ballast)
+    assert plan.choose_micro_batch(model, 8, "none", True, torch.device("cuda")) == (8, "by trial")
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) for least in (False, True))
+    assert taken == [int(8 * trained + 4 * total + spare)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+def test_ballast_is_taken_and_given_back():
+    before = torch.cuda.memory_allocated()
+    with memory.ballast(2**28, "cuda"):
+        inside = torch.cuda.memory_allocated()
+    assert inside == before + 2**28
+    assert torch.cuda.memory_allocated() == before
+    assert memory.largest_by_trial([1], lambda count: None, "cuda", spare=2**50) == 0
 
 
 def test_micro_batch_by_the_estimate(monkeypatch):

@@ -1,7 +1,6 @@
 """How an op is held to the truth, and on which shapes. Used by tests/ and by the gates of bench/; nothing else imports it."""
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ DEFINITIONS = {
     "swiglu": lambda packed, bias=None: swiglu_ref(packed, bias, result_dtype(packed)),
 }
 
-FROZEN = ("freqs", "f")  # arguments of ops that get no gradient
+FROZEN = ("positions", "freqs", "f")  # arguments of ops that get no gradient
 
 # (B, N, D) to test at: a small model, odd everywhere, a width over one block, one of each, nothing.
 TOKEN_SHAPES = [(2, 16, 192), (3, 63, 97), (1, 5, 1152), (1, 1, 1), (0, 4, 8), (2, 0, 8)]
@@ -44,35 +43,58 @@ def rope_frequencies(head_dim: int, device: str = "cpu") -> Tensor:
     return 10_000.0 ** -(torch.arange(head_dim // 4, device=device) / (head_dim // 4))
 
 
-def example_inputs(op: str, batch: int, rows: int, columns: int, width: int, heads: int, dtype=torch.float32, device="cpu") -> dict:
-    """Keyword arguments of an op for `batch` images of rows x columns tokens: every optional tensor is given, QK-norm and RoPE are on."""
+def example_inputs(
+    op: str,
+    batch: int,
+    rows: int,
+    columns: int,
+    width: int,
+    heads: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    parameters: torch.dtype | None = None,
+    residual: torch.dtype | None = None,
+    features: torch.dtype | None = None,
+    qk_norm: bool = True,
+) -> dict:
+    """Keyword arguments of an op for `batch` images of rows x columns tokens: every optional tensor is given, RoPE is on.
 
-    def tensor(*shape, seed):
+    Args: parameters, residual, features: dtypes of weights and biases, of the residual stream x, of the frozen f; None: dtype.
+    """
+
+    def tensor(*shape, seed, dtype=dtype):
         return random_tensor(*shape, dtype=dtype, seed=seed, device=device)
+
+    def parameter(*shape, seed):
+        return tensor(*shape, seed=seed, dtype=parameters or dtype)
+
+    def feature(*shape, seed):
+        return tensor(*shape, seed=seed, dtype=features or dtype)
 
     tokens, head_dim = rows * columns, width // heads
     match op:
         case "rms_norm_modulate" | "gated_residual_rms_norm_modulate":
-            inputs = dict(x=tensor(batch, tokens, width, seed=1))
+            inputs = dict(x=tensor(batch, tokens, width, seed=1, dtype=residual or dtype))
             if op.startswith("gated"):
-                inputs |= dict(y=tensor(batch, tokens, width, seed=2), gate=tensor(batch, width, seed=6), bias=tensor(width, seed=7))
-            weight = 1 + tensor(width, seed=5) / 4
+                inputs |= dict(y=tensor(batch, tokens, width, seed=2), gate=tensor(batch, width, seed=6), bias=parameter(width, seed=7))
+            weight = 1 + parameter(width, seed=5) / 4
             return inputs | dict(scale=tensor(batch, width, seed=3), shift=tensor(batch, width, seed=4), weight=weight)
         case "rope_attention":
-            rope = dict(positions=token_grid(rows, columns, device), freqs=rope_frequencies(head_dim, device))
-            norm = {f"{name}_weight": 1 + tensor(head_dim, seed=seed) / 4 for seed, name in enumerate("qk", 2)}
-            inputs = dict(qkv=tensor(batch, tokens, 3, heads, head_dim, seed=1), bias=tensor(3, heads, head_dim, seed=4))
+            rope = dict(positions=token_grid(rows, columns, device).float(), freqs=rope_frequencies(head_dim, device))
+            norm = {f"{name}_weight": 1 + parameter(head_dim, seed=seed) / 4 for seed, name in enumerate("qk", 2)} if qk_norm else {}
+            inputs = dict(qkv=tensor(batch, tokens, 3, heads, head_dim, seed=1), bias=parameter(3, heads, head_dim, seed=4))
             return inputs | rope | norm
         case "swiglu":
-            return dict(packed=tensor(batch, tokens, 2 * width, seed=1), bias=tensor(2 * width, seed=2))
+            return dict(packed=tensor(batch, tokens, 2 * width, seed=1), bias=parameter(2 * width, seed=2))
         case "alignment_losses":
             r = min(32, width // 2)
-            inputs = dict(s=tensor(batch, tokens, r, seed=1), weight=tensor(width, r, seed=3), f=tensor(batch, tokens, width, seed=2))
+            inputs = dict(s=tensor(batch, tokens, r, seed=1), weight=parameter(width, r, seed=3), f=feature(batch, tokens, width, seed=2))
             return inputs | dict(cos_margin=0.5, distmat_margin=0.05)
         case "marginal_cosine_loss" | "marginal_distance_matrix_loss":
-            return dict(z=tensor(batch, tokens, width, seed=1), f=tensor(batch, tokens, width, seed=2), margin=0.05)
+            return dict(z=tensor(batch, tokens, width, seed=1), f=feature(batch, tokens, width, seed=2), margin=0.05)
         case "group_norm_silu":
-            affine = dict(weight=1 + tensor(width, seed=2) / 4, bias=tensor(width, seed=3))
+            affine = dict(weight=1 + parameter(width, seed=2) / 4, bias=parameter(width, seed=3))
             return dict(x=tensor(batch, width, rows, columns, seed=1), num_groups=heads) | affine
     raise ValueError(f"op is {op!r}, expected one of {', '.join(OPS)}")
 
@@ -104,7 +126,7 @@ def values_and_gradients(op, inputs: dict, frozen: tuple[str, ...] = (), cotange
     wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
     generator = torch.Generator().manual_seed(0)
     cotangents = cotangents or [
-        random_tensor(*out.shape, dtype=out.dtype, seed=1000 + i, device=out.device) if _on_gpu(out.shape, out.device)
+        random_tensor(*out.shape, dtype=out.dtype, seed=1000 + i, device=out.device) if out.is_cuda
         else torch.randn(out.shape, generator=generator, dtype=torch.float64) for i, out in enumerate(outputs)
     ]
     cotangents = [cotangent.to(out.device, out.dtype) for cotangent, out in zip(cotangents, outputs, strict=True)]
@@ -170,13 +192,7 @@ def assert_matches_truth(op, eager, inputs: dict, frozen: tuple[str, ...] = ()) 
 
 
 def random_tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Standard normal numbers that do not depend on dtype, and up to LARGE of them not on the device: more are drawn on the GPU itself."""
-    where = device if _on_gpu(shape, device) else "cpu"
-    return torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), dtype=torch.float64, device=where).to(device, dtype)
-
-
-LARGE = 2**22  # one thread of a host draws 4e7 numbers a second: the inputs of one benchmark would take longer than measuring it
-
-
-def _on_gpu(shape, device) -> bool:
-    return torch.device(device).type == "cuda" and math.prod(shape) > LARGE
+    """Standard normal numbers that do not depend on dtype. They are drawn on the device: one thread of a host draws 4e7 a second, and the
+    inputs of one benchmark would take longer than measuring it."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=device).to(dtype)

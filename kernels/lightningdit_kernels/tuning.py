@@ -13,6 +13,7 @@ import logging
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,15 +127,39 @@ def _measure(op: str, name: str, candidates: Sequence[Config], bench: Callable[[
 def _time_ms(run: Callable[[], object], rounds: int = 20) -> float:
     for _ in range(3):
         run()  # compiles
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    cycles = cycles_to_enqueue(run)
+    return statistics.median(event_ms(run, cycles) for _ in range(rounds))
+
+
+HIGHEST_CLOCK_HZ = 3e9  # no GPU's is higher: a number of cycles lasts at least as long as at this clock
+LONGEST_SLEEP_S = 0.05
+
+
+def cycles_to_enqueue(run: Callable[[], object]) -> int:
+    """GPU cycles that last longer than the host takes to enqueue run(), for event_ms: twice the longest of three tries."""
+    taken = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
         run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        taken.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return int(min(2 * max(taken) + 20e-6, LONGEST_SLEEP_S) * HIGHEST_CLOCK_HZ)
+
+
+def event_ms(run: Callable[[], object], cycles: int) -> float:
+    """Milliseconds that the GPU takes for what run() enqueues.
+
+    The GPU first spins for `cycles`: by the time it gets to the start event all is enqueued. On an idle GPU the event would be over
+    before the first launch arrives, and the host's time would be in the figure.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(cycles)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def cache_folder() -> Path:

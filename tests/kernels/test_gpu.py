@@ -13,3 +13,22 @@ from lightningdit_kernels.testing import DEFINITIONS, FROZEN, OPS, assert_matche
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_matches_truth(op, shape, dtype):
     assert_matches_truth(OPS[op], DEFINITIONS[op], example_inputs(op, *shape, dtype, "cuda"), FROZEN)
+
+
+def under_autocast(function):
+    def called(**inputs):
+        with torch.autocast("cuda", torch.bfloat16):
+            return function(**inputs)
+
+    return called
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("shape", [(8, 16, 16, 1152, 16), (3, 7, 9, 144, 2)], ids=["xl", "odd"])
+@pytest.mark.parametrize("op", ["rms_norm_modulate", "gated_residual_rms_norm_modulate", "rope_attention", "swiglu", "group_norm_silu"])
+def test_cuda_matches_truth_in_the_dtypes_of_training(op, shape):
+    """bf16 activations, an fp32 residual stream, fp32 parameters."""
+    dtypes = dict(parameters=torch.float32, residual=torch.float32, qk_norm=False)
+    inputs = example_inputs(op, *shape, torch.bfloat16, "cuda", **dtypes)
+    assert_matches_truth(under_autocast(OPS[op]), under_autocast(DEFINITIONS[op]), inputs, FROZEN)

@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -396,7 +397,11 @@ def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
     assert seen == (1, (None, tensor, 1e-6)) and current == [0]
 
 
-def test_only_large_inputs_of_a_gpu_are_drawn_on_it():
-    """Elsewhere numbers are the same on every device; beyond LARGE one thread of the host would take longer than the measurement."""
-    cases = (((2048, 2048), "cuda"), ((2048, 2049), "cuda"), ((2048, 2049), "cpu"))
-    assert [testing._on_gpu(shape, device) for shape, device in cases] == [False, True, False]
+def test_inputs_are_drawn_on_their_device(monkeypatch):
+    """One thread of the host would take longer than the measurement."""
+    drawn = []
+    right = torch.randn
+    monkeypatch.setattr(torch, "Generator", lambda device: types.SimpleNamespace(manual_seed=lambda seed: (device, seed)))
+    monkeypatch.setattr(torch, "randn", lambda shape, generator, dtype, device: drawn.append((generator, device)) or right(shape))
+    testing.random_tensor(4, seed=5, device="cuda")
+    assert drawn == [(("cuda", 5), "cuda")]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -82,6 +83,32 @@ def test_autotune_is_off_unless_asked_for(cuda, monkeypatch):
     with pytest.raises(ValueError, match="LIGHTNINGDIT_AUTOTUNE is 'yes', expected 0 or 1"):
         pick("op", TABLE, CUDA, "wide", (1,), bench=lambda config: config)
     assert cuda == []
+
+
+def test_the_start_event_comes_when_the_gpu_is_busy(monkeypatch):
+    """All is enqueued behind a sleep that is longer than enqueueing took."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert tuning.event_ms(lambda: order.append("run"), 1) == 1.5
+    assert order == ["sleep", "event", "run", "event", "wait"]
+    cycles = tuning.cycles_to_enqueue(lambda: time.sleep(0.01))
+    assert 0.02 <= cycles / tuning.HIGHEST_CLOCK_HZ <= tuning.LONGEST_SLEEP_S
 
 
 def test_autotune_measures_once_and_remembers_across_processes(cuda, caplog):
