@@ -155,7 +155,8 @@ def bench_step(benchmark, settings, shapes, part, request):
         pytest.skip("no kernels of ours here: ours is the reference")
     official = request.config.getoption("--official") if part == "ladder" else None
     chosen = [one for one in step.contestants(device)[part] if not settings.only or one.name in settings.only]
-    cold = {one.name: step.first_step(one.name, shapes, device) for one in chosen if part == "ladder" and one.name in COLD}
+    limit_s = request.config.getoption("--first-step-s") or step.FIRST_STEP_S
+    cold = {one.name: step.first_step(one.name, shapes, device, limit_s) for one in chosen if part == "ladder" and one.name in COLD}
     trainer = step.Trainer(step.configure(shapes, device), device)
     config, gate, runs, rows = trainer.config, Gate(trainer), {}, []
     size, dtype = 64 if tiny else GEMM[device], torch.bfloat16 if trainer.bf16 else torch.float32

@@ -66,12 +66,12 @@ def networks(plain, device, size):
 
 
 def feature_source(plain, device, size):
-    """pixels -> features of the frozen encoder, as train/vavae.py has it; on a CPU random numbers."""
+    """pixels -> features of the frozen encoder, as train/vavae.py has it; at the smaller sizes random numbers."""
     _, side, _, _, width = size
-    if device == "cuda":
+    if size == SIZES["cuda"]:
         options = {} if plain else dict(dtype=torch.bfloat16, compile=True)
         return load_encoder("dinov2-l", weights="random", image_size=side, grid=16, device=device, **options).features
-    found = torch.randn(64, (side // 8) ** 2, width, generator=torch.Generator().manual_seed(0))
+    found = torch.randn(64, (side // 8) ** 2, width, generator=torch.Generator().manual_seed(0)).to(device)
     return lambda pixels: found[: len(pixels)]
 
 

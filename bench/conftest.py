@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     group.addoption("--dtypes", help="default: bfloat16,float16,float32 on CUDA, float32,bfloat16 on CPU")
     group.addoption("--case-s", type=float, help="seconds to measure a case; default: 20 on CUDA, 2 on CPU")
     group.addoption("--warmup-s", type=float, help="seconds of warm-up a case; default: 3 on CUDA, 0 on CPU")
+    group.addoption("--first-step-s", type=float, help="seconds for the first step in a fresh process, at most; default: 150")
     group.addoption("--official", type=Path, help="a checkout of github.com/hustvl/LightningDiT, for bench_step.py")
     group.addoption("--only", default="", help="contestants to keep, separated by commas: eager,ours")
     group.addoption("--compile-only", action="store_true", help="of ops: end after everybody's first call, caches on disk filled")

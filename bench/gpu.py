@@ -216,6 +216,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", action="append", choices=tuple(STAGES), help="default: all that are not done")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds in which to end")
+    parser.add_argument("--stage-s", type=float, default=STAGE_S, help="at most, of a stage")
     parser.add_argument("--compile-s", type=float, default=COMPILE_S, help="at most, to compile ahead of the ops; 0: do not")
     parser.add_argument("--list", action="store_true", help="what every stage has come to, and nothing else")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -247,7 +248,7 @@ def main() -> int:
         if left_s < LEAST_S:
             print(f"stage {name}: not begun, {max(0, left_s):.0f} s are left; run again to continue", flush=True)
             return UNFINISHED
-        stage = run_stage(name, out, min(STAGE_S, left_s - 15), ["--device", options.device, *options.pytest])
+        stage = run_stage(name, out, min(options.stage_s, left_s - 15), ["--device", options.device, *options.pytest])
         if other := other_machine(state, stage["result"]):
             print(f"stage {name}: not kept. {kept} is of another machine or version; name another --out. {other}", flush=True)
             return 1

@@ -139,12 +139,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="processes for the kernels' tests")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds in which to end")
+    parser.add_argument("--test-s", type=float, default=TEST_S, help="at most, of a test")
     parser.add_argument("--compile-s", type=float, default=COMPILE_S, help="at most, to compile ahead of the first test; 0: do not")
     options = parser.parse_args()
     out, end = options.out.resolve(), time.monotonic() + options.budget_s - 15
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    summary = run(ROOT / "tests", out, options.jobs, end, compile_s=options.compile_s)
+    summary = run(ROOT / "tests", out, options.jobs, end, options.test_s, options.compile_s)
     for test, line in json.loads((out / "test_gpu.json").read_text(encoding="utf-8"))["tests"].items():
         if line["outcome"] not in ("passed", "skipped"):
             first = line["message"].splitlines()[0][:200] if line["message"] else ""

@@ -14,7 +14,7 @@ from lightningdit import config as configuration
 from lightningdit_kernels import native
 
 needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
-REQUEST = types.SimpleNamespace(config=types.SimpleNamespace(getoption={"--official": None}.__getitem__))
+REQUEST = types.SimpleNamespace(config=types.SimpleNamespace(getoption={"--official": None, "--first-step-s": None}.__getitem__))
 
 
 @pytest.fixture

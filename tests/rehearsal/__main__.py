@@ -30,6 +30,8 @@ from rehearsal import stand_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ONE_ROUND = ["--rounds", "1", "--case-s", "0.01", "--warmup-s", "0"]
+# The limits of time are those of a GPU's machine. An hour of a hang is too much here as well.
+HOUR = "3600"
 # One of each kind, and what makes it small. Slowest first, for two at a time.
 SHORT = {
     "step_b_256_ladder": ["--only", "reference eager,ours eager,ours compiled"],
@@ -157,7 +159,7 @@ class Rehearsal:
             self.call(command, "tests")
             results = read_journal(journal)
         else:
-            self.call(self.make("test-gpu", f"--jobs {self.lanes}"), "tests")
+            self.call(self.make("test-gpu", f"--jobs {self.lanes} --test-s {HOUR}"), "tests")
             results = json.loads((self.out / "test_gpu.json").read_text(encoding="utf-8"))["tests"]
         skipped = sum(line["outcome"] == "skipped" for line in results.values())
         print(
@@ -168,9 +170,10 @@ class Rehearsal:
 
     def stage(self, name: str) -> dict:
         own = self.out / name  # stages.json is written by one process at a time
-        extra = [*ONE_ROUND, *(["--shapes", "tiny", *SHORT[name]] if self.short else [])]
-        quoted = " ".join(f"'{one}'" for one in extra)
-        self.call(self.make("bench-gpu", f"--stage {name} -- {quoted}", own), name)
+        small = ["--shapes", "tiny", *SHORT[name]] if self.short else []
+        extra = " ".join(f"'{one}'" for one in (*ONE_ROUND, "--first-step-s", HOUR, *small))
+        arguments = f"--stage {name} --stage-s {HOUR} --compile-s 0 -- {extra}"
+        self.call(self.make("bench-gpu", arguments, own), name)
         path = own / "stages.json"
         lost = {"status": "lost: no stages.json", "result": None, "seconds": 0.0}
         stage = json.loads(path.read_text(encoding="utf-8"))[name] if path.is_file() else lost
