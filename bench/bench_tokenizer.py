@@ -53,11 +53,12 @@ def plain_modules():
 def networks(plain, device, size):
     """Networks of fixed random weights: of ours, or with every op as its definition in fp32."""
     preset, _, _, _, width = size
+    full = size == SIZES["cuda"]
     autoencoder, losses = plain_modules() if plain else (lightningdit.tokenizer.autoencoder, lightningdit.tokenizer.losses)
     torch.manual_seed(0)
     parts = (autoencoder.AutoencoderKL(**PRESETS[preset]), losses.LatentProjection(PRESETS[preset]["z_channels"], width),
-             PatchDiscriminator(3, *((64, 3) if device == "cuda" else (16, 2))))
-    perceptual = perceptual_loss(random_weights=True) if device == "cuda" else None
+             PatchDiscriminator(3, *((64, 3) if full else (16, 2))))
+    perceptual = perceptual_loss(random_weights=True) if full else None
     fast = device == "cuda" and not plain
     nets = Networks(*parts, perceptual, device=device, bf16=fast, channels_last=not plain)
     if fast:
@@ -87,7 +88,7 @@ class StepContestant:
         self.optimizers = [torch.optim.Adam(module.parameters(), betas=(0.5, 0.9), fused=True) for _, module in self.nets.trained()]
         for optimizer in self.optimizers:
             allocate_state(optimizer)
-        self.lpips = device == "cuda"
+        self.lpips = size == SIZES["cuda"]
 
     def backward(self, pixels, noise, features=None):
         features = self.features(pixels) if features is None else features
