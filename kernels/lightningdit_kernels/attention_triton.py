@@ -775,7 +775,9 @@ def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
     present = "present"  # stands for a tensor: only whether it is None matters
     shared = _constexprs(n, 16, head_dim, present, present, present if norm else None, None, 1e-6, False, config.blocks.values())
     constexprs = {name: value for name, value in (shared | flags | config.blocks).items() if name in kernel.arg_names}
-    types = dict(POSITIONS="*fp32", FREQS="*fp32", TABLE="*fp16", LINES="*i32", LSE="*fp32", DELTA="*fp32", PARTIAL="*fp32", BIAS="*fp32")
+    types = dict.fromkeys(("POSITIONS", "FREQS", "BIAS", "LSE", "DELTA", "PARTIAL"), "*fp32") | dict(TABLE="*fp16", LINES="*i32")
+    if not flags.get("WITH_DELTA", True):
+        types["DELTA"] = "*bf16"  # q' and k' stand for it
     signature = {a: "constexpr" if a in constexprs else types.get(a, "*bf16") for a in kernel.arg_names}
     return dict(
         name=f"{name} sm_{archs[0]}" if len(archs) == 1 else name, kernel=kernel, signature=signature, constexprs=constexprs,

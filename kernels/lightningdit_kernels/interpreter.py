@@ -1,7 +1,7 @@
 """Triton's interpreter: kernels run on CPU tensors, without a GPU. Mended, and open to an observer.
 
-`switch_on` is for the tests and for lightningdit_kernels.traffic. `observe` reports what a kernel does: every load and
-store with its addresses, every matrix product, every trip of a loop.
+`switch_on` is for the tests and for lightningdit_kernels.traffic. `observe` reports what a kernel
+does: every load and store with its addresses, every matrix product, every trip of a loop.
 """
 
 import contextlib
@@ -43,7 +43,9 @@ def _mend() -> None:
     create_dot = interpreter.InterpreterBuilder.create_dot
 
     def patch_tensor_for_numpy_2_4(tensor, scope):
-        """A loop bound is an array of one element, which int() no longer takes from numpy 2.4 on (triton 3.6 fails)."""
+        """A loop bound is an array of one element, which int() no longer takes from numpy 2.4 on
+        (triton 3.6 fails).
+        """
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
@@ -62,21 +64,29 @@ def _mend() -> None:
 
 
 class Observer(Protocol):
-    """What `observe` calls, in this order for each launch: begin, then the rest as it happens, end."""
+    """What `observe` calls: for each launch begin, the rest as it happens, end."""
 
     def begin(
         self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]
     ) -> int:
-        """A launch of `programs` programs; arguments by name, options as num_warps. Returns how many to run."""
+        """A launch of `programs` programs; arguments by name, options as num_warps. Returns how
+        many to run.
+        """
 
     def access(self, kind: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        """A "load" or "store" of elements of `size` bytes: addresses, and which of them are not masked."""
+        """A "load" or "store" of elements of `size` bytes: addresses, and which of them are not
+        masked.
+        """
 
     def product(self, m: int, n: int, k: int, passes: int) -> None:
-        """A product of (m, k) and (k, n). passes: 3 where fp32 is split into three tf32 products, otherwise 1."""
+        """A product of (m, k) and (k, n). passes: 3 where fp32 is split into three tf32 products,
+        otherwise 1.
+        """
 
     def loop(self, site: tuple, trips: int) -> None:
-        """A loop that the compiler keeps was entered. site: the lines of the kernel and of the functions it calls."""
+        """A loop that the compiler keeps was entered. site: the lines of the kernel and of the
+        functions it calls.
+        """
 
     def end(self) -> None:
         """The launch is over."""
@@ -84,10 +94,10 @@ class Observer(Protocol):
 
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Inside, every launch is reported to the observer, and only as many programs run as it asks for.
+    """Inside, every launch is reported to the observer, and as many programs run as it asks for.
 
-    Programs run in the order of their ids, the first axis of the grid fastest. Arguments must be CPU tensors; their
-    memory is touched only where a kernel does, so that large ones cost nothing.
+    Programs run in the order of their ids, the first axis of the grid fastest. Arguments must be
+    CPU tensors; their memory is touched only where a kernel does, so that large ones cost nothing.
     """
     from triton.runtime import interpreter
 
@@ -177,7 +187,9 @@ def _observed_ranges(patch_core: Callable, observer: Observer) -> Callable:
 
 
 def _reported(steps: range, observer: Observer) -> range:
-    """steps, after the observer was told of them. Called by a replacement of range, which a kernel calls."""
+    """steps, after the observer was told of them. Called by a replacement of range, which a kernel
+    calls.
+    """
     frame, lines = sys._getframe(2), []
     within = frame.f_globals
     while frame is not None:
@@ -191,7 +203,9 @@ def _reported(steps: range, observer: Observer) -> range:
 def _observed_run(interpreter: Any, observer: Observer) -> Callable:
     class FirstPrograms(interpreter.GridExecutor):
         def _restore_args_dev(self, *_):
-            """Kernels wrote into the CPU tensors themselves; copying them onto themselves would touch all memory."""
+            """Kernels wrote into the CPU tensors themselves; copying them onto themselves would
+            touch all memory.
+            """
 
     def run(self, *arguments, grid, warmup, **options):
         if warmup:
@@ -204,6 +218,8 @@ def _observed_run(interpreter: Any, observer: Observer) -> Callable:
         try:
             with _numbered(interpreter.interpreter_builder, size), _loops_of(self, observer):
                 FirstPrograms(self.rewrite(), self.arg_names, (programs,))(*arguments, **options)
+        except interpreter.InterpreterError as error:
+            raise error.__cause__ or error from None  # triton's says the same with repr()
         finally:
             _unrolled.clear()
             observer.end()
@@ -212,7 +228,9 @@ def _observed_run(interpreter: Any, observer: Observer) -> Callable:
 
 
 def _quick_call(interpreter: Any) -> Callable:
-    """A kernel's call of another function. triton patches its language again for each, a third of all time."""
+    """A kernel's call of another function. triton patches its language again for each, a third of
+    all time.
+    """
     patched = set()
 
     def call(self, *arguments, **options):

@@ -1,38 +1,46 @@
-"""Least time that the Triton kernels need on an H100 or H200 to issue their instructions, read off sm_90 machine code.
+"""Least time that the Triton kernels need on an H100 or H200 to issue their instructions, read off
+sm_90 machine code.
 
     python -m lightningdit_kernels.issue_floor [--case "attention 256"] [--all] [--opcodes 12]
-    ... --case "attention 256 forward" --tile 128,64 --warps 8 --stages 1 --maxnreg 128      # another configuration
-    ... --case "attention 256 backward" --tile 128,64 --stages 2 --prepared                  # behind the prologue
+    # another configuration
+    ... --case "attention 256 forward" --tile 128,64 --warps 8 --stages 1 --maxnreg 128
+    # behind the prologue
+    ... --case "attention 256 backward" --tile 128,64 --stages 2 --prepared
 
-No GPU is needed. The launches of training are recorded by running the launchers (lightningdit_kernels.traffic), each
-kernel is compiled for sm_90 and disassembled. Instructions in a loop are multiplied by its trips, which the interpreter
-counts, and by the warps of the launch, and spread evenly over 132 SMs x 4 schedulers at 1.755 GHz (--sms, --clock).
-Columns, in us:
+No GPU is needed. The launches of training are recorded by running the launchers
+(lightningdit_kernels.traffic), each kernel is compiled for sm_90 and disassembled. Instructions in
+a loop are multiplied by its trips, which the interpreter counts, and by the warps of the launch,
+and spread evenly over 132 SMs x 4 schedulers at 1.755 GHz (--sms, --clock). Columns, in us:
 
-memory the least bytes of the op at the measured rate of a copy, 4.3 TB/s: the memory floor of the whole op
+memory the least bytes of the op at the measured rate of a copy, 4.3 TB/s: the memory floor of the
+       whole op
 issue  one warp instruction a cycle and scheduler, whatever it is: the issue floor
-fma    FFMA, FMUL, FADD, packed 16-bit, IMAD: one a cycle; IMAD, of which half of the pipe is capable, one every 2 cycles
-alu    compare, select, min and max, logic, shifts, integer add, conversion between floats: one every 2 cycles
+fma    FFMA, FMUL, FADD, packed 16-bit, IMAD: one a cycle; IMAD, of which half of the pipe is
+       capable, one every 2 cycles
+alu    compare, select, min and max, logic, shifts, integer add, conversion between floats: one
+       every 2 cycles
 mufu   exp2, rcp, rsqrt, lg2, conversion between float and integer: one every 8 cycles
 lsu    loads, stores and shuffles, global, shared and local: one a cycle for all four schedulers
-mma    tensor cores: HGMMA 64xNx16 takes N / 2 cycles of each of its four warps, HMMA 16816 takes 4 (dense bf16: 4,096
-       FLOP a cycle and SM); tf32 takes twice that
+mma    tensor cores: HGMMA 64xNx16 takes N / 2 cycles of each of its four warps, HMMA 16816 takes 4
+       (dense bf16: 4,096 FLOP a cycle and SM); tf32 takes twice that
 
-What it means: no kernel can be faster than its largest column; one that overlaps well comes close to the larger of that
-and its memory floor. Kernels of an op run one after another, so their floors add up. "warps": how many an SM can hold;
-with 8 there is little to hide latency behind. "loops": instructions of each loop, for all rows of a warp (with twice
-the warps a warp has half the rows).
+What it means: no kernel can be faster than its largest column; one that overlaps well comes close
+to the larger of that and its memory floor. Kernels of an op run one after another, so their floors
+add up. "warps": how many an SM can hold; with 8 there is little to hide latency behind. "loops":
+instructions of each loop, for all rows of a warp (with twice the warps a warp has half the rows).
 
-What it does not mean: it is no estimate of time. Left out are latency, barriers, dependences, bank conflicts, the 4
-passes of a 16-byte access through the LSU, the last wave, launches, L2 and DRAM. Both sides of a branch count as
-executed (there are few, and short); so do loops without a load, a store or a product, such as the search for a block's
-number, as one pass. Kernels that add up partial results (kind "small" in the audit) and PyTorch's own are left out: they
-issue almost nothing, and the compiler unrolls their loops.
+What it does not mean: it is no estimate of time. Left out are latency, barriers, dependences, bank
+conflicts, the 4 passes of a 16-byte access through the LSU, the last wave, launches, L2 and DRAM.
+Both sides of a branch count as executed (there are few, and short); so do loops without a load, a
+store or a product, such as the search for a block's number, as one pass. Kernels that add up
+partial results (kind "small" in the audit) and PyTorch's own are left out: they issue almost
+nothing, and the compiler unrolls their loops.
 
-"check" is what the machine code is counted to do over what the interpreter saw: FLOP of matrix products if there are any,
-otherwise bytes stored, both with padding and masked elements. 1.00 is right; stores count all lanes, up to 2.00 where
-several threads hold one value. Outside of CHECK the loops were not understood, and that is an error; kernels that are told to
-store less than a warp's width at a time are not checked.
+"check" is what the machine code is counted to do over what the interpreter saw: FLOP of matrix
+products if there are any, otherwise bytes stored, both with padding and masked elements. 1.00 is
+right; stores count all lanes, up to 2.00 where several threads hold one value. Outside of CHECK the
+loops were not understood, and that is an error; kernels that are told to store less than a warp's
+width at a time are not checked.
 """
 
 import argparse
@@ -61,8 +69,8 @@ CHECK = (0.9, 2.1)
 COLUMNS = ("issue", "fma", "alu", "mufu", "lsu", "mma")
 FMA = frozenset("FFMA FMUL FADD HFMA2 HADD2 HMUL2 HSETP2 HMNMX2".split())
 ALU = frozenset(
-    "FMNMX FSETP FSET FSEL SEL F2FP I2FP IADD3 IADD LOP3 PLOP3 SHF SGXT BMSK PRMT ISETP LEA MOV P2R R2P CS2R "
-    "VIADD VIADDMNMX VIMNMX IMNMX IABS VABSDIFF".split()
+    "FMNMX FSETP FSET FSEL SEL F2FP I2FP IADD3 IADD LOP3 PLOP3 SHF SGXT BMSK PRMT ISETP LEA MOV "
+    "P2R R2P CS2R VIADD VIADDMNMX VIMNMX IMNMX IABS VABSDIFF".split()
 )
 MUFU = frozenset("MUFU F2F F2I I2F FRND POPC FLO BREV".split())
 GLOBAL = frozenset("LDG STG LDGSTS UTMALDG UTMASTG UBLKCP".split())
@@ -76,7 +84,9 @@ def name_of(opcode: str) -> str:
 
 
 def loops_of(sass: Sass) -> list[tuple[int, int]]:
-    """The loops that touch memory or multiply matrices; the others wait, end the program, or look for a number."""
+    """The loops that touch memory or multiply matrices; the others wait, end the program, or look
+    for a number.
+    """
     busy = GLOBAL | MMA | {"LDS", "STS", "LDSM"}
     return [
         (head, end)
@@ -89,8 +99,8 @@ def count(sass: Sass, trips: Sequence[float]) -> collections.Counter:
     """How often one warp executes each opcode.
 
     Args:
-        trips: a program's passes through each loop, in all, in the order of the code. A loop inside another has those of
-            all passes of the outer one.
+        trips: a program's passes through each loop, in all, in the order of the code. A loop inside
+            another has those of all passes of the outer one.
     Raises: ValueError if the code has another number of loops.
     """
     loops = loops_of(sass)
@@ -98,13 +108,11 @@ def count(sass: Sass, trips: Sequence[float]) -> collections.Counter:
         trips = [number for number in trips if number != 1]  # a single trip leaves no loop
     if len(loops) != len(trips):
         lengths = [end - head + 1 for head, end in loops]
-        raise ValueError(
-            f"found loops of {lengths} instructions, expected {len(trips)}: one was unrolled or split"
-        )
+        found = f"found loops of {lengths} instructions, expected {len(trips)}"
+        raise ValueError(f"{found}: one was unrolled or split")
     weights = [1.0] * len(sass.opcodes)
-    for (head, end), number in zip(
-        loops, trips, strict=True
-    ):  # an inner loop comes after the one around it
+    # An inner loop comes after the one around it.
+    for (head, end), number in zip(loops, trips, strict=True):
         weights[head : end + 1] = [number] * (end + 1 - head)
     counts = collections.Counter()
     for opcode, weight in zip(sass.opcodes, weights, strict=True):
@@ -124,7 +132,9 @@ def mma_flop(opcode: str) -> int:
 
 
 def mma_cycles(opcode: str) -> float:
-    """Cycles for which it keeps its tensor core busy: 1,024 FLOP of 16-bit operands a cycle, 512 of tf32."""
+    """Cycles for which it keeps its tensor core busy: 1,024 FLOP of 16-bit operands a cycle, 512 of
+    tf32.
+    """
     return mma_flop(opcode) / (512 if "TF32" in opcode else 1024)
 
 
@@ -161,7 +171,7 @@ def memory_us(least: int) -> float:
 
 @dataclass(frozen=True)
 class Floor:
-    """Of one launch: us by column, instructions of a warp, and the check (None: nothing to check)."""
+    """Of one launch: us by column, instructions of a warp, the check (None: nothing to check)."""
 
     us: dict[str, float]
     counts: collections.Counter
@@ -173,27 +183,20 @@ def floor_of(
 ) -> Floor:
     """The floors of a launch, given its machine code.
 
-    Raises: ValueError if the loops of the code do not match those of the kernel, or the check lies outside of CHECK.
+    Raises: ValueError if the loops of the code do not match those of the kernel, or the check lies
+        outside of CHECK.
     """
     counts = count(sass, launch.trips)
     warps = launch.programs * code.warps
+    check = None
     if launch.flop:
-        counted = sum(
-            number * mma_flop(opcode) for opcode, number in counts.items() if name_of(opcode) in MMA
-        )
-        check = counted * warps / launch.flop
+        check = sum(n * mma_flop(op) for op, n in counts.items() if name_of(op) in MMA)
+        check *= warps / launch.flop
     elif launch.stored >= warps * 32 * 2:
-        check = (
-            sum(number * stored_bytes(opcode) for opcode, number in counts.items())
-            * warps
-            / launch.stored
-        )
-    else:
-        check = None
+        check = sum(n * stored_bytes(op) for op, n in counts.items()) * warps / launch.stored
     if check is not None and not CHECK[0] <= check <= CHECK[1]:
-        raise ValueError(
-            f"the machine code does {check:.2f} times what the interpreter counted, expected {CHECK}"
-        )
+        found = f"the machine code does {check:.2f} times what the interpreter counted"
+        raise ValueError(f"{found}, expected {CHECK[0]} to {CHECK[1]}")
     return Floor(floors(counts, warps, sms, clock_ghz), counts, check)
 
 

@@ -1,11 +1,12 @@
 """Compiles Triton kernels for a named GPU on a machine without one, and reads the machine code.
 
-Each <op>_triton.py lists (kernel, configuration) pairs in audit_cases(). triton's own compiler compiles them; cuobjdump
-and nvdisasm, which triton's wheel carries, disassemble the result. lightningdit_kernels.audit judges it.
+Each <op>_triton.py lists (kernel, configuration) pairs in audit_cases(). triton's own compiler
+compiles them; cuobjdump and nvdisasm, which triton's wheel carries, disassemble the result.
+lightningdit_kernels.audit judges it.
 
-A case is a dict: name; kernel; signature {argument: "*bf16", "i32", ...}; constexprs {argument: value}; divisible
-[arguments that are multiples of 16]; num_warps; num_stages; kind "memory", "attention", "matmul" or "small"; optional
-archs, hgmma, wide, reason.
+A case is a dict: name; kernel; signature {argument: "*bf16", "i32", ...}; constexprs {argument:
+value}; divisible [arguments that are multiples of 16]; num_warps; num_stages; kind "memory",
+"attention", "matmul" or "small"; optional archs, hgmma, wide, reason.
 """
 
 import collections
@@ -23,19 +24,19 @@ from typing import Any
 OPS = ("swiglu", "norm", "attention", "alignment", "groupnorm")
 KINDS = ("memory", "attention", "matmul", "small")
 
-# Of a streaming multiprocessor; the first three are the same on these architectures (CUDA C++ Programming Guide, 21.1).
+# Of a streaming multiprocessor; the first three are the same on these architectures (CUDA C++
+# Programming Guide, 21.1).
 WARPS, BLOCKS, REGISTERS = 64, 32, 65536
 TENSOR_MEMORY = 512  # columns, on sm_100
-SHARED = {
-    80: 164 * 1024,
-    90: 228 * 1024,
-    100: 228 * 1024,
-}  # of which a block may have all but 1 KiB
+# Shared memory, of which a block may have all but 1 KiB.
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made of one case on one architecture. Loads and stores are shares in [0, 1] of the bytes moved."""
+    """What the compiler made of one case on one architecture. Loads and stores are shares in [0, 1]
+    of the bytes moved.
+    """
 
     registers: int  # of one thread
     stack: int  # bytes of one thread
@@ -47,9 +48,7 @@ class Code:
     hgmma: int  # warpgroup MMA, sm_90
     hmma: int  # warp MMA
     other_mma: int  # tcgen05 on sm_100, and the MMAs of fp8, integers and fp64
-    wide_loads: (
-        float | None
-    )  # share of global loads that are 16 bytes a thread or more; None: no global load
+    wide_loads: float | None  # share of 16 bytes a thread or more; None: no global load
     wide_stores: float | None
     fp64: int
     atomics: int
@@ -57,7 +56,9 @@ class Code:
 
 @dataclass(frozen=True)
 class Sass:
-    """Opcodes with their modifiers in the order of the code, and the loops as (first, last) instruction."""
+    """Opcodes with their modifiers in the order of the code, and the loops as (first, last)
+    instruction.
+    """
 
     opcodes: tuple[str, ...]
     loops: tuple[tuple[int, int], ...]
@@ -76,7 +77,9 @@ _LABEL = re.compile(r"^\s*(\.L_x_\w+):")
 
 
 def read_sass(text: str) -> Sass:
-    """The output of nvdisasm -c. Several branches back to one head are one loop, up to the last of them."""
+    """The output of nvdisasm -c. Several branches back to one head are one loop, up to the last of
+    them.
+    """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops: dict[int, int] = {}
@@ -99,7 +102,7 @@ def access_bytes(opcode: str) -> int:
 
 
 def wide_share(sass: Sass, names: tuple[str, ...]) -> float | None:
-    """Share of the bytes moved by these opcodes in accesses of 16 bytes or more; None if there are none.
+    """Share of the bytes that these opcodes move 16 or more at a time; None if there are none.
 
     An access in a loop counts 16 times per level.
     """
@@ -114,7 +117,9 @@ def wide_share(sass: Sass, names: tuple[str, ...]) -> float | None:
 
 
 def occupancy(code: Code, arch: int) -> tuple[float, str]:
-    """Upper bound on resident warps as a share of what the multiprocessor can hold, and what sets it."""
+    """Upper bound on resident warps as a share of what the multiprocessor can hold, and what sets
+    it.
+    """
     per_warp = -(-code.registers // 8) * 8 * 32
     bounds = {
         "registers": REGISTERS
@@ -132,7 +137,9 @@ def occupancy(code: Code, arch: int) -> tuple[float, str]:
 
 
 def describe(usage: str, sass: Sass, shared: int, warps: int, tensor_memory: int = 0) -> Code:
-    """Code from the output of cuobjdump -res-usage, the machine code, and what the compiler says of a block."""
+    """Code from the output of cuobjdump -res-usage, the machine code, and what the compiler says of
+    a block.
+    """
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     counts = collections.Counter(opcode.partition(".")[0] for opcode in sass.opcodes)
 

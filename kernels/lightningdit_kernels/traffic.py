@@ -1,41 +1,47 @@
-"""Counts every byte that the Triton kernels load and store, in triton's interpreter, against the least they must move.
+"""Counts the bytes that the Triton kernels load and store, against the least they must move.
 
-    python -m lightningdit_kernels.traffic [--op norm] [--case "norm forward"] [--by-argument] [--tokens 65536]
+    python -m lightningdit_kernels.traffic [--op norm] [--case "norm forward"] [--by-argument]
 
-No GPU is needed. Each <op>_triton.py lists what training launches in workloads(): the launchers run as they are, at full
-size, on CPU tensors that nobody fills, with the tables of sm_90. Of every launch the first programs are interpreted
-and counted, and stand for the others. For each kernel is printed:
+No GPU is needed: kernels run in triton's interpreter. Each <op>_triton.py lists what training
+launches in workloads(). The launchers run as they are, at full size, on CPU tensors that nobody
+fills, with the tables of sm_90. Of every launch the first programs are interpreted and counted, and
+stand for the others. For each kernel is printed:
 
 asked   bytes of the unmasked elements of all loads and stores: what the multiprocessors move.
-L2      32-byte sectors that each load or store of a program touches, summed: what caches above L2 cannot merge inside
-        one instruction. Over about 5.5 TB/s (H100, H200) that is a second floor of time; L1 may do better.
+L2      32-byte sectors that each load or store of a program touches, summed: what caches above L2
+        cannot merge inside one instruction. Over about 5.5 TB/s (H100, H200) that is a second floor
+        of time; L1 may do better.
 DRAM    distinct sectors read, plus distinct sectors written: what moves if L2 were infinite.
-of least, L2/least    DRAM and L2 over the least bytes of the op: every input, saved tensor and result once (group norm:
-        its inputs twice, for statistics come first).
+of least, L2/least    DRAM and L2 over the least bytes of the op: every input, saved tensor and
+        result once (group norm: its inputs twice, for statistics come first).
 
-PyTorch's own operators inside a launcher (sums of partial results, casts) are counted as inputs + outputs, in a line
-"torch ...". A ratio above 1 for a complete op is traffic that could be saved. --by-argument says how many bytes of each
-argument are loaded and stored. What the interpreter cannot know: cache misses on reuse, bank conflicts, instructions.
+PyTorch's own operators inside a launcher (sums of partial results, casts) are counted as inputs +
+outputs, in a line "torch ...". A ratio above 1 for a complete op is traffic that could be saved.
+--by-argument says how many bytes of each argument are loaded and stored. What the interpreter
+cannot know: cache misses on reuse, bank conflicts, instructions.
 
-A workload is a dict: name; launch, a function without arguments; reads, the tensors that the op must read (listed as
-often as it must read them); optional programs, how many of a launch are interpreted (PROGRAMS); optional whole, the
-kernels that run whole, because what they write is an address to others. Results are counted once too.
+A workload is a dict: name; launch, a function without arguments; reads, the tensors that the op
+must read (listed as often as it must read them); optional programs, how many of a launch are
+interpreted (PROGRAMS); optional whole, the kernels that run whole, because what they write is an
+address to others. Results are counted once too.
 
-The bytes of the first n programs stand for those of all by proportion, and the sectors of an argument are capped by its
-size. That is exact for what programs divide among them, for what they share, such as a weight, and for what groups of
-them share, such as the keys of a head; so the ratios depend neither on n nor on the number of images or heads.
+The bytes of the first n programs stand for those of all by proportion, and the sectors of an
+argument are capped by its size. That is exact for what programs divide among them, for what they
+share, such as a weight, and for what groups of them share, such as the keys of a head; so the
+ratios depend neither on n nor on the number of images or heads. If all programs share one part of
+an argument and none reads the rest (the table of rotations), the rest is counted too.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import inspect
 import math
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +75,15 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: what it is compiled for, and what all its programs do. Sizes in bytes."""
+    """One launch of a kernel: what it is compiled for, and what all its programs do. Sizes in
+    bytes.
+    """
 
     kernel: str  # name of the function in the op's module
     case: str | None  # the audit case that compiles it, None if there is none
-    small: bool  # of kind "small" in the audit: it adds up partial results and the like, and issues almost nothing
+    # of kind "small" in the audit: it adds up partial results and the like, and issues almost
+    # nothing
+    small: bool
     signature: dict[
         str, str
     ]  # of the arguments that are no constexprs, as in an audit case; so the next two
@@ -168,18 +178,17 @@ class _Counter:
             return
         first, last = at // SECTOR, (at + size - 1) // SECTOR
         sectors = np.unique(first if np.array_equal(first, last) else np.concatenate([first, last]))
-        name = self._argument(kind, int(at[0]))
+        name = self._argument(kind, int(at.min()), int(at.max()))
         self.touched[kind, name].append(sectors)
         self.arguments[kind, name] += at.size * size
         self.totals.update(asked=at.size * size, l2=sectors.size * SECTOR)
 
-    def _argument(self, kind: str, address: int) -> str:
+    def _argument(self, kind: str, lowest: int, highest: int) -> str:
         for name, operand in self.operands.items():
-            if address in operand:
+            if lowest in operand and highest in operand:
                 return name
-        raise ValueError(
-            f"{self.kernel.fn.__name__} has a {kind} outside of its arguments, at {address:#x}"
-        )
+        kernel = self.kernel.fn.__name__
+        raise ValueError(f"{kernel}: {kind} outside of its arguments: {lowest:#x} to {highest:#x}")
 
     def product(self, m: int, n: int, k: int, passes: int) -> None:
         self.totals["flop"] += 2 * m * n * k * passes
@@ -194,18 +203,15 @@ class _Counter:
         share = self.programs / self.counted
         sectors = 0.0
         for (_, name), parts in self.touched.items():
-            sectors += min(
-                np.unique(np.concatenate(parts)).size * share, self.operands[name].sectors()
-            )
+            touched = np.unique(np.concatenate(parts)).size
+            sectors += min(touched * share, self.operands[name].sectors())
+        kinds = {case["kind"] for case in self.cases if case["kernel"] is self.kernel}
+        fitting = (case["name"] for case in self.cases if _fits(case, self.kernel, self.spec))
         blocks = self.configs[-1].blocks if self.configs else {}
         launch = Launch(
             kernel=self.kernel.fn.__name__,
-            case=next(
-                (case["name"] for case in self.cases if _fits(case, self.kernel, self.spec)), None
-            ),
-            small=any(
-                case["kernel"] is self.kernel and case["kind"] == "small" for case in self.cases
-            ),
+            case=next(fitting, None),
+            small="small" in kinds,
             **self.spec,
             blocks={name: size for name, size in blocks.items() if name in self.spec["constexprs"]},
             programs=self.programs,
@@ -225,7 +231,9 @@ class _Counter:
 def specification(
     kernel: Any, arguments: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a launch is compiled for: signature, constexprs, divisible and options of a Launch, as triton specialises."""
+    """What a launch is compiled for: signature, constexprs, divisible and options of a Launch, as
+    triton specialises.
+    """
     declared = {
         name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)
     }
@@ -258,30 +266,28 @@ def specification(
 
 def _fits(case: dict[str, Any], kernel: Any, spec: dict[str, Any]) -> bool:
     """Whether the audit compiles for this case what a launch needs."""
-    launch = {name: case[name] for name in spec["options"]}
-    if (
-        case["kernel"] is not kernel
-        or launch != spec["options"]
-        or ARCH not in case.get("archs", (ARCH,))
-    ):
+    if case["kernel"] is not kernel or ARCH not in case.get("archs", (ARCH,)):
         return False
-    types = {
-        name: kind for name, kind in case["signature"].items() if name not in case["constexprs"]
-    }
-    ones = {name for name in spec["constexprs"] if name in types and spec["constexprs"][name] == 1}
-    return all(
-        spec["signature"].get(name) == kind for name, kind in types.items() if name not in ones
-    ) and all(
-        spec["constexprs"].get(name, _fits) == value for name, value in case["constexprs"].items()
-    )
+    if any(case[name] != value for name, value in spec["options"].items()):
+        return False
+    signature, constexprs = spec["signature"], spec["constexprs"]
+    for name, kind in case["signature"].items():
+        # triton makes a constexpr of an integer that is 1.
+        is_one = constexprs.get(name) == 1
+        if name not in case["constexprs"] and signature.get(name) != kind and not is_one:
+            return False
+    return all(constexprs.get(name, kernel) == value for name, value in case["constexprs"].items())
 
 
 class _Operators(TorchDispatchMode):
-    """Counts inputs and outputs of PyTorch's operators outside of kernels, except of those that only make views."""
+    """Counts inputs and outputs of PyTorch's operators outside of kernels, except of those that
+    only make views.
+    """
 
     FREE = frozenset(
-        "empty new_empty empty_like empty_strided new_empty_strided view _unsafe_view reshape flatten detach alias slice "
-        "select transpose unsqueeze t expand as_strided split chunk unbind lift_fresh".split()
+        "empty new_empty empty_like empty_strided new_empty_strided view _unsafe_view reshape "
+        "flatten detach alias slice select transpose unsqueeze t expand as_strided split chunk "
+        "unbind lift_fresh".split()
     )
     WRITE_ONLY = ("new_", "zeros", "ones", "full")
 
@@ -311,8 +317,8 @@ def nbytes(*values: Any) -> int:
 class Changes:
     """Another configuration than the launchers' static choice. None: as tabled.
 
-    candidate: which of the table's configurations. blocks: sizes in the order of the table. prepared: attention behind
-    the prologue, or not.
+    candidate: which of the table's configurations. blocks: sizes in the order of the table.
+    prepared: attention behind the prologue, or not.
     """
 
     candidate: int = 0
@@ -322,14 +328,14 @@ class Changes:
     prepared: bool | None = None
 
     def apply(self, config: Config) -> Config:
-        """The configuration with these changes. Raises: ValueError if it has another number of block sizes."""
+        """The configuration with these changes. Raises: ValueError if it has another number of
+        block sizes.
+        """
         blocks = config.blocks
         if self.blocks is not None:
             if len(self.blocks) != len(blocks):
-                expected = ",".join(blocks)
-                raise ValueError(
-                    f"tile is {','.join(map(str, self.blocks))}, expected {len(blocks)} sizes: {expected}"
-                )
+                tile, expected = ",".join(map(str, self.blocks)), ",".join(blocks)
+                raise ValueError(f"tile is {tile}, expected {len(blocks)} sizes: {expected}")
             blocks = dict(zip(blocks, self.blocks, strict=True))
         return Config(
             blocks, self.num_warps or config.num_warps, self.num_stages or config.num_stages
@@ -356,24 +362,21 @@ def _choice(pick: Callable, changes: Changes, counter: _Counter) -> Callable:
 def measure(op: str, workload: dict[str, Any], changes: Changes | None = None) -> Measurement:
     """Runs a workload and counts. For a process in which the interpreter is switched on.
 
-    Raises: ValueError if a kernel reads or writes outside of its arguments; IndexError if there is no such candidate.
+    Raises: ValueError if a kernel reads or writes outside of its arguments; IndexError if there is
+        no such candidate.
     """
     module, counter = load_module(op), _Counter(op)
     counter.limit, counter.whole = workload.get("programs", PROGRAMS), workload.get("whole", ())
     changes = changes or Changes()
-    pick, prepares = getattr(module, "pick", None), getattr(module, "_prepares", None)
-    choice = (
-        mock.patch.object(module, "pick", _choice(pick, changes, counter))
-        if pick
-        else nullcontext()
-    )
-    forced = prepares and changes.prepared is not None
-    way = (
-        mock.patch.object(module, "_prepares", lambda *_: changes.prepared)
-        if forced
-        else nullcontext()
-    )
-    with choice, way, interpreter.observe(counter), _Operators(counter):
+    with contextlib.ExitStack() as stack:
+        if hasattr(module, "pick"):
+            choice = _choice(module.pick, changes, counter)
+            stack.enter_context(mock.patch.object(module, "pick", choice))
+        if hasattr(module, "_prepares") and changes.prepared is not None:
+            way = mock.patch.object(module, "_prepares", lambda *_: changes.prepared)
+            stack.enter_context(way)
+        stack.enter_context(interpreter.observe(counter))
+        stack.enter_context(_Operators(counter))
         results = workload["launch"]()
     results = results if isinstance(results, tuple) else (results,)
     least = nbytes(*workload["reads"], *results)
@@ -381,7 +384,7 @@ def measure(op: str, workload: dict[str, Any], changes: Changes | None = None) -
 
 
 def workloads_of(op: str, **sizes: int) -> list[dict[str, Any]]:
-    """workloads() of an op, or of a file that is named by a path ending in .py; none if it lists none.
+    """workloads() of an op, or of a file named by a path ending in .py; none if it lists none.
 
     sizes: of SIZES; those that the op does not know are left out.
     """
@@ -410,7 +413,9 @@ def prepare_process() -> None:
 
 
 def pool(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes in which kernels are interpreted, whatever this one does with them; each on one thread."""
+    """Processes in which kernels are interpreted, whatever this one does with them; each on one
+    thread.
+    """
     os.environ.setdefault(
         "OMP_NUM_THREADS", "1"
     )  # numpy reads it when it is imported, before prepare_process
@@ -424,7 +429,9 @@ HEADER = ("workload", "kernel", "launches", "asked MB", "L2 MB", "DRAM MB", "of 
 
 
 def rows_of(measurement: Measurement, by_argument: bool = False) -> list[tuple[str, ...]]:
-    """Lines of the table under HEADER: each kernel and operator, with by_argument each of its arguments, and the sum."""
+    """Lines of the table under HEADER: each kernel and operator, with by_argument each of its
+    arguments, and the sum.
+    """
     rows, kernels = [], collections.defaultdict(list)
     for launch in measurement.launches:
         kernels[launch.kernel.strip("_")].append(launch)
@@ -512,7 +519,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> tuple[dict[str, int], Changes]:
-    """sizes and changes for measure_named; the parser's error, which ends the process, for what makes no sense."""
+    """sizes and changes for measure_named; the parser's error, which ends the process, for what
+    makes no sense.
+    """
     for op in options.op or ():
         if op not in OPS and not (op.endswith(".py") and Path(op).is_file()):
             parser.error(f"--op is {op!r}, expected one of {', '.join(OPS)}, or a .py file")
@@ -548,9 +557,8 @@ def choose(
     every = [(op, name) for op, listed in names.items() for name in listed]
     for text in options.case:
         if not any(text in name for _, name in every):
-            parser.error(
-                f"--case is {text!r}, expected part of one of: {', '.join(name for _, name in every)}"
-            )
+            known = ", ".join(name for _, name in every)
+            parser.error(f"--case is {text!r}, expected part of one of: {known}")
     return [
         (op, name)
         for op, name in every

@@ -89,7 +89,7 @@ def test_the_order_of_arguments_and_their_bytes():
 
 
 def test_an_access_outside_of_the_arguments_is_an_error():
-    with pytest.raises(Exception, match="store outside of its arguments"):
+    with pytest.raises(ValueError, match="store outside of its arguments"):
         copied(64, out_size=32)
 
 
@@ -126,42 +126,69 @@ def test_a_launch_without_programs_moves_nothing():
     assert counted(launch, (x,)).launches == ()
 
 
-def ratios(measurement):
-    rows = [
-        (launch.asked, launch.l2, launch.dram, launch.stored) for launch in measurement.launches
-    ]
-    return [tuple(size / measurement.least for size in row) for row in rows]
+def ratios(measurement, name):
+    return [getattr(launch, name) / measurement.least for launch in measurement.launches]
 
 
-def test_few_programs_stand_for_all_of_the_norm():
-    """Two of 128 and 32 programs: the modulation of a sample is shared by some of them, the weight by all."""
-    for name in ("norm forward fp32", "norm backward fp32"):
-        workload = next(
-            w for w in traffic.workloads_of("norm", tokens=512, width=160) if w["name"] == name
+def few_and_all(op, few, launch, reads, **rest):
+    """The same launches with `few` of each interpreted, and with all of them."""
+    workload = dict(name="probe", launch=launch, reads=reads, **rest)
+    return [traffic.measure(op, workload | dict(programs=programs)) for programs in (few, 1000)]
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_few_programs_stand_for_all_of_the_norm(step):
+    """The modulation of a sample is shared by some of them, the weight by all."""
+    norm_triton, shape = traffic.load_module("norm"), (3, 32, 160)
+    x, y = torch.zeros(shape), torch.zeros(shape, dtype=torch.bfloat16)
+    gate, scale, shift = torch.zeros(3, 960, dtype=y.dtype).chunk(6, 1)[:3]
+    weight, bias, rstd = torch.zeros(160), torch.zeros(160), torch.zeros(3, 32, 1)
+    if step == "forward":
+        function, arguments = norm_triton.norm_fwd, (x, y, gate, scale, shift, weight, bias)
+        rest = (1e-6, False, y.dtype)
+    else:
+        function, arguments = (
+            norm_triton.norm_bwd,
+            (x, y, x, y, gate, scale, weight, bias, None, rstd),
         )
-        few, every = (traffic.measure("norm", workload | dict(programs=n)) for n in (2, 1000))
-        assert ratios(few) == pytest.approx(ratios(every), rel=1e-9), name
-        assert [launch.trips for launch in few.launches] == [
-            launch.trips for launch in every.launches
-        ], name
+        rest = (y.dtype, y.dtype)
+    few, every = few_and_all("norm", 2, lambda: function(*arguments, *rest), arguments)
+    assert every.launches[0].programs in (6, 24)
+    trips = [[launch.trips for launch in measurement.launches] for measurement in (few, every)]
+    assert trips[0] == trips[1]
+    for name in ("asked", "l2", "dram", "stored"):
+        assert ratios(few, name) == pytest.approx(ratios(every, name), rel=1e-9), name
 
 
-def test_the_heads_and_images_of_attention_do_not_change_its_ratios():
-    """Two heads stand for all heads of all images."""
-    few, every = (
-        traffic.measure(
-            "attention",
-            next(w for w in attention_workloads() if w["name"] == "attention 256 forward")
-            | counted,
-        )
-        for counted in (dict(), dict(programs=1000))
+def test_two_heads_of_attention_stand_for_all():
+    """All read the same few lines of the table of rotations; the rest of it is counted too."""
+    index = torch.arange(16, dtype=torch.float32)
+    positions = torch.cartesian_prod(index, index)[:128]
+    qkv = torch.zeros(2, 128, 3, 4, 24, dtype=torch.bfloat16)
+    bias, freqs = torch.zeros(3, 4, 24), torch.ones(6)
+    few, every = few_and_all(
+        "attention",
+        2,
+        lambda: traffic.load_module("attention").rope_attention_fwd(
+            qkv, positions, freqs, None, None, None, None, bias, 1e-6, False, qkv.dtype
+        ),
+        (qkv, bias),
+        whole=("_rope_table_kernel",),
     )
-    assert few.launches[-1].programs == 4 * 16 * 2
-    assert ratios(few)[-1] == pytest.approx(ratios(every)[-1], rel=1e-3)
+    assert every.launches[-1].programs == 2 * 4
+    for name in ("asked", "l2", "stored"):
+        assert ratios(few, name) == pytest.approx(ratios(every, name), rel=1e-9), name
+    table = 128 * 24 * 2 / every.least
+    assert ratios(every, "dram")[-1] <= ratios(few, "dram")[-1] <= ratios(every, "dram")[-1] + table
 
 
-def attention_workloads():
-    return traffic.workloads_of("attention", tokens=1024, head_dim=24)
+@pytest.mark.parametrize("images", [1, 3])
+def test_images_do_not_change_the_ratios_of_the_losses(images):
+    listed = traffic.workloads_of("alignment", images=images)
+    workload = next(w for w in listed if w["name"] == "cosine loss backward bf16")
+    measurement = traffic.measure("alignment", workload)
+    assert ratios(measurement, "dram") == pytest.approx([1.0], abs=1e-4)
+    assert ratios(measurement, "l2") == pytest.approx([5 / 3], abs=1e-2)
 
 
 def test_another_configuration_is_launched():
@@ -181,15 +208,15 @@ def test_another_configuration_is_launched():
         traffic.measure("swiglu", workload, replace(changes, blocks=(4, 4)))
 
 
-def test_training_launches_what_the_audit_compiles():
+@pytest.mark.parametrize("op", ["norm", "swiglu", "attention"])
+def test_training_launches_what_the_audit_compiles(op):
     """At a small size, which changes only grids: each launch has its case."""
-    for op in ("norm", "swiglu", "attention"):
-        for workload in traffic.workloads_of(op, tokens=1024):
-            if "backward" not in workload["name"]:
-                assert all(
-                    launch.case
-                    for launch in traffic.measure(op, workload | dict(programs=1)).launches
-                ), workload["name"]
+    for workload in traffic.workloads_of(op, tokens=1024):
+        if "backward" not in workload["name"]:  # the audit itself looks at all of them
+            launches = traffic.measure(op, workload | dict(programs=1)).launches
+            assert [launch.kernel for launch in launches if launch.case is None] == [], workload[
+                "name"
+            ]
 
 
 @pytest.mark.parametrize(
