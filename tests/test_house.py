@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "tests": {"lightningdit_kernels", "lightningdit", "bench"},
 }
 STRANGERS = {"lightningdit/flow.py": "lightningdit.model", "lightningdit/model.py": "lightningdit.flow"}
-# Besides *_triton.py: what compiles the kernels, and what sets up triton's interpreter for the tests.
-IMPORT_TRITON = ("kernels/lightningdit_kernels/audit.py", "tests/kernels/conftest.py")
+# Besides *_triton.py: what compiles the kernels, and what sets up triton's interpreter.
+IMPORT_TRITON = ("kernels/lightningdit_kernels/machine_code.py", "kernels/lightningdit_kernels/interpreter.py")
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
 
 
@@ -117,6 +117,8 @@ def test_script_folders_are_not_packages():
         ("kernels/lightningdit_kernels/norm.py", "from lightningdit.model import Block"),
         ("kernels/lightningdit_kernels/norm.py", "import triton.language as tl"),
         ("tests/kernels/test_norm.py", "import triton"),
+        ("tests/kernels/conftest.py", "import triton"),
+        ("kernels/lightningdit_kernels/traffic.py", "from triton.runtime import interpreter"),
         ("kernels/lightningdit_kernels/norm.py", "from lightningdit_kernels.testing import random_tensor"),
         ("lightningdit/flow.py", "from . import model"),
         ("lightningdit/flow.py", "from .model import LightningDiT"),

@@ -10,6 +10,8 @@ recomputes its rows of the similarities block by block and adds sum_j S_ij z_j /
 No atomics: each program has outputs of its own, and partial losses are summed in the order of the programs.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -329,6 +331,8 @@ def audit_cases():
             for config in configs:
                 sizes = ",".join(str(value) for value in config.blocks.values())
                 name = f"{kernel.fn.__name__.strip('_')} {rest.get('dtype', '')} {sizes} in {config.num_warps} warps"
+                if any(case["name"] == name and case["num_stages"] != config.num_stages for case in cases):
+                    name += f" and {config.num_stages} stages"
                 if same := [case for case in cases if case["name"] == name]:  # a later choice of one architecture, the first of another
                     same[0]["archs"] += archs
                     continue
@@ -360,3 +364,31 @@ def audit_cases():
         dict(grad="*fp32", z="*fp32", f="*fp32", z_inverse="*fp32", f_inverse="*fp32", grad_z="*fp32", N="i32", C="i32", E="i32",
              chunks="i32", scale="fp32", margin="fp32"), "matmul", dict(EPS=NORMALIZE_EPS, SPLIT=True), "narrow", dtype="fp32 narrow")
     return cases
+
+
+def workloads(images: int = 8):
+    """What training the VA-VAE launches, for lightningdit_kernels.traffic: 256 tokens, 32 latent channels, 1024 features. First the
+    low-rank form, which is the usual one, then the losses of projected latents."""
+    grad, factor, turn = torch.empty(()), torch.empty(1024, 32), torch.empty(32, 32)
+    found = []
+
+    def add(name, function, *tensors, margin=()):
+        found.append(dict(name=name, launch=functools.partial(function, *tensors, *margin), reads=tensors))
+
+    def add_distance(name, z, f):
+        inverses = torch.empty(images, 256), torch.empty(images, 256)
+        add(f"distance loss forward {name}", marginal_distance_matrix_loss_fwd, z, f, margin=(0.25,))
+        add(f"distance loss backward {name}", marginal_distance_matrix_loss_bwd, grad, z, f, *inverses, margin=(0.25,))
+
+    def tokens(channels, dtype=torch.float32):
+        return torch.empty(images, 256, channels, dtype=dtype)
+
+    add("projection of latents", project, tokens(32), turn)
+    add("projection of features", project, tokens(1024), factor)
+    add_distance("fp32 narrow", tokens(32), tokens(1024))
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        z, f = tokens(1024, dtype), tokens(1024, dtype)
+        add(f"cosine loss forward {name}", marginal_cosine_loss_fwd, z, f, margin=(0.5,))
+        add(f"cosine loss backward {name}", marginal_cosine_loss_bwd, grad, z, f, margin=(0.5,))
+        add_distance(name, z, f)
+    return found

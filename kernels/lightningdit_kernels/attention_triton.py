@@ -25,6 +25,7 @@ five, for which no sum crosses programs. P is recomputed from lse. Gradients of 
 in a fixed order.
 """
 
+import functools
 import math
 
 import torch
@@ -774,7 +775,9 @@ def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
     present = "present"  # stands for a tensor: only whether it is None matters
     shared = _constexprs(n, 16, head_dim, present, present, present if norm else None, None, 1e-6, False, config.blocks.values())
     constexprs = {name: value for name, value in (shared | flags | config.blocks).items() if name in kernel.arg_names}
-    types = dict(POSITIONS="*fp32", FREQS="*fp32", TABLE="*fp16", LINES="*i32", LSE="*fp32", DELTA="*fp32", PARTIAL="*fp32")
+    types = dict.fromkeys(("POSITIONS", "FREQS", "BIAS", "LSE", "DELTA", "PARTIAL"), "*fp32") | dict(TABLE="*fp16", LINES="*i32")
+    if not flags.get("WITH_DELTA", True):
+        types["DELTA"] = "*bf16"  # q' and k' stand for it
     signature = {a: "constexpr" if a in constexprs else types.get(a, "*bf16") for a in kernel.arg_names}
     return dict(
         name=f"{name} sm_{archs[0]}" if len(archs) == 1 else name, kernel=kernel, signature=signature, constexprs=constexprs,
@@ -782,3 +785,23 @@ def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
         num_warps=config.num_warps, num_stages=config.num_stages,
         archs=archs, kind=kind,
     )  # fmt: skip
+
+
+def workloads(tokens: int = 32768, head_dim: int = 72) -> list[dict]:
+    """What training launches, for lightningdit_kernels.traffic: XL/1 at 256 and at 1,024 tokens an image, 16 heads."""
+    found, heads = [], 16
+    for side in (16, 32):
+        n, index = side * side, torch.arange(side, dtype=torch.float32)
+        qkv = torch.empty(tokens // n, n, 3, heads, head_dim, dtype=torch.bfloat16)
+        grad, out = (torch.empty(tokens // n, n, heads * head_dim, dtype=qkv.dtype) for _ in range(2))
+        lse, bias = torch.empty(tokens // n, heads, n), torch.empty(3, heads, head_dim)
+        freqs = 10_000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
+        rest = (torch.cartesian_prod(index, index), freqs, None, None, None, None, bias, 1e-6, False)
+        forward, backward = (rope_attention_fwd, qkv, *rest, qkv.dtype), (rope_attention_bwd, grad, qkv, out, lse, *rest)
+        # Heads of 72 channels begin inside a sector, every other one: two of them, in blocks of 128 tokens.
+        counted = dict(programs=2 * n // 128, whole=("_rope_table_kernel",))
+        found += [
+            dict(name=f"attention {n} forward", launch=functools.partial(*forward), reads=(qkv, bias), **counted),
+            dict(name=f"attention {n} backward", launch=functools.partial(*backward), reads=(grad, qkv, bias, out, lse), **counted),
+        ]
+    return found

@@ -2,149 +2,68 @@
 
     python -m lightningdit_kernels.audit [--op norm] [--arch 90] [--write]
 
-Each <op>_triton.py lists (kernel, configuration) pairs in audit_cases(). They are compiled by triton's own compiler, the cubin is
-disassembled by the cuobjdump and nvdisasm that triton's wheel carries, and a table is printed. The audit fails
+Each <op>_triton.py lists (kernel, configuration) pairs in audit_cases(), and what training launches in workloads(). The cases are
+compiled and disassembled (lightningdit_kernels.machine_code), the workloads are run and counted in triton's interpreter
+(lightningdit_kernels.traffic, lightningdit_kernels.issue_floor), and a table is printed. The audit fails
 
 - on a spill: a stack frame, or loads (LDL) or stores (STL) of local memory;
 - on fp64 arithmetic (a Python float that became a double) and on atomics (sums whose order is not fixed);
 - on more shared memory than a block can have;
 - on kind "attention" or "matmul" without HGMMA on sm_90, unless the case says hgmma=False and reason="...";
 - on kind "memory" whose main global loads are not 16 bytes wide, unless the case says wide=False and reason="...";
-- on growth of registers or shared memory against the committed table kernels/audit.json, which --write replaces.
-
-A case is a dict: name; kernel; signature {argument: "*bf16", "i32", ...}; constexprs {argument: value}; divisible [arguments that are
-multiples of 16]; num_warps; num_stages; kind "memory", "attention", "matmul" or "small"; optional archs, hgmma, wide, reason.
+- on growth of registers, shared memory, traffic or the issue floor against the committed table kernels/audit.json, which --write
+  replaces. Traffic and floors are those of the cases that training launches on sm_90; the others have none.
 """
 
 import argparse
-import collections
 import concurrent.futures
-import importlib
 import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-OPS = ("swiglu", "norm", "attention", "alignment", "groupnorm")
+from lightningdit_kernels import interpreter, issue_floor, traffic
+from lightningdit_kernels.machine_code import OPS, SHARED, Code, Sass, cases_of, compile_case, occupancy
+from lightningdit_kernels.traffic import Measurement
+
 ARCHS = (80, 90, 100)
-KINDS = ("memory", "attention", "matmul", "small")
 TABLE = Path(__file__).resolve().parent.parent / "audit.json"  # in a checkout; an installed package has none
 JOBS = 2  # compilers at work at once: one needs up to 1 GiB
 REGISTER_SLACK = 8  # registers are allocated in eights: less is noise
 SHARED_SLACK = 1024  # bytes
-
-WARPS, BLOCKS, REGISTERS = 64, 32, 65536  # of a streaming multiprocessor; the same on these three (CUDA C++ Programming Guide, 21.1)
-TENSOR_MEMORY = 512  # columns, on sm_100
-SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of which a block may have all but 1 KiB
+GROWTH = dict(traffic=1.02, l2=1.02, issue_us=1.05)  # of a column against the table; the rest of Load does not depend on the kernel
 
 
 @dataclass(frozen=True)
-class Code:
-    """What came out of the compiler for one case on one architecture. Loads and stores are shares in [0, 1] of the bytes moved."""
+class Load:
+    """What a case does where training launches it. Of several launches of one workload it is the sum; of several workloads, the first."""
 
-    registers: int  # of one thread
-    stack: int  # bytes of one thread
-    local_loads: int
-    local_stores: int
-    shared: int  # bytes of one block
-    warps: int  # of one block
-    tensor_memory: int  # columns of one block, sm_100
-    hgmma: int  # warpgroup MMA, sm_90
-    hmma: int  # warp MMA
-    other_mma: int  # tcgen05 on sm_100, and the MMAs of fp8, integers and fp64
-    wide_loads: float | None  # share of global loads that are 16 bytes a thread or more; None: no global load
-    wide_stores: float | None
-    fp64: int
-    atomics: int
+    traffic: float  # distinct sectors read and written, over the least bytes of its op
+    l2: float  # sectors of all accesses, over the same
+    memory_us: float  # least bytes of its op at the rate of a copy
+    issue_us: float | None  # to issue its instructions; None for kind "small"
 
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)$")
-_LABEL = re.compile(r"^\s*(\.L_x_\w+):")
+@dataclass
+class Result:
+    """A case on one architecture, or, without a case, a launch that could not be judged. faults: what is wrong."""
 
+    name: str
+    arch: int
+    case: dict | None
+    code: Code | None
+    faults: list[str]
+    load: Load | None = None
 
-def read_sass(text: str) -> list[tuple[str, int]]:
-    """(opcode, depth of the loops around it) of every instruction in the output of nvdisasm -c."""
-    instructions, labels, backward = [], {}, []
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif instruction := _INSTRUCTION.match(line):
-            target = re.search(r"\.L_x_\w+", instruction[2])
-            if instruction[1].startswith("BRA") and target and labels.get(target[0], len(instructions)) < len(instructions):
-                backward.append((labels[target[0]], len(instructions)))
-            instructions.append(instruction[1])
-    loops = collections.defaultdict(int)  # several branches back to one head are one loop
-    for head, end in backward:
-        loops[head] = max(loops[head], end)
-    return [(opcode, sum(head <= at <= end for head, end in loops.items())) for at, opcode in enumerate(instructions)]
-
-
-def access_bytes(opcode: str) -> int:
-    """Bytes that one thread moves with this load or store."""
-    sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-    return next((sizes[modifier] for modifier in opcode.split(".")[1:] if modifier in sizes), 4)
-
-
-def wide_share(instructions: list[tuple[str, int]], opcodes: tuple[str, ...]) -> float | None:
-    """Share of the bytes moved by these opcodes in accesses of 16 bytes or more. An access in a loop counts 16 times per level."""
-    total = wide = 0
-    for opcode, depth in instructions:
-        if opcode.partition(".")[0] in opcodes:
-            weight = 16 if opcode.startswith("U") else access_bytes(opcode)  # U: copied by the tensor memory accelerator
-            weight *= 16**depth
-            total += weight
-            wide += weight * (opcode.startswith("U") or access_bytes(opcode) >= 16)
-    return wide / total if total else None
-
-
-def occupancy(code: Code, arch: int) -> tuple[float, str]:
-    """Upper bound on resident warps as a share of what the multiprocessor can hold, and what sets it."""
-    per_warp = -(-code.registers // 8) * 8 * 32
-    bounds = {
-        "registers": REGISTERS // per_warp // 4 * 4 // code.warps,  # warps get registers from one of four partitions
-        "shared": SHARED[arch] // (code.shared + 1024),  # 1 KiB of every block is the system's
-        "warps": WARPS // code.warps,
-        "tensor memory": TENSOR_MEMORY // max(1, code.tensor_memory),
-        "blocks": BLOCKS,
-    }
-    limit = min(bounds, key=lambda name: (bounds[name], name != "warps"))
-    return bounds[limit] * code.warps / WARPS, limit
-
-
-def describe(usage: str, sass: str, shared: int, warps: int, tensor_memory: int = 0) -> Code:
-    """Code from the output of cuobjdump -res-usage and of nvdisasm -c."""
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    instructions = read_sass(sass)
-    counts = collections.Counter(opcode.partition(".")[0] for opcode, _ in instructions)
-
-    def count(pattern):
-        return sum(number for opcode, number in counts.items() if re.fullmatch(pattern, opcode))
-
-    loads, stores = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP"), ("STG", "UTMASTG")
-    return Code(
-        registers=registers,
-        stack=stack,
-        local_loads=count("LDL"),
-        local_stores=count("STL"),
-        shared=shared,
-        warps=warps,
-        tensor_memory=tensor_memory,
-        hgmma=count("HGMMA"),
-        hmma=count("HMMA"),
-        other_mma=count("(?!HGMMA|HMMA).*MMA"),
-        wide_loads=wide_share(instructions, loads),
-        wide_stores=wide_share(instructions, stores),
-        fp64=count("D(ADD|MUL|FMA|SETP|MNMX)|MUFU64"),
-        atomics=count("ATOM|ATOMG|RED|REDG"),
-    )
+    def row(self) -> dict:
+        """As the table keeps it."""
+        values = asdict(self.code) | (asdict(self.load) if self.load else {})
+        return {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def verdict(case: dict, arch: int, code: Code, before: dict | None = None) -> list[str]:
@@ -170,36 +89,33 @@ def verdict(case: dict, arch: int, code: Code, before: dict | None = None) -> li
     return faults
 
 
-def cases_of(op: str) -> list[dict]:
-    """audit_cases() of an op, or of a file that is named by a path ending in .py, checked."""
-    if op.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(op).stem, op)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(f"lightningdit_kernels.{op}_triton")
-    cases = module.audit_cases()
-    names = [case["name"] for case in cases]
-    if len(set(names)) != len(names):
-        raise ValueError(f"{op}: {max(names, key=names.count)} is the name of several cases")
-    for case in cases:
-        _check(op, case)
-    return cases
+def load_verdict(load: Load, before: dict) -> list[str]:
+    """What has grown against a row of the committed table, or is missing there."""
+    faults = []
+    for name, factor in GROWTH.items():
+        now = getattr(load, name)
+        if now is None:
+            continue
+        if before.get(name) is None:
+            faults.append(f"{name} is not in the table: add it with --write")
+        elif now > before[name] * factor + 0.001:  # the table is rounded to so much
+            faults.append(f"{name} grew from {before[name]} to {now:.3f}")
+    return faults
 
 
-def _check(op, case):
-    name, arguments = f"{op}: {case['name']}", case["kernel"].arg_names
-    given = case["signature"].keys() | case["constexprs"].keys()
-    if given != set(arguments):
-        missing, unknown = sorted(set(arguments) - given), sorted(given - set(arguments))
-        raise ValueError(f"{name}: signature and constexprs lack {missing} and have {unknown} too much")
-    without = [arg for arg, kind in case["signature"].items() if kind == "constexpr" and arg not in case["constexprs"]]
-    if without or not set(case["divisible"]) <= case["signature"].keys():
-        raise ValueError(f"{name}: no value for {without}, or divisible names other arguments than the signature: {case['divisible']}")
-    if case["kind"] not in KINDS:
-        raise ValueError(f"{name}: kind is {case['kind']!r}, expected one of {', '.join(KINDS)}")
-    if not (case.get("hgmma", True) and case.get("wide", True)) and not case.get("reason"):
-        raise ValueError(f"{name}: hgmma=False or wide=False needs a reason")
+def load_of(case: str, measurements: list[Measurement], code: Code, sass: Sass) -> Load | None:
+    """The load of the case of that name, None if no workload launches it.
+
+    Raises: ValueError if its machine code does not do what the interpreter counted.
+    """
+    for measurement in measurements:
+        if launches := [launch for launch in measurement.launches if launch.case == case]:
+            ratios = (sum(getattr(launch, name) for launch in launches) / measurement.least for name in ("dram", "l2"))
+            issue_us = None
+            if not launches[0].small:
+                issue_us = sum(issue_floor.floor_of(launch, code, sass).us["issue"] for launch in launches)
+            return Load(*ratios, issue_floor.memory_us(measurement.least), issue_us)
+    return None
 
 
 def list_cases(op: str) -> list[dict]:
@@ -207,43 +123,52 @@ def list_cases(op: str) -> list[dict]:
     return [{key: case[key] for key in case.keys() - {"kernel"}} for case in cases_of(op)]
 
 
-def compile_case(op: str, name: str, arch: int) -> Code:
-    """Compiles one case for sm_<arch> and reads what came out. For a process in which TRITON_INTERPRET is not set."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    case = next(case for case in cases_of(op) if case["name"] == name)
-    kernel, constants = case["kernel"], case["constexprs"]
-    signature = {arg: "constexpr" if arg in constants else case["signature"][arg] for arg in kernel.arg_names}
-    multiples = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in case["divisible"] if arg not in constants}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
-    options = dict(num_warps=case["num_warps"], num_stages=case["num_stages"])
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        commands = ([tools / "cuobjdump", "-res-usage", cubin], [tools / "nvdisasm", "-c", cubin])
-        usage, sass = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
-    metadata = compiled.metadata
-    return describe(usage, sass, metadata.shared, metadata.num_warps, metadata.tmem_size)
+def compile_named(op: str, name: str, arch: int) -> tuple[Code, Sass]:
+    """compile_case of one case. For a process in which TRITON_INTERPRET is not set."""
+    return compile_case(next(case for case in cases_of(op) if case["name"] == name), arch)
 
 
-def audit(ops: list[str], archs: list[int]) -> list[tuple[str, int, dict, Code | str]]:
-    """(op: name, architecture, case, Code or the compiler's error) of every case, in order, compiled by JOBS processes."""
-    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; the children inherit this
+def audit(ops: list[str], archs: list[int]) -> list[Result]:
+    """Every case in order, compiled by JOBS processes while one more runs the workloads; then what they launch and no case compiles."""
+    os.environ.pop(interpreter.VARIABLE, None)  # interpreted kernels cannot be compiled; the children inherit this
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(JOBS, mp_context=context) as pool:
-        listed = [(op, case) for op, cases in zip(ops, pool.map(list_cases, ops), strict=True) for case in cases]
+    with concurrent.futures.ProcessPoolExecutor(JOBS, mp_context=context) as compilers, traffic.pool() as interpreters:
+        listed = [(op, case) for op, cases in zip(ops, compilers.map(list_cases, ops), strict=True) for case in cases]
         jobs = [(op, case, arch) for op, case in listed for arch in archs if arch in case.get("archs", ARCHS)]
-        futures = [pool.submit(compile_case, op, case["name"], arch) for op, case, arch in jobs]
+        compiled = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]
+        measurements, unjudged = _measure(interpreters, ops) if issue_floor.ARCH in archs else ({}, [])
         results = []
-        for (op, case, arch), future in zip(jobs, futures, strict=True):
-            error = future.exception()
-            # triton's compilation errors do not all survive the way between processes, their text does
-            results.append((f"{Path(op).stem}: {case['name']}", arch, case, future.result() if error is None else _last_line(error)))
-    return results
+        for (op, case, arch), future in zip(jobs, compiled, strict=True):
+            result = Result(f"{Path(op).stem}: {case['name']}", arch, case, None, [])
+            results.append(result)
+            if error := future.exception():
+                # triton's compilation errors do not all survive the way between processes, their text does
+                result.faults.append(_last_line(error))
+                continue
+            result.code, sass = future.result()
+            if arch == issue_floor.ARCH:
+                try:
+                    result.load = load_of(case["name"], measurements[op], result.code, sass)
+                except ValueError as error:
+                    result.faults.append(f"issue floor: {error}")
+    return results + unjudged
+
+
+def _measure(interpreters: concurrent.futures.Executor, ops: list[str]) -> tuple[dict[str, list[Measurement]], list[Result]]:
+    """By op, and what failed: a workload that does not run, a launch that no case compiles."""
+    names = traffic.listed_names(interpreters, ops)
+    futures = [(op, name, interpreters.submit(traffic.measure_named, op, name)) for op in ops for name in names[op]]
+    measurements, unjudged = {op: [] for op in ops}, []
+    for op, name, future in futures:
+        if error := future.exception():
+            faults = {_last_line(error)}
+        else:
+            measurements[op].append(future.result())
+            alone = {launch.kernel.strip("_") for launch in future.result().launches if launch.case is None}
+            faults = {f"launches {kernel} in a configuration that no case compiles" for kernel in alone}
+        if faults:
+            unjudged.append(Result(f"{Path(op).stem}: {name}", issue_floor.ARCH, None, None, sorted(faults)))
+    return measurements, unjudged
 
 
 def _last_line(error: BaseException) -> str:
@@ -273,21 +198,30 @@ def write_table(path: Path, rows: dict[str, dict[str, dict]]) -> None:
     path.write_text(f'{{\n "triton": {version},\n "cases": {{\n' + ",\n".join(cases) + "\n }\n}\n", encoding="utf-8")
 
 
-def print_table(results, faults) -> None:
-    header = ("case", "sm", "regs", "stack", "LDL", "STL", "shared", "warps", "occupancy", "HGMMA", "HMMA", "other", "ld128", "st128", "")
+def print_table(results: list[Result]) -> None:
+    header = ("case", "sm", "regs", "stack", "LDL", "STL", "shared", "warps", "occupancy", "HGMMA", "HMMA", "other", "ld128", "st128")
+    header += ("traffic", "L2", "memory us", "issue us", "")
     rows = [header]
-    for (name, arch, _, code), wrong in zip(results, faults, strict=True):
-        if isinstance(code, str):
-            cells = (name, arch, *[""] * 12)
-        else:
-            share, limit = occupancy(code, arch)
-            spill = (code.registers, code.stack, code.local_loads, code.local_stores, code.shared, code.warps)
-            wide = ("-" if part is None else f"{part:.0%}" for part in (code.wide_loads, code.wide_stores))
-            cells = (name, arch, *spill, f"{share:.0%} {limit}", code.hgmma, code.hmma, code.other_mma, *wide)
-        rows.append((*map(str, cells), "FAILS: " + "; ".join(wrong) if wrong else "ok"))
+    for result in results:
+        said = "FAILS: " + "; ".join(result.faults) if result.faults else "ok"
+        rows.append((result.name, str(result.arch), *map(str, _cells(result, len(header) - 3)), said))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+
+
+def _cells(result: Result, columns: int) -> list:
+    code, load = result.code, result.load
+    if code is None:
+        return [""] * columns
+    share, limit = occupancy(code, result.arch)
+    cells = [code.registers, code.stack, code.local_loads, code.local_stores, code.shared, code.warps, f"{share:.0%} {limit}"]
+    cells += [code.hgmma, code.hmma, code.other_mma]
+    cells += ["-" if part is None else f"{part:.0%}" for part in (code.wide_loads, code.wide_stores)]
+    if load is None:
+        return cells + ["-"] * (columns - len(cells))
+    issue = "-" if load.issue_us is None else f"{load.issue_us:.1f}"
+    return [*cells, f"{load.traffic:.2f}", f"{load.l2:.2f}", f"{load.memory_us:.1f}", issue]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -315,30 +249,40 @@ def main(arguments: list[str] | None = None) -> int:
         print("no cases")
         return 0
     table = read_table(options.table)
-    faults = []
-    for name, arch, case, code in results:
-        before = table.get(name, {}).get(str(arch))
-        wrong = [code] if isinstance(code, str) else verdict(case, arch, code, None if options.write else before)
-        if table and before is None and not options.write:
-            wrong.append(f"not in {options.table.name}: add it with --write")
-        faults.append(wrong)
-    print_table(results, faults)
-    failed = sum(map(bool, faults))
-    print(f"{len(results)} compiled in {time.perf_counter() - begin:.0f} s, {failed} failed")
+    for result in results:
+        before = table.get(result.name, {}).get(str(result.arch))
+        judge(result, None if options.write else before)
+        if result.case and table and before is None and not options.write:
+            result.faults.append(f"not in {options.table.name}: add it with --write")
+    print_table(results)
+    failed = sum(bool(result.faults) for result in results)
+    compiled = sum(result.case is not None for result in results)
+    print(f"{compiled} compiled in {time.perf_counter() - begin:.0f} s, {failed} failed")
     if options.write and failed:
         print(f"{options.table.name} is not written: a kernel that fails is mended first")
     elif options.write:
-        stems = {Path(op).stem for op in ops}
-        audited = {str(arch) for arch in options.arch or ARCHS}
-        rows = {
-            name: {arch: row for arch, row in by_arch.items() if name.partition(":")[0] not in stems or arch not in audited}
-            for name, by_arch in table.items()
-        }
-        for name, arch, _, code in results:
-            row = {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(code).items()}
-            rows.setdefault(name, {})[str(arch)] = row
-        write_table(options.table, {name: by_arch for name, by_arch in rows.items() if by_arch})
+        renew_table(options.table, table, results, ops, options.arch or ARCHS)
     return int(failed > 0)
+
+
+def judge(result: Result, before: dict | None) -> None:
+    """Adds what is wrong to the faults of a result. before: its row of the committed table."""
+    if result.code is not None:
+        result.faults += verdict(result.case, result.arch, result.code, before)
+    if result.load is not None and before is not None:
+        result.faults += load_verdict(result.load, before)
+
+
+def renew_table(path: Path, table: dict, results: list[Result], ops: list[str], archs: tuple[int, ...]) -> None:
+    """Writes the table with the rows of these ops and architectures replaced by the results."""
+    stems, audited = {Path(op).stem for op in ops}, set(map(str, archs))
+    rows = {
+        name: {arch: row for arch, row in by_arch.items() if name.partition(":")[0] not in stems or arch not in audited}
+        for name, by_arch in table.items()
+    }
+    for result in results:
+        rows.setdefault(result.name, {})[str(result.arch)] = result.row()
+    write_table(path, {name: by_arch for name, by_arch in rows.items() if by_arch})
 
 
 if __name__ == "__main__":

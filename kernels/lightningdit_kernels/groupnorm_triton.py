@@ -8,6 +8,8 @@ Variance: a chunk is shifted by the mean of its first tile, so that what is subt
 left, and chunks are merged by Chan's formula. A mean of 1000 standard deviations costs nothing.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -273,3 +275,19 @@ def _case(name, kernel, signature, constants, config, kind, arch):
     return dict(name=name, kernel=kernel, signature={**signature, **{key: "constexpr" for key in constants}}, constexprs=constants,
                 divisible=divisible, num_warps=config.num_warps, num_stages=config.num_stages, kind=kind,
                 archs=tuple(a for a in (80, 90, 100) if a >= arch))
+
+
+def workloads(images: int = 8):
+    """What training the VA-VAE launches, for lightningdit_kernels.traffic: 128 channels in 32 groups, 256 x 256 pixels, channels last."""
+    weight, bias, mean, rstd = torch.empty(128), torch.empty(128), torch.empty(images, 32), torch.empty(images, 32)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, grad = (torch.empty(images, 256, 256, 128, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2))
+        forward, backward = (x, weight, bias), (grad, x, weight, bias, mean, rstd)
+        name = "bf16" if dtype == torch.bfloat16 else "fp32"
+        # Statistics come first: what they are taken of is read twice.
+        found += [dict(name=f"group norm forward {name}", launch=functools.partial(group_norm_silu_fwd, *forward, 32, 1e-6, dtype, True),
+                       reads=(x, *forward)),
+                  dict(name=f"group norm backward {name}", launch=functools.partial(group_norm_silu_bwd, *backward, 32, True),
+                       reads=(grad, x, *backward))]
+    return found

@@ -351,7 +351,7 @@ def norm_bwd(
             _configured("norm_bwd", launch, residual, (str(residual.dtype), str(grad_h.dtype), str(branch_dtype), *wanted))
         _norm_sums_kernel[(triton.cdiv(D, _SUM_COLUMNS), B)](
             *sums, gate, scale, weight, bias, dscale, dshift, dgate, for_weight, for_bias, chunks if N else 0, gate_stride, scale_stride,
-            D=D, COLUMNS=_SUM_COLUMNS, num_warps=1,
+            D=D, COLUMNS=_SUM_COLUMNS, num_warps=1, num_stages=1,
         )  # fmt: skip
     dweight, dbias = (None if v is None else part.sum(0).to(v.dtype) for v, part in ((weight, for_weight), (bias, for_bias)))
     return dx, dy, dgate, dscale, dshift, dweight, dbias
@@ -389,3 +389,21 @@ def audit_cases() -> list[dict]:
         constants = dict(D=width, COLUMNS=_SUM_COLUMNS)
         case(f"norm_sums D={width}", _norm_sums_kernel, signature, constants, sizes, num_warps=1, kind="small")
     return cases
+
+
+def workloads(tokens: int = 32768, width: int = 1152) -> list[dict]:
+    """What training launches, for lightningdit_kernels.traffic: XL/1 at 256 tokens an image, the residual stream in fp32 and in bf16."""
+    shape, bf16 = (tokens // 256, 256, width), torch.bfloat16
+    gate, scale, shift = torch.empty(shape[0], 6 * width, dtype=bf16).chunk(6, 1)[:3]  # of adaLN's output, as in the model
+    weight, bias, rstd = torch.empty(width), torch.empty(width), torch.empty(*shape[:2], 1)
+    y, grad_h = torch.empty(shape, dtype=bf16), torch.empty(shape, dtype=bf16)
+    found = []
+    for stream in (torch.float32, bf16):
+        x, grad = torch.empty(shape, dtype=stream), torch.empty(shape, dtype=stream)
+        forward, backward = (x, y, gate, scale, shift, weight, bias), (grad, grad_h, x, y, gate, scale, weight, bias, None, rstd)
+        name = "fp32" if stream == torch.float32 else "bf16"
+        found += [
+            dict(name=f"norm forward {name}", launch=functools.partial(norm_fwd, *forward, 1e-6, False, bf16), reads=forward, programs=2),
+            dict(name=f"norm backward {name}", launch=functools.partial(norm_bwd, *backward, bf16, bf16), reads=backward, programs=2),
+        ]
+    return found

@@ -156,3 +156,13 @@ def audit_cases() -> list[dict]:
             case = dict(name=f"swiglu_{name} F={hidden}", kernel=kernel, signature=signature, constexprs=constants | rest)
             cases.append(case | dict(divisible=divisible) | common)
     return cases
+
+
+def workloads(tokens: int = 32768, hidden: int = 3072) -> list[dict]:
+    """What training launches, for lightningdit_kernels.traffic: XL/1."""
+    packed, bias = torch.empty(tokens, 2 * hidden, dtype=torch.bfloat16), torch.empty(2 * hidden)
+    grad = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+    return [
+        dict(name="swiglu forward", launch=lambda: swiglu_fwd(packed, bias, packed.dtype), reads=(packed, bias), programs=3),
+        dict(name="swiglu backward", launch=lambda: swiglu_bwd(grad, packed, bias), reads=(grad, packed, bias), programs=3),
+    ]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lightningdit_kernels import audit
-from lightningdit_kernels.audit import Code, access_bytes, occupancy, read_sass, verdict, wide_share
+from lightningdit_kernels.audit import Load, Result, judge, verdict
+from lightningdit_kernels.machine_code import Code, access_bytes, check_case, describe, occupancy, read_sass, wide_share
 
 PROBES = Path(__file__).with_name("probes_triton.py")
 GOOD = Code(
@@ -78,6 +79,60 @@ def test_every_probe_gets_its_verdict(tmp_path):
     assert "shared grew from 8192 to 16384" in done.stdout and "not in audit.json: add it with --write" in done.stdout
 
 
+TWICE = '''
+
+import torch
+
+
+@triton.jit
+def _twice_kernel(x, out, size, REPEAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Reads x REPEAT times over: each program its own block and those after it."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(x + offsets)
+    for again in tl.static_range(1, REPEAT):
+        total += tl.load(x + (offsets + again * BLOCK) % size)
+    tl.store(out + offsets, total)
+
+
+def audit_cases():
+    common = dict(kernel=_twice_kernel, num_warps=4, num_stages=1, kind="small", divisible=["x", "out", "size"], archs=(90,))
+    signature = dict(x="*fp32", out="*fp32", size="i32")
+    return [dict(name="twice", signature=signature, constexprs=dict(REPEAT=REPEAT, BLOCK=256), **common)]
+
+
+def workloads():
+    x, out = torch.empty(4096), torch.empty(4096)
+
+    def launch():
+        _twice_kernel[(16,)](x, out, 4096, REPEAT=LAUNCHED, BLOCK=256, num_warps=4, num_stages=1)
+        return out
+
+    return [dict(name="twice", launch=launch, reads=(x,))]
+'''
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_kernel_that_reads_twice_fails_against_the_table(tmp_path):
+    """L2 sees both reads; a second launch that the audit does not compile is a fault too."""
+    table, file = tmp_path / "audit.json", tmp_path / "planted.py"
+    imports = "import triton\nimport triton.language as tl\n"
+    file.write_text(f"{imports}REPEAT = LAUNCHED = 1\n{TWICE}")
+    assert run_audit("--op", file, "--table", table, "--write").returncode == 0
+    row = json.loads(table.read_text())["cases"]["planted: twice"]["90"]
+    assert (row["traffic"], row["l2"]) == (1.0, 1.0)
+    assert run_audit("--op", file, "--table", table).returncode == 0
+
+    file.write_text(f"{imports}REPEAT = LAUNCHED = 3\n{TWICE}")
+    done = run_audit("--op", file, "--table", table)
+    assert done.returncode == 1
+    assert "l2 grew from 1.0 to 2.000" in done.stdout
+
+    file.write_text(f"{imports}REPEAT, LAUNCHED = 1, 3\n{TWICE}")
+    done = run_audit("--op", file, "--table", table)
+    assert done.returncode == 1
+    assert "launches twice_kernel in a configuration that no case compiles" in done.stdout
+
+
 SASS = """
         /*0000*/                   LDG.E.128 R4, [R2.64] ;
 .L_x_0:
@@ -96,13 +151,15 @@ SASS = """
 
 
 def test_sass_is_read_with_its_loops():
-    instructions = read_sass(SASS)
-    assert [(opcode.partition(".")[0], depth) for opcode, depth in instructions] == [
+    sass = read_sass(SASS)
+    assert [(opcode.partition(".")[0], depth) for opcode, depth in zip(sass.opcodes, sass.depths(), strict=True)] == [
         ("LDG", 0), ("LDG", 1), ("HGMMA", 1), ("LDG", 2), ("BRA", 2), ("BRA", 1), ("STG", 0), ("EXIT", 0), ("BRA", 0), ("NOP", 0),
     ]  # fmt: skip
-    assert wide_share(instructions, ("LDG",)) == pytest.approx(16 / (16 + 8 * 16 + 2 * 256))
-    assert wide_share(instructions, ("STG",)) == 1 and wide_share(instructions, ("LDGSTS",)) is None
-    code = audit.describe("Function f:\n  REG:40 STACK:8 SHARED:0 LOCAL:0", SASS, 1024, 4)
+    assert sass.opcodes[2] == "HGMMA.64x64x16.F32.BF16"
+    assert sass.loops == ((1, 5), (3, 4))
+    assert wide_share(sass, ("LDG",)) == pytest.approx(16 / (16 + 8 * 16 + 2 * 256))
+    assert wide_share(sass, ("STG",)) == 1 and wide_share(sass, ("LDGSTS",)) is None
+    code = describe("Function f:\n  REG:40 STACK:8 SHARED:0 LOCAL:0", sass, 1024, 4)
     assert (code.registers, code.stack, code.hgmma, code.hmma, code.other_mma) == (40, 8, 1, 0, 0)
 
 
@@ -156,6 +213,39 @@ def test_verdict(code, case, arch, fault):
     assert faults == [] if fault is None else len(faults) == 1 and fault in faults[0]
 
 
+LOAD = Load(traffic=1.0, l2=2.0, memory_us=10.0, issue_us=5.0)
+ROW = dict(registers=64, shared=0, traffic=1.0, l2=2.0, memory_us=10.0, issue_us=5.0)
+
+
+@pytest.mark.parametrize(
+    "load, row, faults",
+    [
+        (dict(), dict(), []),
+        (dict(traffic=1.02), dict(), []),
+        (dict(traffic=1.03), dict(), ["traffic grew from 1.0 to 1.030"]),
+        (dict(l2=2.05), dict(), ["l2 grew from 2.0 to 2.050"]),
+        (dict(issue_us=5.2), dict(), []),
+        (dict(issue_us=5.3), dict(), ["issue_us grew from 5.0 to 5.300"]),
+        (dict(memory_us=20.0), dict(), []),
+        (dict(traffic=0.5, l2=0.5, issue_us=1.0), dict(), []),
+        (dict(issue_us=None), dict(issue_us=None), []),
+        (dict(traffic=0.0004), dict(traffic=0.0), []),
+        (dict(), dict(issue_us=None), ["issue_us is not in the table: add it with --write"]),
+        (dict(traffic=2.0, l2=4.0), dict(), ["traffic grew from 1.0 to 2.000", "l2 grew from 2.0 to 4.000"]),
+    ],
+)
+def test_growth_of_traffic_and_issue_floor_fails(load, row, faults):
+    result = Result("op: case", 90, dict(kind="small"), GOOD, [], replace(LOAD, **load))
+    judge(result, ROW | row)
+    assert result.faults == faults
+
+
+def test_a_case_that_training_does_not_launch_is_not_judged_by_its_load():
+    result = Result("op: case", 90, dict(kind="small"), GOOD, [])
+    judge(result, dict(registers=64, shared=0))
+    assert result.faults == []
+
+
 class Kernel:
     arg_names = ["x", "BLOCK"]
 
@@ -174,7 +264,7 @@ class Kernel:
 def test_a_malformed_case_is_refused(change, message):
     case = dict(name="n", kernel=Kernel, signature=dict(x="*bf16"), constexprs=dict(BLOCK=8), divisible=["x"], kind="memory") | change
     with pytest.raises(ValueError, match=message):
-        audit._check("op", case)
+        check_case("op", case)
 
 
 def test_nothing_to_audit_is_no_failure(monkeypatch, tmp_path, capsys):
