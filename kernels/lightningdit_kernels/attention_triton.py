@@ -622,10 +622,11 @@ BACKWARD = {
     (80, "fp32 128"): [_backward(32, 16, 4)],
     (80, "fp32 256"): [_backward(32, 16, 8)],
     (90, "resident 80"): [_backward(128, 64, 8), _backward(128, 32, 8), _backward(64, 64, 4)],
-    (90, "resident norm 80"): [_backward(128, 32, 8), _backward(64, 64, 4)],
+    (90, "resident norm 80"): [_backward(64, 32, 8)],
     (90, "flash 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash norm 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash 128"): [_backward(64, 64, 8)],
+    (100, "resident 80"): [_backward(128, 32, 8), _backward(64, 32, 8)],
     (100, "resident norm 80"): [_backward(64, 32, 8)],
     (100, "flash norm 80"): [_backward(128, 32, 8), _backward(64, 32, 8, 2)],
 }
