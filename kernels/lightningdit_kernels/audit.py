@@ -33,6 +33,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lightningdit_kernels.tuning import COMPILE_OPTIONS
+
 OPS = ("swiglu", "norm", "attention", "alignment", "groupnorm")
 ARCHS = (80, 90, 100)
 KINDS = ("memory", "attention", "matmul", "small")
@@ -218,7 +220,7 @@ def compile_case(op: str, name: str, arch: int) -> Code:
     signature = {arg: "constexpr" if arg in constants else case["signature"][arg] for arg in kernel.arg_names}
     multiples = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in case["divisible"] if arg not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
-    options = dict(num_warps=case["num_warps"], num_stages=case["num_stages"])
+    options = dict(num_warps=case["num_warps"], num_stages=case["num_stages"], **COMPILE_OPTIONS)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
