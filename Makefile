@@ -19,12 +19,14 @@ PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
 GPU_PY = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
-.PHONY: help setup demo test lint audit bench bench-check growth chaos levers fuzz convergence convergence-smoke report assets test-gpu bench-gpu rehearse clean
+.PHONY: help setup demo test test-newest newest lint audit bench bench-check growth chaos levers fuzz convergence convergence-smoke report assets test-gpu bench-gpu rehearse clean
 
 help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
 	@echo "demo       train on the bundled digits and draw some; ARGS='--steps 100' adds flags"
 	@echo "test       all tests, JOBS=2 at a time; ARGS='-n 0 -x -k name' adds flags"
+	@echo "test-newest    the tests of kernels, model and training, and the audit, with the newest torch and triton: constraints-newest.txt"
+	@echo "newest     moves constraints-newest.txt up to what pip installs today"
 	@echo "lint       ruff      audit   the machine code of the Triton kernels, without a GPU"
 	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
 	@echo "bench-check      fails where an op or a stage is over 15 % slower than bench/results/check_cpu.json; ARGS=--update rewrites that"
@@ -37,7 +39,7 @@ help:
 	@echo "assets     remake the bundled tokenizer"
 	@echo "test-gpu, bench-gpu      the CUDA tests and benchmarks, results in OUT=$(OUT)"
 	@echo "rehearse   both of them without a GPU, under a stand-in CUDA driver, hours on 2 cores; ARGS=--short takes minutes"
-	@echo "clean      remove what builds and tests left (not .venv, not runs)"
+	@echo "clean      remove what builds and tests left (not .venv, not .venv-newest, not runs)"
 
 setup: $(STAMP)
 
@@ -54,6 +56,28 @@ demo: $(READY)
 
 test: $(READY)
 	$(if $(PARALLEL),OMP_NUM_THREADS=1 )$(PY) -m pytest tests $(PARALLEL) $(ARGS)
+
+# The newest stack: what `pip install` gives a newcomer today. Only what depends on torch's and triton's versions is run again.
+NEWEST := .venv-newest/bin/python
+NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers))
+
+test-newest: .venv-newest/.installed
+	OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
+	PYTHONPATH=kernels $(NEWEST) -m lightningdit_kernels.audit
+
+# Editable as .venv is: both build the same native library into the source tree, whose C interface knows nothing of torch.
+.venv-newest/.installed: setup.py constraints-newest.txt pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+	$(PYTHON) -m venv --clear .venv-newest
+	$(NEWEST) -m pip install --quiet --constraint constraints-newest.txt --editable '.[test]'
+	@touch $@
+
+# NVIDIA's packages are left out, as torch pins them exactly, and so is what a machine adds to every environment.
+newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	$(NEWEST) -m pip install --quiet --editable '.[test]'
+	{ sed '/^[^#]/,$$d' constraints-newest.txt; $(NEWEST) -m pip freeze --exclude-editable | grep -viE '^(nvidia|cuda)-'; } > .venv-newest/constraints.txt
+	mv .venv-newest/constraints.txt constraints-newest.txt
+	@touch .venv-newest/.installed
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -113,4 +137,4 @@ report: $(READY)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis out
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent
 DALI = "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"  # its CPU operators need no GPU
 EVALUATION = ["torch-fidelity>=0.4", "lpips>=0.1.4", "timm>=1.0.20", "torchvision", "diffusers>=0.35"]
 DEMO = ["gradio>=6"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "torchao>=0.18"]
 MISSING = "native_missing.txt"  # the name that lightningdit_kernels/native.py reads
 
 
@@ -81,6 +82,7 @@ setup(
     cmdclass={"build_ext": BuildNative},
     entry_points={"console_scripts": ["lightningdit = lightningdit.cli:main"]},
     install_requires=[
+        # Of torch and triton the least versions, which `make test` tests (constraints.txt); `make test-newest` tests the newest ones.
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
@@ -99,7 +101,7 @@ setup(
         "eval": EVALUATION,
         "peers": ["xformers", "liger-kernel", "quack-kernels", "flash-attn-4"],
         "demo": DEMO,
-        "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.8", "torchao>=0.18",
-                "selenium>=4.20", DALI, *EVALUATION, *DEMO],
+        "test": TEST,
+        "dev": [*TEST, "pytest-benchmark>=5.0", "ruff>=0.8", "selenium>=4.20", DALI, *EVALUATION, *DEMO],
     },
 )

@@ -40,7 +40,7 @@ BACKWARD = {
     (80, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2),
                    Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2)],
     (80, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=2)],
-    (80, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=64), num_warps=4, num_stages=2)],
+    (80, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=64), num_warps=4)],
     (90, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2),
                    Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=32), num_warps=4, num_stages=2)],
     (90, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=3)],
@@ -190,17 +190,17 @@ def _marginal_distance_matrix_bwd_kernel(grad, z, f, z_inverse, f_inverse, grad_
             tile = tl.load(z + j[:, None] * C + c[None, :], mask=in_j[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
             held = _add_product(sign, tile * z_j[:, None], held, z.dtype.element_ty == tl.float32)
         else:
-            last = start + BLOCK_N >= N
+            begun, last = i < tl.where(start > 0, N, 0), i < tl.where(start + BLOCK_N >= N, N, 0)
             shrink = tl.where((z_i * EPS < 0.999) & last, along * z_i, 0.0)
-            unit = tl.where(in_i & last, factor, 1.0)
+            unit = tl.where(last, factor, 1.0)
             for c_start in tl.range(0, C, BLOCK_C, num_stages=1):  # pipelining it costs registers that the tiles need
                 c = c_start + tl.arange(0, BLOCK_C)
                 in_c = (c < C)[None, :]
                 tile = tl.load(z + j[:, None] * C + c[None, :], mask=in_j[:, None] & in_c, other=0.0).to(tl.float32)
                 own = i[:, None] * C + c[None, :]
-                before = tl.load(grad_z + own, mask=in_i[:, None] & in_c & (start > 0), other=0.0)
+                before = tl.load(grad_z + own, mask=begun[:, None] & in_c, other=0.0)
                 total = _add_product(sign, tile * z_j[:, None], before, True)
-                towards = tl.load(z + own, mask=in_i[:, None] & in_c & last, other=0.0)
+                towards = tl.load(z + own, mask=last[:, None] & in_c, other=0.0)
                 total = (total - shrink[:, None] * towards) * unit[:, None]
                 tl.store(grad_z + own, total, mask=in_i[:, None] & in_c)
             tl.debug_barrier()  # the next block of j reads what other threads of this program wrote
@@ -224,7 +224,8 @@ def _project_kernel(x, q, out, norm, rows, C, K, BLOCK_M: tl.constexpr, BLOCK_K:
         squares += a * a
         product = tl.dot(a, b, product, input_precision="tf32x3")
     tl.store(out + row[:, None] * K + column[None, :], product, mask=(row < rows)[:, None] & (column < K)[None, :])
-    tl.store(norm + row, tl.sqrt(tl.sum(squares, 1)), mask=(row < rows) & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(norm + row, tl.sqrt(tl.sum(squares, 1)), mask=row < rows)
 
 
 def _dtype_class(z):

@@ -6,16 +6,17 @@ D is computed as D0 + D1 channels, D0 the largest power of two in D and D1 a pad
 cost 1.6 times the matrix instructions. N, D and with them all strides are constexpr: head offsets of 72 elements are 16-byte aligned,
 which Triton can prove only of constants. A number of tokens is compiled once; nothing depends on the batch.
 
-Two ways to the rotated q and k. Up to RESIDENT_TOKENS each program makes its own from raw qkv: at 256 tokens a key is used by one or two
-programs, and a kernel of its own would move 8 more bytes per element. Beyond, every block of keys would be remade by N / BLOCK_M
-programs, so one prologue writes q' and k' (in the backward also delta = rowsum(dO * O)) and the loops load only matrix operands.
+Two ways to the rotated q and k. Up to RESIDENT_TOKENS each program of the forward makes its own from raw qkv: at 256 tokens a key is used
+by one or two programs, and a kernel of its own would move 8 more bytes per element. Beyond, every block of keys would be remade by
+N / BLOCK_M programs, so one prologue writes q' and k' and the loops load only matrix operands. The backward always has this prologue, which
+then also writes delta = rowsum(dO * O): rotating next to its accumulators spills, and takes more instructions even at 256 tokens.
 
 cos and sin lie in one table (N, D/2, 2), interleaved so that a tile of it lies in registers just as the tile that it turns; for bf16 it is
 fp16, with an eighth of bf16's error. One small kernel makes it from positions and frequencies, along with the first token that has the same
 row, or column, as each. Lines are read through these: of a 16 x 16 grid 32 half lines, 2.3 KB at D = 72, are all that ever enters the first
 cache, and any other positions are right too, whole numbers or not, without a look at them from the host. The prologue, which only moves
 memory, reads each token's own line instead: at D = 72 an axis ends inside 16 bytes. Angles made inside the attention kernels would be 74 %
-more instructions in the forward's loop on sm_90 (1,330 against 766 with whole lines of the table and 829 so) and spill in the backward.
+more instructions in the forward's loop on sm_90 (128 x 64: 1,330 against 766 with whole lines of the table and 829 so) and spill in the backward.
 
 The bias of the linear layer before is added where q and k are made. v's is added to the result, since the weights of a row sum to one, and
 taken out of delta again. All its gradients are column sums of what the backward writes anyway.
@@ -33,12 +34,13 @@ import triton
 import triton.language as tl
 
 from lightningdit_kernels.attention import own
-from lightningdit_kernels.tuning import Config, architecture, pick
+from lightningdit_kernels.tuning import Config, pick
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 RESIDENT_TOKENS = 256
+SHORT_TOKENS = 128  # up to here the forward takes blocks of 64 queries: of one for 256 tokens half or more would be padding
 MAX_HEAD_DIM = 256
 
 
@@ -434,18 +436,19 @@ def _store_raw_gradient(
         if D1 > 0:
             g1 = _rotate(g1, lines, table, rows, N, -1, D0, D, EVEN_N)
     if NORM:
+        _column_sum(norm_partial + D, g0, 0, D)  # before x takes registers
+        if D1 > 0:
+            _column_sum(norm_partial + D, g1, D0, D)
         x0, x1 = _load_pair(raw, rows, N, 3 * H * D, D, D0, D1, EVEN_N)
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
         if BIASED:
             x0, x1 = _add_vector(x0, x1, bias, D, D0, D1)
         x0, x1, rstd = _standardise(x0, x1, D, D0, D1, EPS, CENTER)
         _column_sum(norm_partial, g0 * x0, 0, D)
-        _column_sum(norm_partial + D, g0, 0, D)
         g0 = g0 * _vector(weight, 0, D0, D)[None, :]
         slope, mean = tl.sum(g0 * x0, 1), tl.sum(g0, 1)
         if D1 > 0:
             _column_sum(norm_partial, g1 * x1, D0, D)
-            _column_sum(norm_partial + D, g1, D0, D)
             g1 = g1 * _vector(weight, D0, D1, D)[None, :]
             slope += tl.sum(g1 * x1, 1)
             mean += tl.sum(g1, 1)
@@ -468,15 +471,14 @@ def _store_raw_gradient(
 
 @triton.jit
 def _rope_attention_bwd_kernel(
-    QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, LSE, DELTA, GRAD_QKV, PARTIAL,
+    QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, GRAD, LSE, DELTA, GRAD_QKV, PARTIAL,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
     SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr,
-    CENTER: tl.constexpr,
-    ROPE: tl.constexpr, PREPARED: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK tokens of one head, first as keys (dK, dV), then as queries (dQ), each against all others in steps of INNER."""
     sample, head, rows = _block_of_head(N, H, BLOCK)
-    dtype: tl.constexpr = OUT.dtype.element_ty
+    dtype: tl.constexpr = PREPARED_QK.dtype.element_ty
     qkv, bias = QKV + sample * N * (3 * H * D) + head * D, BIAS + head * D
     prepared = PREPARED_QK + sample * N * (2 * H * D) + head * D
     grad_qkv = GRAD_QKV + sample * N * (3 * H * D) + head * D
@@ -484,10 +486,7 @@ def _rope_attention_bwd_kernel(
     norm_partial = PARTIAL + tl.program_id(0).to(tl.int64) * ((4 * NORM + 3 * BIASED) * D)
     partial = norm_partial + 4 * NORM * D
 
-    k0, k1 = _query_or_key(
-        qkv, prepared, bias, LINES, TABLE, K_WEIGHT, K_BIAS, rows,
-        N, 1, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
-    )  # fmt: skip
+    k0, k1 = _load_pair(prepared + H * D, rows, N, 2 * H * D, D, D0, D1, EVEN_N)
     v0, v1 = _load_pair(qkv + 2 * H * D, rows, N, 3 * H * D, D, D0, D1, EVEN_N)
     v0, v1 = v0.to(dtype), v1.to(dtype)
     dk0, dv0 = tl.zeros([BLOCK, D0], tl.float32), tl.zeros([BLOCK, D0], tl.float32)
@@ -496,15 +495,9 @@ def _rope_attention_bwd_kernel(
         dk1, dv1 = tl.zeros([BLOCK, D1], tl.float32), tl.zeros([BLOCK, D1], tl.float32)
     for start in range(0, N, INNER):
         queries = start + tl.arange(0, INNER)
-        q0, q1 = _query_or_key(
-            qkv, prepared, bias, LINES, TABLE, Q_WEIGHT, Q_BIAS, queries,
-            N, 0, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
-        )  # fmt: skip
+        q0, q1 = _load_pair(prepared, queries, N, 2 * H * D, D, D0, D1, EVEN_N)
         g0, g1 = _load_pair(GRAD + offset, queries, N, H * D, D, D0, D1, EVEN_N)
-        if PREPARED:
-            delta = _load_rows(DELTA + line, queries, N, 0.0, EVEN_N)
-        else:
-            delta = _delta(OUT + offset, bias + 2 * H * D, queries, g0, g1, N, H, D, D0, D1, BIASED, EVEN_N)
+        delta = _load_rows(DELTA + line, queries, N, 0.0, EVEN_N)
         lse = _load_rows(LSE + line, queries, N, float("inf"), EVEN_N) * LOG2E  # inf: queries of padding weigh exp2(-inf) = 0
         s = _scores(k0, k1, q0, q1, D1, PRECISION)  # transposed: keys x queries
         p = tl.exp2(s * LOG2_SCALE - lse[None, :])
@@ -527,15 +520,9 @@ def _rope_attention_bwd_kernel(
     )  # fmt: skip
 
     # Names of their own: a name keeps its shape through a loop.
-    own_q0, own_q1 = _query_or_key(
-        qkv, prepared, bias, LINES, TABLE, Q_WEIGHT, Q_BIAS, rows,
-        N, 0, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
-    )  # fmt: skip
+    own_q0, own_q1 = _load_pair(prepared, rows, N, 2 * H * D, D, D0, D1, EVEN_N)
     own_g0, own_g1 = _load_pair(GRAD + offset, rows, N, H * D, D, D0, D1, EVEN_N)
-    if PREPARED:
-        own_delta = _load_rows(DELTA + line, rows, N, 0.0, EVEN_N)
-    else:
-        own_delta = _delta(OUT + offset, bias + 2 * H * D, rows, own_g0, own_g1, N, H, D, D0, D1, BIASED, EVEN_N)
+    own_delta = _load_rows(DELTA + line, rows, N, 0.0, EVEN_N)
     own_lse = _load_rows(LSE + line, rows, N, float("inf"), EVEN_N) * LOG2E
     dq0 = tl.zeros([BLOCK, D0], tl.float32)
     dq1 = dq0
@@ -543,10 +530,7 @@ def _rope_attention_bwd_kernel(
         dq1 = tl.zeros([BLOCK, D1], tl.float32)
     for start in range(0, N, INNER):
         keys = start + tl.arange(0, INNER)
-        kj0, kj1 = _query_or_key(
-            qkv, prepared, bias, LINES, TABLE, K_WEIGHT, K_BIAS, keys,
-            N, 1, H, D, D0, D1, dtype, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, PREPARED, EVEN_N,
-        )  # fmt: skip
+        kj0, kj1 = _load_pair(prepared + H * D, keys, N, 2 * H * D, D, D0, D1, EVEN_N)
         vj0, vj1 = _load_pair(qkv + 2 * H * D, keys, N, 3 * H * D, D, D0, D1, EVEN_N)
         s = _scores(own_q0, own_q1, kj0, kj1, D1, PRECISION)
         if not EVEN_N:  # a key of padding scores 0, and exp2(0 - lse) may overflow
@@ -569,19 +553,18 @@ def head_split(head_dim: int) -> tuple[int, int]:
     return main, 0 if main >= head_dim else max(16, triton.next_power_of_2(head_dim - main))
 
 
-def _shape_class(step: str, arch: int, n: int, head_dim: int, dtype: torch.dtype, norm: bool) -> str:
-    """Row of the tables: which way ("resident" rotates inside the kernel), "norm" where that costs registers, channels."""
+def _shape_class(step: str, n: int, head_dim: int, dtype: torch.dtype, norm: bool) -> str:
+    """Row of the tables: which way ("short" and "resident" rotate inside the kernel), "norm" where that costs registers, channels."""
     width = sum(head_split(head_dim))
     bound = next(bound for bound in (80, 128, 256) if width <= bound)
     if dtype == torch.float32:
         return f"fp32 {bound}"
-    # Beside the accumulators of the backward the rotation spills on sm_80 and beyond 80 channels.
-    resident = n <= RESIDENT_TOKENS and (step == "forward" or (arch >= 90 and bound == 80))
-    return f"{'resident' if resident else 'flash'} {'norm ' if norm and (resident or step == 'backward') and bound == 80 else ''}{bound}"
+    way = "flash" if step == "backward" or n > RESIDENT_TOKENS else "short" if n <= SHORT_TOKENS and bound == 80 else "resident"
+    return f"{way} {'norm ' if norm and (way == 'resident' or step == 'backward') and bound == 80 else ''}{bound}"
 
 
 def _prepares(shape_class: str, n: int) -> bool:
-    """Whether q' and k' are made by the prologue."""
+    """Whether q' and k' of the forward are made by the prologue; those of the backward always are."""
     return n > RESIDENT_TOKENS or shape_class.startswith("flash")
 
 
@@ -596,6 +579,7 @@ def _backward(block: int, inner: int, warps: int, stages: int = 1) -> Config:
 
 
 FORWARD = {
+    (80, "short 80"): [_forward(64, 32, 4), _forward(128, 32, 8)],
     (80, "resident 80"): [_forward(128, 32, 8), _forward(64, 32, 4)],
     (80, "resident norm 80"): [_forward(128, 32, 8), _forward(64, 32, 4)],
     (80, "resident 128"): [_forward(64, 32, 8)],
@@ -606,7 +590,8 @@ FORWARD = {
     (80, "fp32 80"): [_forward(64, 32, 8)],
     (80, "fp32 128"): [_forward(64, 32, 8)],
     (80, "fp32 256"): [_forward(32, 32, 8)],
-    (90, "resident 80"): [_forward(128, 64, 4), _forward(128, 64, 8), _forward(128, 128, 8), _forward(256, 64, 8)],
+    (90, "short 80"): [_forward(64, 64, 4), _forward(64, 32, 4), _forward(128, 64, 8)],
+    (90, "resident 80"): [_forward(256, 64, 8), _forward(128, 64, 8), _forward(128, 128, 8), _forward(128, 64, 4)],
     (90, "resident norm 80"): [_forward(128, 64, 8), _forward(128, 128, 8)],
     (90, "resident 128"): [_forward(128, 64, 8), _forward(128, 128, 8)],
     (90, "flash 80"): [_forward(128, 64, 8, 3), _forward(128, 128, 8, 2), _forward(128, 64, 4, 2)],
@@ -621,13 +606,9 @@ BACKWARD = {
     (80, "fp32 80"): [_backward(32, 16, 4)],
     (80, "fp32 128"): [_backward(32, 16, 4)],
     (80, "fp32 256"): [_backward(32, 16, 8)],
-    (90, "resident 80"): [_backward(128, 64, 8), _backward(128, 32, 8), _backward(64, 64, 4)],
-    (90, "resident norm 80"): [_backward(64, 32, 8)],
     (90, "flash 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash norm 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash 128"): [_backward(64, 64, 8)],
-    (100, "resident 80"): [_backward(128, 32, 8), _backward(64, 32, 8)],
-    (100, "resident norm 80"): [_backward(64, 32, 8)],
     (100, "flash norm 80"): [_backward(128, 32, 8), _backward(64, 32, 8, 2)],
 }
 PROLOGUE = Config(dict(BLOCK=64), 4, 1)  # the tail, 64 x 16, is then 16 bytes a thread too
@@ -695,7 +676,7 @@ def rope_attention_fwd(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias
     lse = torch.empty((batch, heads, n), dtype=torch.float32, device=qkv.device)
     if out.numel() == 0:
         return out, lse
-    shape_class = _shape_class("forward", architecture(qkv.device), n, head_dim, out_dtype, q_weight is not None)
+    shape_class = _shape_class("forward", n, head_dim, out_dtype, q_weight is not None)
     prepare = _prepares(shape_class, n)
     pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out_dtype)
     prepared = _prologue(qkv, pointers, constexprs, out_dtype)[0] if prepare else qkv
@@ -717,20 +698,19 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
     batch, n, _, heads, head_dim = qkv.shape
     grad, qkv, parameters = grad.contiguous(), qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias, bias)
     grad_qkv = torch.empty_like(qkv)
-    shape_class = _shape_class("backward", architecture(qkv.device), n, head_dim, out.dtype, q_weight is not None)
-    prepare = _prepares(shape_class, n)
+    shape_class = _shape_class("backward", n, head_dim, out.dtype, q_weight is not None)
     sums = 4 * (q_weight is not None) + 3 * (bias is not None)  # rows of every program: q_weight, q_bias, k_weight, k_bias; q, k, v of bias
     partial = qkv.new_zeros((batch, heads, 0, sums, head_dim), dtype=torch.float32)
     if out.numel():
         pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out.dtype)
-        prepared, delta = _prologue(qkv, pointers, constexprs, out.dtype, out, grad) if prepare else (qkv, lse)
+        prepared, delta = _prologue(qkv, pointers, constexprs, out.dtype, out, grad)
 
         def launch(config):
             blocks = triton.cdiv(n, config.blocks["BLOCK"])
             partial = torch.empty((batch, heads, blocks, sums, head_dim), dtype=torch.float32, device=qkv.device)
             _rope_attention_bwd_kernel[(batch * heads * blocks,)](
-                qkv, prepared, *pointers, out, grad, lse, delta, grad_qkv, partial, SCALE=1 / math.sqrt(head_dim),
-                LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out.dtype),
+                qkv, prepared, *pointers[:5], grad, lse, delta, grad_qkv, partial, SCALE=1 / math.sqrt(head_dim),
+                LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PRECISION=_precision(out.dtype),
                 **constexprs(config), **config.launch(),
             )  # fmt: skip
             return partial
@@ -745,30 +725,34 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
 
 
 def audit_cases() -> list[dict]:
-    """What the offline audit compiles: every kernel at the model's shapes (16 heads), in bf16, with the static choice of each architecture.
+    """What the offline audit compiles: every kernel at the model's head dimensions (72 of XL, 64 of the other sizes) and numbers of tokens
+    (16 heads), in bf16, with the static choice of each architecture. 64 tokens differ from 256 in the forward only.
 
     The qkv layer's bias is given everywhere, as in the model. The fp32 classes are left out: tf32x3 takes three products of split
     operands, which pass through registers, and their backward spills; fp32 attention is there to be checked against, not to be fast.
     """
-    cases = []
-    for n, head_dim, norm in [(n, head_dim, norm) for n in (256, 1024) for head_dim in (72, 64) for norm in (False, True)]:
-        label = f"N={n} D={head_dim}{' norm' if norm else ''}"
+    archs, cases = (80, 90, 100), []
+    for n, head_dim, norm in [(n, head_dim, norm) for n in (64, 256, 1024) for head_dim in (72, 64) for norm in (False, True)]:
+        label, large = f"N={n} D={head_dim}{' norm' if norm else ''}", n > SHORT_TOKENS
         scale = LOG2E.value / math.sqrt(head_dim)
-        for arch in (80, 90, 100):
-            for step, kernel, table, scales in (
-                ("forward", _rope_attention_fwd_kernel, FORWARD, dict(SCALE=scale)),
+        precision = dict(PRECISION=_precision(torch.bfloat16))
+        prepare = _prepares(_shape_class("forward", n, head_dim, torch.bfloat16, norm), n)
+        for arch in archs:
+            for step, kernel, table, flags in (
+                ("forward", _rope_attention_fwd_kernel, FORWARD, dict(SCALE=scale, PREPARED=prepare)),
                 ("backward", _rope_attention_bwd_kernel, BACKWARD, dict(SCALE=1 / math.sqrt(head_dim), LOG2_SCALE=scale)),
             ):
-                shape_class = _shape_class(step, arch, n, head_dim, torch.bfloat16, norm)
-                config = table[max(known for known, name in table if name == shape_class and known <= arch), shape_class][0]
-                prepare = _prepares(shape_class, n)
-                flags = dict(PREPARED=prepare, PRECISION=_precision(torch.bfloat16)) | scales
-                cases.append(_case(f"rope_attention_{step} {label}", kernel, config, n, head_dim, norm, flags, "attention", (arch,)))
-        for step, delta in (("forward", False), ("backward", True)) if n > RESIDENT_TOKENS else ():
-            name, flags = f"rope_attention_prologue_{step} {label}", dict(WITH_DELTA=delta)
-            cases.append(_case(name, _rope_attention_prologue_kernel, PROLOGUE, n, head_dim, norm, flags, "memory", (80, 90, 100)))
-        if not norm:
-            cases.append(_case(f"rope_table {label}", _rope_table_kernel, ROPE_TABLE, n, head_dim, norm, {}, "small", (80, 90, 100)))
+                if large or step == "forward":
+                    shape_class = _shape_class(step, n, head_dim, torch.bfloat16, norm)
+                    config = table[max(known for known, name in table if name == shape_class and known <= arch), shape_class][0]
+                    name = f"rope_attention_{step} {label}"
+                    cases.append(_case(name, kernel, config, n, head_dim, norm, flags | precision, "attention", (arch,)))
+        for step, delta in (("forward", False), ("backward", True)):
+            if large and (delta or n > RESIDENT_TOKENS):
+                name, flags = f"rope_attention_prologue_{step} {label}", dict(WITH_DELTA=delta)
+                cases.append(_case(name, _rope_attention_prologue_kernel, PROLOGUE, n, head_dim, norm, flags, "memory", archs))
+        if large and not norm:
+            cases.append(_case(f"rope_table {label}", _rope_table_kernel, ROPE_TABLE, n, head_dim, norm, {}, "small", archs))
     return cases
 
 

@@ -120,7 +120,7 @@ def _grad_of_norm(grad, x, offset, inside, w, b, centre, scale):
     x_hat = (tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - centre[None, :]) * scale[None, :]
     y = x_hat * w[None, :] + b[None, :]
     sigmoid = 1.0 / (1.0 + tl.exp(-y))
-    d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1.0 + y * (1.0 - sigmoid))
+    d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32) * (sigmoid + y * sigmoid * (1.0 - sigmoid))
     return x_hat, d
 
 
@@ -200,7 +200,7 @@ def group_norm_silu_fwd(x, weight, bias, num_groups, eps, out_dtype, channels_la
         return out, mean, rstd
 
     def launch(config):
-        blocks = dict(CHANNELS_LAST=channels_last, **_blocks(config, C, P), num_warps=config.num_warps, num_stages=config.num_stages)
+        blocks = dict(CHANNELS_LAST=channels_last) | config.launch() | _blocks(config, C, P)
         size = TILES * blocks["BLOCK_P"]
         chunks, c_blocks = triton.cdiv(P, size), triton.cdiv(C, blocks["BLOCK_C"])
         part_mean, part_square = x.new_empty(B, chunks, C, dtype=torch.float32), x.new_empty(B, chunks, C, dtype=torch.float32)
@@ -223,7 +223,7 @@ def group_norm_silu_bwd(grad, x, weight, bias, mean, rstd, num_groups, channels_
     grad_weight, grad_bias = x.new_empty(B, C, dtype=torch.float32), x.new_empty(B, C, dtype=torch.float32)
 
     def launch(config):
-        blocks = dict(CHANNELS_LAST=channels_last, **_blocks(config, C, P), num_warps=config.num_warps, num_stages=config.num_stages)
+        blocks = dict(CHANNELS_LAST=channels_last) | config.launch() | _blocks(config, C, P)
         chunks, c_blocks = triton.cdiv(P, TILES * blocks["BLOCK_P"]), triton.cdiv(C, blocks["BLOCK_C"])
         d_sum, dx_sum = x.new_empty(B, chunks, C, dtype=torch.float32), x.new_empty(B, chunks, C, dtype=torch.float32)
         offset, slope = torch.empty_like(mean), torch.empty_like(mean)

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lightningdit_kernels.tuning import COMPILE_OPTIONS
+
 OPS = ("swiglu", "norm", "attention", "alignment", "groupnorm")
 KINDS = ("memory", "attention", "matmul", "small")
 
@@ -234,7 +236,8 @@ def compile_case(case: dict[str, Any], arch: int, **options: int) -> tuple[Code,
         if name not in constants
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
-    launch = dict(num_warps=case["num_warps"], num_stages=case["num_stages"], **options)
+    launch = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+    launch |= COMPILE_OPTIONS | options
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
     usage, sass = _disassemble(
         compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -23,7 +23,7 @@ CONFIGS = {
     (80, str(width)): [Config(dict(ROWS=1), warps), Config(dict(ROWS=1), min(2 * warps, 32)), Config(dict(ROWS=2), warps)]
     for width, warps in _WARPS.items()
 }
-_SUM_COLUMNS = 128  # of one program of _norm_sums_kernel
+SUMS = Config(dict(COLUMNS=128), num_warps=1)  # of _norm_sums_kernel
 
 
 def pieces(width: int) -> tuple[int, ...]:
@@ -91,11 +91,11 @@ def _norm_fwd_kernel(
     gates = _load_modulation(None if gate is None else gate + sample * gate_stride, columns, 0.0, 1.0, D)
     biases = _load_modulation(bias, columns, 0.0, 0.0, D)
     LANES: tl.constexpr = min(THREADS, PIECES[len(PIECES) - 1])
-    base = sample * N * D
-    end = min(first + chunk_rows, N)
-    for start in range(first, end, ROWS):
+    base = (sample * N + first) * D
+    count = min(chunk_rows, N - first)
+    for start in range(0, count, ROWS):
         rows = start + tl.arange(0, ROWS)[:, None]
-        valid = rows < end
+        valid = rows < count
         tiles = _load(x + base, rows, valid, columns, D)
         if y is not None:
             branches = _load(y + base, rows, valid, columns, D)
@@ -112,14 +112,14 @@ def _norm_fwd_kernel(
             xs, squares = xs + (tile,), squares + (tile * tile,)
         if mean is not None:
             average = _row_sum(xs, LANES) * (1.0 / D)
-            tl.store(mean + sample * N + rows, average, mask=valid)
+            tl.store(mean + sample * N + first + rows, average, mask=valid)
             centred, squares = (), ()
             for i in tl.static_range(len(PIECES)):
                 tile = tl.where(columns[i] < D, xs[i] - average, 0.0)
                 centred, squares = centred + (tile,), squares + (tile * tile,)
             xs = centred
         r = tl.rsqrt(_row_sum(squares, LANES) * (1.0 / D) + EPS)
-        tl.store(rstd + sample * N + rows, r, mask=valid)
+        tl.store(rstd + sample * N + first + rows, r, mask=valid)
         for i in tl.static_range(len(PIECES)):
             out = xs[i] * r * (scales[i] * weights[i]) + shifts[i]
             tl.store(h + base + rows * D + columns[i], out.to(h.dtype.element_ty), mask=valid & (columns[i] < D))
@@ -349,16 +349,16 @@ def norm_bwd(
     if B * D:
         if N:
             _configured("norm_bwd", launch, residual, (str(residual.dtype), str(grad_h.dtype), str(branch_dtype), *wanted))
-        _norm_sums_kernel[(triton.cdiv(D, _SUM_COLUMNS), B)](
+        _norm_sums_kernel[(triton.cdiv(D, SUMS.blocks["COLUMNS"]), B)](
             *sums, gate, scale, weight, bias, dscale, dshift, dgate, for_weight, for_bias, chunks if N else 0, gate_stride, scale_stride,
-            D=D, COLUMNS=_SUM_COLUMNS, num_warps=1, num_stages=1,
+            D=D, **SUMS.launch(),
         )  # fmt: skip
     dweight, dbias = (None if v is None else part.sum(0).to(v.dtype) for v, part in ((weight, for_weight), (bias, for_bias)))
     return dx, dy, dgate, dscale, dshift, dweight, dbias
 
 
 def audit_cases() -> list[dict]:
-    """Every static configuration at the model's widths (XL 1152, B 768, S 384): bf16 activations, residual stream in fp32 and in bf16."""
+    """Every static configuration at the model's widths, S to 1p6B: bf16 activations, residual stream in fp32 and in bf16."""
     cases = []
 
     def case(name, kernel, signature, constexprs, sizes, **options):
@@ -366,7 +366,7 @@ def audit_cases() -> list[dict]:
         options = dict(kind="memory", num_stages=1, archs=(80, 90, 100)) | options
         cases.append(dict(name=name, kernel=kernel, signature=signature, constexprs=constexprs, divisible=divisible, **options))
 
-    for width in (1152, 768, 384):
+    for width in (384, 768, 1024, 1152, 1536, 1792):
         config = CONFIGS[80, str(pieces(width)[0])][0]
         constants = dict(**_constants(width, config), **config.blocks)
         sizes = dict(N="i32", chunks="i32", chunk_rows="i32")
@@ -386,8 +386,8 @@ def audit_cases() -> list[dict]:
                 case(title, kernel, signature, constants | rest, sizes, num_warps=config.num_warps)
         gradients = dict(dscale="*bf16", dshift="*bf16", dgate="*bf16", for_weight="*fp32", for_bias="*fp32")
         signature = vectors | sums | gradients | dict(sum_branch="*fp32", bias="*fp32", chunks="i32")
-        constants = dict(D=width, COLUMNS=_SUM_COLUMNS)
-        case(f"norm_sums D={width}", _norm_sums_kernel, signature, constants, sizes, num_warps=1, kind="small")
+        constants = dict(D=width, **SUMS.blocks)
+        case(f"norm_sums D={width}", _norm_sums_kernel, signature, constants, sizes, num_warps=SUMS.num_warps, kind="small")
     return cases
 
 

@@ -16,9 +16,15 @@ from lightningdit_kernels.tuning import Config, pick
 
 # Shape class: columns of a program, 256 a warp, so that a lane holds one 16-byte vector of bf16 in each of its rows and the sums over rows
 # stay inside a thread. Two rows at a time: the backward with sums then takes 96 to 109 registers, and four or five programs share a
-# multiprocessor; four rows take 160.
+# multiprocessor; four rows take 160. Where F is no multiple of 8 ("unaligned") accesses are narrow and take more addresses: one row at a
+# time then, and 80 registers.
 _WARPS = {16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}
-CONFIGS = {(80, str(columns)): [Config(dict(ROWS=rows), warps) for rows in (2, 4, 1)] for columns, warps in _WARPS.items()}
+_ROWS = {"": (2, 4, 1), " unaligned": (1, 2)}
+CONFIGS = {
+    (80, f"{columns}{alignment}"): [Config(dict(ROWS=rows), warps) for rows in choices]
+    for columns, warps in _WARPS.items()
+    for alignment, choices in _ROWS.items()
+}
 
 
 @triton.jit
@@ -71,8 +77,9 @@ def _swiglu_bwd_kernel(
         up = tl.load(packed + at_up, mask=mask, other=0.0).to(tl.float32) + up_bias
         d = tl.load(grad + rows * F + columns, mask=mask, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
-        d_gate = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        d_up = d * gate * sigmoid
+        silu = gate * sigmoid
+        d_gate = d * up * (sigmoid + silu * (1.0 - sigmoid))
+        d_up = d * silu
         tl.store(grad_packed + at_gate, d_gate.to(grad_packed.dtype.element_ty), mask=mask)
         tl.store(grad_packed + at_up, d_up.to(grad_packed.dtype.element_ty), mask=mask)
         if partial is not None:
@@ -87,6 +94,10 @@ def _columns(hidden: int) -> int:
     return min(1024, max(16, triton.next_power_of_2(hidden)))
 
 
+def _shape_class(hidden: int) -> str:
+    return f"{_columns(hidden)}{' unaligned' if hidden % 8 else ''}"
+
+
 def _chunks(rows: int, blocks: int, programs: int, least: int) -> tuple[int, int]:
     """(chunks, rows a chunk): about `programs` programs in all, of at least `least` rows."""
     size = max(least, triton.cdiv(rows * blocks, programs))
@@ -95,7 +106,7 @@ def _chunks(rows: int, blocks: int, programs: int, least: int) -> tuple[int, int
 
 def _launch(op: str, launch, like: Tensor, hidden: int, key: tuple):
     """Launching twice is harmless, since every output is overwritten."""
-    launch(pick(op, CONFIGS, like.device, str(_columns(hidden)), (hidden, *key), launch))
+    launch(pick(op, CONFIGS, like.device, _shape_class(hidden), (hidden, *key), launch))
 
 
 def swiglu_fwd(packed: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -137,12 +148,14 @@ def swiglu_bwd(grad: Tensor, packed: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 def audit_cases() -> list[dict]:
-    """Every static configuration at the model's hidden sizes (XL 3072, B 2048, S 1024): bf16, without a bias and with one in fp32."""
+    """Every static configuration at the model's hidden sizes, S to 1p6B: bf16, without a bias and with one in fp32."""
     cases = []
-    for hidden in (3072, 2048, 1024):
-        config = CONFIGS[80, str(_columns(hidden))][0]
+    for hidden in (1024, 2048, 2730, 3072, 4096, 4778):
+        config = CONFIGS[80, _shape_class(hidden)][0]
         constants = dict(F=hidden, COLUMNS=_columns(hidden), **config.blocks)
         common = dict(num_warps=config.num_warps, num_stages=config.num_stages, archs=(80, 90, 100), kind="memory")
+        if hidden % 8:
+            common |= dict(wide=False, reason=f"a row of {hidden} values of bf16 is no multiple of 16 bytes")
         sizes = dict(M="i32", chunk_rows="i32")
         forward = dict(packed="*bf16", out="*bf16", **sizes)
         backward = dict(grad="*bf16", packed="*bf16", grad_packed="*bf16", **sizes)

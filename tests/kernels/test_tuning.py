@@ -72,7 +72,7 @@ def test_missing_entry(shape_class, arch, monkeypatch):
 
 
 def test_launch_arguments():
-    assert FAST.launch() == dict(ROWS=2, num_warps=8, num_stages=2)
+    assert FAST.launch() == dict(ROWS=2, num_warps=8, num_stages=2, enable_fp_fusion=True)
 
 
 def test_autotune_is_off_unless_asked_for(cuda, monkeypatch):
