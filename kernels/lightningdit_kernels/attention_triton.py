@@ -16,7 +16,7 @@ fp16, with an eighth of bf16's error. One small kernel makes it from positions a
 row, or column, as each. Lines are read through these: of a 16 x 16 grid 32 half lines, 2.3 KB at D = 72, are all that ever enters the first
 cache, and any other positions are right too, whole numbers or not, without a look at them from the host. The prologue, which only moves
 memory, reads each token's own line instead: at D = 72 an axis ends inside 16 bytes. Angles made inside the attention kernels would be 74 %
-more instructions in the forward's loop on sm_90 (128 x 64: 1,330 against 766 with whole lines of the table and 829 so) and spill in the backward.
+more instructions in the forward's loop on sm_90 (1,330 against 766 with whole lines of the table and 829 so) and spill in the backward.
 
 The bias of the linear layer before is added where q and k are made. v's is added to the result, since the weights of a row sum to one, and
 taken out of delta again. All its gradients are column sums of what the backward writes anyway.
