@@ -173,6 +173,19 @@ def test_a_test_that_did_not_pass_is_a_problem(outcome):
     assert where(rehearsal.problems_of_tests(tests)) == ["c"]
 
 
+@pytest.mark.parametrize("outcomes", [[], ["skipped"]])
+def test_tests_that_never_ran_are_a_problem(outcomes):
+    tests = {str(i): {"outcome": one, "message": ""} for i, one in enumerate(outcomes)}
+    assert where(rehearsal.problems_of_tests(tests)) == ["tests"]
+
+
+def test_a_case_that_failed_without_a_row_is_a_problem():
+    rows = [{"case": "xl", "rows": [{"name": "ours", "status": "failed", "reason": "zero"}]}]
+    output = "FAILED bench/b.py::bench_step[a] - x\nFAILED bench/b.py::bench_step[b] - KeyError\n"
+    problems = rehearsal.problems_of_stage("step", stage("done, with failures", rows, output))
+    assert where(problems) == ["step: xl: ours", "step"]
+
+
 def test_only_what_is_listed_needs_numbers(monkeypatch, capsys):
     known = rehearsal.NeedsNumbers(r"^overlay", "loss is zero", "nothing is computed")
     monkeypatch.setattr(rehearsal, "NEEDS_NUMBERS", [known])
