@@ -71,11 +71,12 @@ test-newest: .venv-newest/.installed
 	$(NEWEST) -m pip install --quiet --constraint constraints-newest.txt --editable '.[test]'
 	@touch $@
 
-# NVIDIA's packages are left out, as torch pins them exactly, and so is what a machine adds to every environment.
+# NVIDIA's packages are left out: torch pins them exactly.
 newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	$(NEWEST) -m pip install --quiet --editable '.[test]'
-	{ sed '/^[^#]/,$$d' constraints-newest.txt; $(NEWEST) -m pip freeze --exclude-editable | grep -viE '^(nvidia|cuda)-'; } > .venv-newest/constraints.txt
+	$(NEWEST) -m pip freeze --exclude-editable > .venv-newest/frozen.txt
+	{ sed '/^[^#]/,$$d' constraints-newest.txt; grep -viE '^(nvidia|cuda)-' .venv-newest/frozen.txt; } > .venv-newest/constraints.txt
 	mv .venv-newest/constraints.txt constraints-newest.txt
 	@touch .venv-newest/.installed
 

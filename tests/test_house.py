@@ -148,3 +148,31 @@ def test_unsafe_loading_is_found(source):
 def test_machine_paths_are_found():
     assert machine_paths("open('/home/me/data.pt')") and machine_paths("C:\\Users\\me") and machine_paths("see /root/x")
     assert not machine_paths("../shared/golden https://example.org/home/x lightningdit/work/x $HOME/root/x")
+
+
+def requirements(*groups: str) -> dict[str, str]:
+    """Least version by name of the lists that setup.py assigns to these names or passes as these keywords."""
+    found = {}
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))):
+        names = [target.id for target in node.targets] if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else []
+        if set([*names, getattr(node, "arg", None)]) & set(groups):
+            found |= dict(re.match(r"([\w-]+)>=([\d.]+)", entry.value).groups() for entry in node.value.elts)
+    return found
+
+
+def pinned(name: str) -> dict[str, str]:
+    """Version by name, in lower case, of a file of constraints."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return {package.lower(): version for package, _, version in (line.partition("==") for line in lines if not line.startswith("#"))}
+
+
+@pytest.mark.parametrize("package", ["torch", "triton"])
+def test_the_least_version_is_the_one_that_is_tested(package):
+    """What setup.py claims of the two packages that break most, `make test` shows."""
+    least = requirements("install_requires")[package]
+    assert pinned("constraints.txt")[package].startswith(f"{least}.")
+
+
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-newest.txt"])
+def test_constraints_pin_every_requirement(constraints):
+    assert requirements("install_requires", "TEST").keys() <= pinned(constraints).keys()
