@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -326,6 +326,19 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         generator.graphsafe_set_state(before)
         raise
     return graph
+
+
+def make_timers(names: Iterable[str], make: Callable[[str], Timer], lost: dict[str, str]) -> dict[str, Timer]:
+    """{name: make(name)}. One that runs out of memory, to which its first call belongs, is left out, and its reason goes to `lost`."""
+    timers = {}
+    for name in names:
+        try:
+            timers[name] = make(name)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            lost[name] = reason_of(error)
+    return timers
 
 
 def turn(timers: dict, lost: dict[str, str] | None) -> dict[str, float]:
