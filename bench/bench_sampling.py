@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from bench.harness import PRESETS, Timer, gpu_state, interleave, reason_of, rounds_for, summary, synchronize
+from bench.harness import PRESETS, Timer, gpu_state, interleave, make_timers, reason_of, rounds_for, summary, synchronize
 from lightningdit.generation import Decoder
 from lightningdit.model import SIZES, LightningDiT
 from lightningdit.sampler import Prepared, initial_noise, sample, time_grid
@@ -26,6 +26,7 @@ STEPS = {"cuda": 249, "cpu": 10}
 IMAGES = {"cuda": 32, "cpu": 32}
 FEW = {"cuda": 4, "cpu": 32}
 OFFICIAL_BATCH = 4
+BASELINE = "official way, fp32, batch 4"
 TOLERANCES = dict(fp32=1e-3, tf32=5e-3, bf16=5e-2)  # TF32 rounds what it multiplies to 11 bits, so that another order of sums shows
 
 
@@ -102,7 +103,7 @@ def contestants(model, decode, latent_shape, device, few, count, num_steps):
         return Prepared(copy, labels, num_classes, batch_size=batch_size, num_steps=num_steps, guided=True, device=device,
                         autocast=torch.bfloat16 if bf16 else None, compile=compile)
 
-    found = {"official way, fp32, batch 4": (few, as_official)}
+    found = {BASELINE: (few, as_official)}
     found["ours, fp32, batch 4"] = few, lambda: ours(model, OFFICIAL_BATCH, count=few)
     found[f"ours, fp32, batch {count}"] = count, lambda: ours(model, count)
     ready = prepare(count)
@@ -128,7 +129,7 @@ def bench_sampling(benchmark, settings, shapes):
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official script
     with torch.no_grad():
         runs = contestants(model, decode, latent_shape, device, few, count, num_steps)
-        truth, rows, timers = runs["official way, fp32, batch 4"][1](), [], {}
+        truth, rows = runs[BASELINE][1](), []
         for name, (images, run) in runs.items():
             row = dict(name=name, status="ok", count=images)
             rows.append(row)
@@ -140,20 +141,24 @@ def bench_sampling(benchmark, settings, shapes):
             tolerance = TOLERANCES["bf16" if "bf16" in name else "tf32" if device == "cuda" else "fp32"]
             if not difference <= tolerance:
                 row |= dict(status="incorrect", reason=f"differs by {difference:.2g} > {tolerance} of the spread")
-                continue
 
-            def timed(i, run=run):
-                run()
+        def timer_of(name):
+            def timed(i):
+                runs[name][1]()
                 synchronize(device)
 
-            timers[name] = Timer(timed, 1, "cpu", settings.sample_ms)  # by the wall clock on GPUs too
+            return Timer(timed, 1, "cpu", settings.sample_ms)  # by the wall clock on GPUs too
+
         lost = {}
+        timers = make_timers([row["name"] for row in rows if row["status"] == "ok"], timer_of, lost)
         samples = interleave(timers, 1 if dry else rounds_for(timers, settings, lost), benchmark, 0, lost=lost)
     for row in rows:
         if row["name"] in lost:
             row |= dict(status="failed", reason=lost[row["name"]])
-        if row["name"] in samples:
-            official_ms = [ms * row["count"] / few for ms in samples["official way, fp32, batch 4"]]  # of as many images
+    assert BASELINE in samples, f"{BASELINE} is not timed, and nothing without it: {rows[0]['reason']}"
+    for row in rows:
+        if row["status"] == "ok":
+            official_ms = [ms * row["count"] / few for ms in samples[BASELINE]]  # of as many images
             one = summary(samples[row["name"]], dict(bytes=0, flops=0), official_ms)
             del one["gb_per_s"]  # images are what is counted here
             row |= one | dict(images_per_s=round(1e3 * row["count"] / one["median_ms"], 2))

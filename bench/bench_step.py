@@ -23,11 +23,11 @@ import pytest
 import torch
 
 from bench import step
-from bench.harness import Monitor, Timer, gpu_state, interleave, ran, reason_of, rounds_for, short, summary, synchronize
+from bench.harness import Monitor, Timer, gpu_state, interleave, make_timers, ran, reason_of, rounds_for, short, summary, synchronize
 from bench.providers import serving
 from bench.scaling import PEAK_TFLOPS
 from lightningdit.images import digits, to_pixels
-from lightningdit.memory import is_out_of_memory, largest_by_trial
+from lightningdit.memory import largest_by_trial
 from lightningdit.model import forward_flops
 from lightningdit.tokenizer.vavae import load_tokenizer
 from lightningdit_kernels.testing import random_tensor
@@ -111,14 +111,8 @@ def prepare(trainer, gate, contestant, device, official=None, most=None):
 
 def measure(runs, timed, product, settings, benchmark, monitor):
     """(samples, rounds, states of the monitor, {name: reason} of who ran out of memory, for what all of them hold at once)."""
-    timers, lost, states = {}, {}, []
-    for name in (*runs, "product"):
-        try:
-            timers[name] = Timer(product, 1, "cpu", settings.sample_ms) if name == "product" else timed(name)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            lost[name] = reason_of(error)
+    lost, states = {}, []
+    timers = make_timers(runs, timed, lost) | make_timers(["product"], lambda name: Timer(product, 1, "cpu", settings.sample_ms), lost)
     rounds = rounds_for(timers, settings, lost)
     observe = monitor and (lambda: states.append(monitor.sample()))
     samples = interleave(timers, rounds, benchmark, settings.warmup_s, observe, lost)

@@ -23,7 +23,7 @@ import torch
 
 import lightningdit.tokenizer.autoencoder
 import lightningdit.tokenizer.losses
-from bench.harness import Timer, gpu_state, identify, interleave, ran, reason_of, rounds_for, short, summary, synchronize
+from bench.harness import Timer, gpu_state, identify, interleave, make_timers, ran, reason_of, rounds_for, short, summary, synchronize
 from bench.providers import EAGER, serving
 from bench.step import allocate_state, copy_of
 from lightningdit.memory import SPARE, largest_by_trial
@@ -159,7 +159,8 @@ def race(benchmark, settings, case, runs, batch, gate, left_out, precision, **mo
         half = by_name[BASELINE]["batch"] // 2
         assert half, f"{BASELINE}: {lost[BASELINE]}"
         by_name[BASELINE]["batch"] = half
-        lost, timers = {}, {name: timer_of(name, by_name[name]["batch"]) for name in (BASELINE, *timers)}
+        del lost[BASELINE]
+        timers = make_timers([BASELINE, *timers], lambda name: timer_of(name, by_name[name]["batch"]), lost)
         samples = interleave(timers, rounds_for(timers, settings, lost), None, settings.warmup_s, lost=lost)
     for name, reason in lost.items():
         by_name[name] |= dict(status="failed", reason=reason)
@@ -202,16 +203,18 @@ def bench_vavae_step(benchmark, settings):
     noise = torch.randn(batch, *shape, device=device, generator=generator)
     precision = {BASELINE: "fp32", "ours": "bf16" if device == "cuda" else "fp32"}
     found = {name: StepContestant(name == BASELINE, device, size) for name in precision}
-    truth = {}
+    truth = {}  # by number of images: all that a contestant may be left with, for a run changes the baseline's weights
 
-    def measure(count):
-        features = found[BASELINE].features(pixels[:count]).float()
-        truth["of"] = pixels[:count], noise[:count], features
-        truth["terms"], truth["gradient"] = found[BASELINE].measures(*truth["of"])
+    def measure(most):
+        truth.clear()
+        for count in sorted({min(count, most) for count in halved(batch)}, reverse=True):
+            given = pixels[:count], noise[:count], found[BASELINE].features(pixels[:count]).float()
+            truth[count] = given, [value.cpu() for value in found[BASELINE].measures(*given)]
 
     def gate(name, count):
-        terms, gradient = found[name].measures(*truth["of"])
-        differences = dict(terms=distance(terms, truth["terms"]), gradient=distance(gradient, truth["gradient"]))
+        given, true = truth[min(count, max(truth))]
+        found_here = found[name].measures(*given)
+        differences = {key: distance(one.cpu(), other) for key, one, other in zip(("terms", "gradient"), found_here, true, strict=True)}
         return check(name, differences, precision[name])
 
     assert largest_by_trial(halved(min(batch, GATE_IMAGES)), measure, device), f"{BASELINE}: not even one image fits"

@@ -8,6 +8,7 @@ FLOPs are counted from the shapes: those that one perfect pass needs. A contesta
 its operators or kernels, and not another's (`identify`). One that runs out of memory, whenever, loses its row.
 """
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -244,14 +245,18 @@ class Timer:
         self.method = "perf_counter"
         run(0)
         synchronize(device)
+        self.enqueue = self.cycles = None
         if device == "cuda":
-            self.method, self.sample = self._graph_or_events()
+            self.method, self.enqueue = _graph_or_events(run, sets)
+            self.cycles = cycles_to_enqueue(self.enqueue)
             return
         begin = time.perf_counter()
         run(0)
         once_ms = 1e3 * (time.perf_counter() - begin)
         self.repeats = max(1, min(1000, round(at_least_ms / max(once_ms, 1e-3))))
-        self.sample = self._wall_ms
+
+    def sample(self) -> float:
+        return self._wall_ms() if self.enqueue is None else event_ms(self.enqueue, self.cycles) / self.sets
 
     def _wall_ms(self) -> float:
         begin = time.perf_counter()
@@ -260,24 +265,34 @@ class Timer:
             self.next = (self.next + 1) % self.sets
         return 1e3 * (time.perf_counter() - begin) / self.repeats
 
-    def _graph_or_events(self):
-        def all_sets():
-            for index in range(self.sets):
-                self.run(index)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                all_sets()
-        torch.cuda.current_stream().wait_stream(stream)
-        try:
-            replay, method = capture(all_sets).replay, "CUDA graph"
-        except RuntimeError as error:  # something in it cannot be captured: gaps between launches may then be part of the figure
-            torch.cuda.synchronize()
-            replay, method = all_sets, f"events, not captured: {str(error).splitlines()[0][:120]}"
-        cycles = cycles_to_enqueue(replay)
-        return method, lambda: event_ms(replay, cycles) / self.sets
+def _graph_or_events(run, sets):
+    """(how all copies are enqueued in one call, what does it). No method: a Timer that held it would be freed by the next collection."""
+
+    def all_sets():
+        for index in range(sets):
+            run(index)
+
+    stream = _graph_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            all_sets()
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        return "CUDA graph", capture(all_sets).replay
+    except RuntimeError as error:  # something in it cannot be captured: gaps between launches may then be part of the figure
+        if is_out_of_memory(error) or "INTERNAL ASSERT" in str(error):  # these are no properties of what is captured
+            raise
+        torch.cuda.synchronize()
+        return f"events, not captured: {str(error).splitlines()[0][:120]}", all_sets
+
+
+@functools.cache
+def _graph_stream(device: int) -> torch.cuda.Stream:
+    """For warm-up and capture. cuBLAS allocates a workspace at the first call on a stream and keeps it: in a capture it would be in the
+    graphs' pool, which could then not be used again once its graphs are freed."""
+    return torch.cuda.Stream(device)
 
 
 _pool = None  # of all graphs of the process: they are replayed one after the other, and nobody reads their results
@@ -286,26 +301,44 @@ _pool = None  # of all graphs of the process: they are replayed one after the ot
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of run(). Its results are overwritten when another one is replayed.
 
-    A capture that fails raises, and leaves the current stream, the default generator, other graphs and the pool of the next capture in
-    order. PyTorch leaves its own stream the current one, the pool as one that is being recorded to, and the generator's state, with all
-    graphs that were captured with it, waiting for the end of the capture ("Offset increment outside graph capture"): so each capture
-    gets a state for itself.
+    A capture that fails raises, and leaves the current stream, the default generator, the allocator, other graphs and the pool of the next
+    capture in order. PyTorch leaves its own stream the current one, and the generator's state, with all graphs that were captured with it,
+    waiting for the end of the capture ("Offset increment outside graph capture"): so each capture gets a state for itself. Before 2.12 it
+    also leaves the allocator recording to the pool, and while it does, cached memory is not given back, not even to an allocation that
+    needs it.
     """
     global _pool
     _pool = _pool or torch.cuda.graph_pool_handle()
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    device = torch.cuda.current_device()  # first: before CUDA is initialised there are no default generators
+    generator = torch.cuda.default_generators[device]
     before = generator.graphsafe_get_state()
     generator.graphsafe_set_state(generator.clone_state())
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(torch.cuda.current_stream()):
-            with torch.cuda.graph(graph, pool=_pool):
+            with torch.cuda.graph(graph, pool=_pool, stream=_graph_stream(device)):
                 run()
     except Exception:
+        with contextlib.suppress(RuntimeError):  # it is not recording: the capture had not begun, or PyTorch has ended it
+            torch._C._cuda_endAllocateToPool(device, _pool)
+            torch._C._cuda_releasePool(device, _pool)
         _pool = None
         generator.graphsafe_set_state(before)
         raise
     return graph
+
+
+def make_timers(names: Iterable[str], make: Callable[[str], Timer], lost: dict[str, str]) -> dict[str, Timer]:
+    """{name: make(name)}. One that runs out of memory, to which its first call belongs, is left out, and its reason goes to `lost`."""
+    timers = {}
+    for name in names:
+        try:
+            timers[name] = make(name)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            lost[name] = reason_of(error)
+    return timers
 
 
 def turn(timers: dict, lost: dict[str, str] | None) -> dict[str, float]:

@@ -20,11 +20,13 @@ def largest_by_trial(
 ) -> int:
     """The first of `sizes` for which attempt(size) does not run out of memory, else 0.
 
-    What a failed attempt held is freed; other exceptions pass through.
+    Before each attempt, what nobody holds any more is freed: reference cycles that the caller left
+    behind do not make a size fail. So is what failed attempts held; other exceptions pass through.
 
     Args: spare: bytes of a CUDA device that stay free beside it; no matter on other devices.
     """
     for size in sizes:
+        free_memory(device)  # not in the handler, where the traceback holds the tensors of the attempt
         try:
             with ballast(spare, device):
                 attempt(size)
@@ -32,7 +34,7 @@ def largest_by_trial(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        free_memory(device)  # after the exception, whose traceback holds the tensors of the attempt
+    free_memory(device)
     return 0
 
 

@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import os
+import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,6 @@ import torch
 import torch.utils._python_dispatch
 
 from bench import harness, providers
-from bench.step import RECIPE
 from lightningdit import config as configuration
 from lightningdit.model import LightningDiT
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
@@ -24,7 +26,15 @@ from lightningdit_kernels import native
 from lightningdit_kernels.testing import FROZEN, OPS, example_inputs, values_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "train" / "configs" / "lightningdit_xl_64ep.yaml"
 needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
+CUDA = pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+
+
+def needs_cuda(test):
+    for mark in CUDA:
+        test = mark(test)
+    return test
 
 
 @pytest.fixture
@@ -293,8 +303,7 @@ def test_fewer_copies_where_memory_is_short(settings, monkeypatch, stopwatch):
     assert harness.run_case(stopwatch, case_of("swiglu"), settings)["sets"] == 2
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@needs_cuda
 def test_a_capture_that_fails_breaks_nothing():
     """What PyTorch leaves behind: its own stream, a generator that waits for the capture's end, a pool that is being recorded to."""
     stream, kept = torch.cuda.current_stream(), []
@@ -314,8 +323,85 @@ def test_a_capture_that_fails_breaks_nothing():
     assert harness.Timer(lambda i: torch.randn(8, device="cuda"), 2, "cuda").method == "CUDA graph"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+def in_a_fresh_process(code):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(PYTHONPATH=paths), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_cuda
+def test_a_capture_may_be_the_first_use_of_cuda():
+    in_a_fresh_process("import torch; from bench import harness; harness.capture(lambda: torch.randn(8, device='cuda')).replay()")
+
+
+@needs_cuda
+def test_after_a_failed_capture_cached_memory_is_given_back():
+    """A process of its own: what breaks here would break every later test."""
+    in_a_fresh_process("""if True:
+        import gc, torch
+        from bench import harness
+
+        def waits():
+            torch.empty(2**28, dtype=torch.uint8, device="cuda").fill_(1)
+            torch.cuda.current_stream().synchronize()
+
+        def reserved_after_a_failure():
+            try:
+                harness.capture(waits)
+            except RuntimeError:
+                torch.empty(2**28, dtype=torch.uint8, device="cuda")
+            else:
+                raise AssertionError("a synchronisation was captured")
+            if earlier:
+                earlier.pop().replay()
+                torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+            return torch.cuda.memory_reserved()
+
+        earlier = []
+        assert reserved_after_a_failure() < 2**28
+        earlier.append(harness.capture(lambda: torch.randn(8, device="cuda")))  # whose pool the failed one shares
+        assert reserved_after_a_failure() < 2**28
+        """)
+
+
+@needs_cuda
+def test_products_are_captured_again_after_their_graphs_are_freed():
+    a = torch.ones(64, 64, device="cuda")
+    for _ in range(3):
+        timer = harness.Timer(lambda i: a @ a, 2, "cuda")
+        assert timer.method == "CUDA graph"
+        del timer
+        gc.collect()
+
+
+@needs_cuda
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("x INTERNAL ASSERT FAILED at y")], ids=str)
+def test_a_capture_that_fails_by_no_fault_of_the_call_is_no_reason_for_events(error, monkeypatch):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(harness, "capture", fail)
+    with pytest.raises(type(error), match=str(error)):
+        harness.Timer(lambda i: None, 1, "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_a_timer_is_freed_with_its_last_reference(device):
+    tensor = torch.ones(8, device=device)
+    timer = harness.Timer(lambda i: tensor + 1, 1, device)
+    timer.sample()
+    alive = weakref.ref(timer)
+    gc.disable()
+    try:
+        del timer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@needs_cuda
 def test_graphs_share_their_memory():
     def large():
         return torch.empty(2**26, device="cuda").fill_(1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lightningdit.model
-from bench import bench_growth, bench_step, bench_tokenizer, harness, step
+from bench import bench_growth, bench_sampling, bench_step, bench_tokenizer, harness, step
 from lightningdit import config as configuration
 from lightningdit_kernels import native
 
@@ -369,6 +369,94 @@ def test_a_tokenizer_that_does_not_fit_is_halved(case, who, settings, monkeypatc
     rows = {row["name"]: row["batch"] for row in settings.records[0]["rows"]}
     assert {name: batch for name, batch in rows.items() if not name.startswith("diffusers")} == {"fp32 eager": 2, "ours": 2} | {who: 1}
     assert tried[:2] == [2, 1]
+
+
+@needs_kernels
+def test_the_gate_of_a_tokenizers_step_is_of_the_images_that_fit(settings, monkeypatch, stopwatch):
+    right, ours = bench_tokenizer.StepContestant.measures, []
+
+    def small(self, pixels, *rest):
+        if self.nets.memory_format == torch.channels_last:
+            ours.append(len(pixels))
+            if len(pixels) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, pixels, *rest)
+
+    monkeypatch.setattr(bench_tokenizer.StepContestant, "measures", small)
+    bench_tokenizer.bench_vavae_step(stopwatch, settings)
+    assert {row["name"]: row["batch"] for row in settings.records[0]["rows"]} == {"fp32 eager": 2, "ours": 1}
+    assert ours == [2, 1]
+
+
+def out_of_memory(i):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def memory_runs_out_as_timers_are_made(monkeypatch, *numbers):
+    """From the next sample on, where the timer is one of these; its number is the order in which it was made."""
+    original, made = harness.Timer.__init__, []
+
+    def counted(self, *arguments, **options):
+        original(self, *arguments, **options)
+        if len(made) in numbers:
+            self.run = out_of_memory
+        made.append(self)
+
+    monkeypatch.setattr(harness.Timer, "__init__", counted)
+    return made
+
+
+@needs_kernels
+def test_a_tokenizer_that_was_lost_stays_lost_as_the_baseline_is_halved(settings, monkeypatch, stopwatch):
+    memory_runs_out_as_timers_are_made(monkeypatch, 0, 1)
+    monkeypatch.setattr(bench_tokenizer, "diffusers_autoencoder", lambda *arguments: out_of_memory(0))
+    with pytest.raises(AssertionError, match="'ours', 'status': 'failed'"):
+        bench_tokenizer.bench_codec(stopwatch, settings, "encode")
+    (record,) = settings.records
+    assert [(row["name"], row["batch"], row["median_ms"] > 0) for row in record["rows"]] == [("fp32 eager", 1, True)]
+    assert [row["status"] for row in record["left_out"] if row["name"] == "ours"] == ["failed"]
+
+
+@needs_kernels
+def test_a_tokenizer_that_does_not_fit_as_the_baseline_is_halved_loses_its_row(settings, monkeypatch, stopwatch):
+    memory_runs_out_as_timers_are_made(monkeypatch, 0)
+    right, calls = bench_tokenizer.race, []
+
+    def limited(benchmark, settings, case, runs, *rest, **more):
+        def ours(count, run=runs["ours"]):
+            calls.append(count)
+            return run(count) if len(calls) <= before else out_of_memory(0)
+
+        return right(benchmark, settings, case, {name: runs[name] for name in ("fp32 eager", "ours")} | dict(ours=ours), *rest, **more)
+
+    before = 4  # two of the attempt, and those as its timer is made
+    monkeypatch.setattr(bench_tokenizer, "race", limited)
+    with pytest.raises(AssertionError, match="'ours', 'status': 'failed'"):
+        bench_tokenizer.bench_codec(stopwatch, settings, "encode")
+    (record,) = settings.records
+    assert [(row["name"], row["batch"]) for row in record["rows"]] == [("fp32 eager", 1)]
+
+
+@pytest.mark.parametrize("where", ["as its timer is made", "among others"])
+def test_without_the_official_way_sampling_says_why(where, settings, monkeypatch, stopwatch):
+    right = bench_sampling.contestants
+
+    def limited(*arguments):
+        runs, calls = right(*arguments), []
+        images, official = runs[bench_sampling.BASELINE]
+
+        def run():
+            calls.append(1)
+            return official() if len(calls) <= 2 else out_of_memory(0)
+
+        return runs | {bench_sampling.BASELINE: (images, run)}
+
+    if where == "among others":
+        memory_runs_out_as_timers_are_made(monkeypatch, 0)
+    else:
+        monkeypatch.setattr(bench_sampling, "contestants", limited)
+    with pytest.raises(AssertionError, match="official way.* is not timed.*CUDA out of memory"):
+        bench_sampling.bench_sampling(stopwatch, settings, "tiny")
 
 
 @needs_kernels

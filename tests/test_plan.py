@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +230,32 @@ def test_a_trial_leaves_room_for_moments_average_and_what_it_does_not_see(gigaby
     assert plan.choose_micro_batch(model, 8, "none", True, torch.device("cuda")) == (8, "by trial")
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) for least in (False, True))
     assert taken == [int(8 * trained + 4 * total + spare)]
+
+
+@pytest.mark.parametrize("fits", [4, 0])
+def test_no_attempt_finds_what_nobody_holds(fits):
+    """A reference cycle that was there before, and those of failed attempts."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    left, alive = [weakref.ref(Cycle())], []
+
+    def attempt(size):
+        alive.append(sum(one() is not None for one in left))
+        left.append(weakref.ref(Cycle()))
+        if size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gc.disable()
+    try:
+        assert memory.largest_by_trial([8, 4, 2], attempt, "cpu") == fits
+        if not fits:
+            assert all(one() is None for one in left)
+    finally:
+        gc.enable()
+    assert not any(alive)
 
 
 @pytest.mark.gpu
