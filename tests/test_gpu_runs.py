@@ -345,8 +345,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("what", ["ops", "tests ahead", "tests"])
+@pytest.mark.parametrize(("what", "number"), [("ops", signal.SIGTERM), ("tests ahead", signal.SIGINT), ("tests", signal.SIGTERM)])
 def test_a_signal_ends_what_runs_side_by_side(what, number, tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\naddopts = --import-mode=importlib\n")
     for name in ("tests/kernels", "pids", "temporary"):
