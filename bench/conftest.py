@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness
+from bench import harness, missing
 from bench.missing import pytest_fixture_setup, pytest_pyfunc_call  # noqa: F401  hooks
 
 LOCAL = Path(__file__).parent / "results" / "local"  # not tracked by git: copy a file one level up to have it in the report
@@ -112,6 +112,7 @@ def settings(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    missing.pytest_terminal_summary(terminalreporter)
     settings = getattr(config, "lightningdit_bench", None)
     if settings is None or not settings.records:
         return

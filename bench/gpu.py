@@ -18,6 +18,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import getpass
+import hashlib
 import json
 import os
 import re
@@ -25,13 +26,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
 from bench.harness import SAME, merge, write  # noqa: E402
+from bench.step import CACHES  # noqa: E402
 
 STAGE_S = 9 * 60
 LEAST_S = 45  # no stage is begun with less: imports and the first compilation would be all
@@ -80,12 +87,15 @@ def stages() -> dict[str, list[str]]:
 STAGES = stages()
 
 
-def run_limited(command: list, log: Path, limit_s: float, watched: Path | None = None, silent_s: float = 0.0) -> int | str:
+def run_limited(command: list, log: Path, limit_s: float, watched: Path | None = None, silent_s: float = 0.0,
+                stop: threading.Event | None = None) -> int | str:
     """Runs a command with the sources on Python's path, its output appended to `log`; returns its exit status, or why it was stopped.
 
     It has a process group of its own, of which nothing is left afterwards: not what a killed benchmark had started on the GPU either.
 
-    Args: watched, silent_s: a file to which the command writes, and for how many seconds it may fail to.
+    Args:
+        watched, silent_s: a file to which the command writes, and for how many seconds it may fail to.
+        stop: ends the command when it is set. Threads need it: a signal reaches the main thread only, and not the command's group.
     """
     before = os.environ.get("PYTHONPATH")  # packages that a machine without a registry was brought
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([before] if before else [])])}
@@ -96,6 +106,8 @@ def run_limited(command: list, log: Path, limit_s: float, watched: Path | None =
         now = time.monotonic()
         if watched is not None and (size := watched.stat().st_size if watched.is_file() else 0) != seen:
             begin_of_silence, seen = now, size
+        if stop is not None and stop.is_set():
+            return "stopped"
         if now - begin > limit_s:
             return f"stopped after {limit_s:.0f} s"
         return f"stopped after {silent_s:.0f} s of silence" if watched is not None and now - begin_of_silence > silent_s else ""
@@ -159,30 +171,57 @@ def run_stage(name: str, out: Path, limit_s: float, extra: list[str]) -> dict:
     return stage
 
 
+@contextlib.contextmanager
+def no_choices_kept() -> Iterator[None]:
+    """Inside, what Inductor finds fastest is not kept: processes that share a GPU would choose for those that are timed alone on it.
+
+    What was compiled stays. There is no environment variable for it, and the option is a part of the key of the compiled graphs.
+    """
+    folder = Path(cache_dir())
+    before = set(folder.rglob("*.best_config"))
+    try:
+        yield
+    finally:
+        for path in set(folder.rglob("*.best_config")) - before:
+            path.unlink(missing_ok=True)
+
+
+def sources() -> str:
+    """A hash of all Python sources, committed or not."""
+    found = hashlib.sha256()
+    for folder in ("bench", "kernels", "lightningdit"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def compile_ahead(names: list[str], out: Path, limit_s: float, extra: list[str]) -> dict | None:
     """Runs the given stages of ops side by side up to their first calls: {"seconds", "stages": {name: how it ended}}; None: done before.
 
-    Kernels are then in the caches of Triton and Inductor on this machine's disk, beside which a file says so. What goes wrong costs
-    nothing but the time.
+    Kernels are then in the caches of Triton and Inductor on this machine's disk; a file says which stages ended well with these sources and
+    caches. What goes wrong costs nothing but the time, and is tried again by the next run.
     """
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     unique = list({tuple(STAGES[name]): name for name in reversed(names)}.values())[::-1]  # processes that repeat one another
     done = Path(tempfile.gettempdir()) / f"lightningdit_{getpass.getuser()}_compiled.json"
-    key = dict(commit=commit, python=sys.executable, extra=extra)
+    key = dict(sources=sources(), python=sys.executable, torch=torch.__version__, extra=extra)
+    key |= {name: os.environ.get(name, "") for name in CACHES}
     before = read_json(done, {})
     unique = [name for name in unique if before.get("key") != key or name not in before["stages"]]
     if not unique:
         return None
-    begin, end = time.monotonic(), time.monotonic() + limit_s
+    begin, end, stop = time.monotonic(), time.monotonic() + limit_s, threading.Event()
 
     def first_calls(name):
-        left_s = end - time.monotonic()
+        left_s = 0 if stop.is_set() else end - time.monotonic()
         command = [sys.executable, "-m", "pytest", *STAGES[name], "--benchmark-only", "--compile-only", "-q", *extra]
-        return str(run_limited(command, out / "gpu.log", left_s)) if left_s > 0 else "not begun"
+        return str(run_limited(command, out / "gpu.log", left_s, stop=stop)) if left_s > 0 else "not begun"
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
-        ended = dict(zip(unique, pool.map(first_calls, unique), strict=True))
-    stages = (before["stages"] if before.get("key") == key else {}) | ended
+    with no_choices_kept(), concurrent.futures.ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        try:
+            ended = dict(zip(unique, pool.map(first_calls, unique), strict=True))
+        finally:  # by a signal, too
+            stop.set()
+    stages = (before["stages"] if before.get("key") == key else {}) | {name: code for name, code in ended.items() if code == "0"}
     with contextlib.suppress(OSError):
         write(done, dict(key=key, stages=stages))
     return dict(seconds=round(time.monotonic() - begin, 1), stages=ended)

@@ -21,13 +21,14 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench.gpu import UNFINISHED, run_limited  # noqa: E402
+from bench.gpu import UNFINISHED, no_choices_kept, run_limited  # noqa: E402
 from bench.harness import write  # noqa: E402
 from bench.journal import read_journal  # noqa: E402
 
@@ -53,15 +54,15 @@ class Job:
         self.name, self.files, self.part, self.test_s, self.plugins = name, files, part, test_s, plugins
         self.journal, self.log = folder / f"{name}.jsonl", folder / f"{name}.log"
 
-    def run(self, end):
-        """`end`: of time.monotonic(), when to stop."""
+    def run(self, end, stop):
+        """Until `end` of time.monotonic() at most, and until the event `stop` is set."""
         known = -1
-        while (left_s := end - time.monotonic()) > 0 and (before := len(read_journal(self.journal))) > known:
+        while not stop.is_set() and (left_s := end - time.monotonic()) > 0 and (before := len(read_journal(self.journal))) > known:
             known = before  # a process that adds nothing to the journal is the last one
             command = [sys.executable, "-m", "pytest", *self.files, "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "bench.journal",
                        "--journal", self.journal, "--journal-part", self.part, "--continue-on-collection-errors",
                        *(argument for plugin in self.plugins for argument in ("-p", plugin))]
-            code = run_limited(command, self.log, left_s, self.journal, self.test_s)
+            code = run_limited(command, self.log, left_s, self.journal, self.test_s, stop)
             in_flight = [test for test, line in read_journal(self.journal).items() if line["outcome"] == "begun"]
             for test in in_flight:
                 self.note(test, "lost", f"the process ended in it: {code if isinstance(code, str) else f'exit status {code}'}")
@@ -92,8 +93,12 @@ def compile_ahead(tests: Path, folder: Path, end: float, processes: int | None =
     begin, processes = time.monotonic(), processes or min(16, os.cpu_count() or 1)
     files = files_of(tests)
     jobs = [Job(f"compile_{part}", files, folder, f"{part}/{processes}", test_s, ("bench.warm",)) for part in range(processes)]
-    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
-        concurrent.futures.wait([pool.submit(job.run, end) for job in jobs])
+    stop = threading.Event()
+    with no_choices_kept(), concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        try:
+            concurrent.futures.wait([pool.submit(job.run, end, stop) for job in jobs])
+        finally:  # by a signal, too
+            stop.set()
     outcomes = collections.Counter(line["outcome"] for job in jobs for line in read_journal(job.journal).values())
     return dict(seconds=round(time.monotonic() - begin, 1), processes=processes, tests=dict(outcomes)), jobs
 
@@ -119,15 +124,19 @@ def run(tests: Path, out: Path, parts: int, end: float, test_s: float = TEST_S, 
 
         def one_after_the_other(jobs):
             for job in jobs:
-                job.run(end)
+                job.run(end, stop)
 
+        stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(max(1, len(together))) as pool:
-            for jobs in ([[job] for job in together], [alone]):  # a neighbour's memory would count in the tests that measure it
-                waiting = [pool.submit(one_after_the_other, one) for one in jobs]
-                while concurrent.futures.wait(waiting, timeout=5).not_done:
-                    report([*together, *alone], begin, path, ahead)
-                for future in waiting:
-                    future.result()
+            try:
+                for jobs in ([[job] for job in together], [alone]):  # a neighbour's memory would count in the tests that measure it
+                    waiting = [pool.submit(one_after_the_other, one) for one in jobs]
+                    while concurrent.futures.wait(waiting, timeout=5).not_done:
+                        report([*together, *alone], begin, path, ahead)
+                    for future in waiting:
+                        future.result()
+            finally:  # by a signal, too
+                stop.set()
         summary = report([*together, *alone], begin, path, ahead)
         log.write_text("".join(f"\n==== {job.name}\n{job.log.read_text(encoding='utf-8', errors='replace')}"
                                for job in (*before, *together, *alone) if job.log.is_file()), encoding="utf-8")

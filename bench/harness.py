@@ -237,8 +237,14 @@ def note_waits(waits: list[str]) -> None:
     torch.set_warn_always(True)
 
 
+LATE = ", host time may be inside"
+
+
 class Timer:
-    """Times run(i), i = 0 .. sets-1 naming the copy of the inputs to work on. sample() is milliseconds per run."""
+    """Times run(i), i = 0 .. sets-1 naming the copy of the inputs to work on. sample() is milliseconds per run.
+
+    method: how; after the samples it also says whether the host's time may be in one of them.
+    """
 
     def __init__(self, run: Callable[[int], object], sets: int, device: str, at_least_ms: float = 5.0):
         self.run, self.sets, self.next = run, sets, 0
@@ -256,7 +262,12 @@ class Timer:
         self.repeats = max(1, min(1000, round(at_least_ms / max(once_ms, 1e-3))))
 
     def sample(self) -> float:
-        return self._wall_ms() if self.enqueue is None else event_ms(self.enqueue, self.cycles) / self.sets
+        if self.enqueue is None:
+            return self._wall_ms()
+        time_ms, self.cycles, late = event_ms(self.enqueue, self.cycles)
+        if late and LATE not in self.method:
+            self.method += LATE
+        return time_ms / self.sets
 
     def _wall_ms(self) -> float:
         begin = time.perf_counter()
@@ -614,8 +625,7 @@ def run_case(benchmark, case: Case, settings) -> dict:
         try:
             row |= _cuda_columns(both) if cuda else dict(peak_mib=round(cpu_peak_mib(lambda both=both: both(0)), 2))
             for step, run in steps(function).items():
-                own[provider.name, step] = timer = Timer(run, sets, case.device, settings.sample_ms)
-                row |= {f"{step}_method": timer.method} if cuda else {}
+                own[provider.name, step] = Timer(run, sets, case.device, settings.sample_ms)
         except RuntimeError as error:  # out of memory, for the gate may have been smaller; or something that only this size shows
             row |= dict(status="failed", reason=reason_of(error))
             continue
@@ -627,6 +637,9 @@ def run_case(benchmark, case: Case, settings) -> dict:
     monitor, states = Monitor() if cuda else None, []
     state = gpu_state() if cuda else {}
     samples = interleave(timers, rounds, benchmark, settings.warmup_s, monitor and (lambda: states.append(monitor.sample())), lost)
+    if cuda:
+        for (name, step), timer in timers.items():
+            rows_by_name[name][f"{step}_method"] = timer.method
     for (name, step), reason in lost.items():
         rows_by_name[name] |= dict(status="failed", reason=f"{step}: {reason}")
     assert eager["status"] == "ok", f"eager is not timed, and nothing without it: {eager['reason']}"

@@ -166,7 +166,10 @@ class Trainer:
         return {name: tensor for name, tensor in batch.items() if name != "indices"}
 
     def step(self, step, batch, skip=False):
-        """(loss, verdict) of update `step` (0-based), on the device. skip: leave weights and moments as they are, at the same cost."""
+        """(loss, verdict) of update `step` (0-based), on the device.
+
+        skip: leave weights, moments and average as they are. OffloadedAdamW then does nothing, the others all their work.
+        """
         try:
             return self._step(step, batch, skip)
         finally:  # of a backward that ran out of memory, too
@@ -207,7 +210,7 @@ class Trainer:
 
 
 def fit(*trainers):
-    """Sets the largest micro-batch (the batch, halved so often) with which every trainer makes its step while all of them are there.
+    """Sets the largest micro-batch that divides the batch and with which every trainer makes its step while all of them are there.
 
     Raises: torch.OutOfMemoryError where one image does not fit.
     """
@@ -219,7 +222,7 @@ def fit(*trainers):
             trainer.config.micro_batch = micro
             trainer.step(0, trainer.batch(0), skip=True)
 
-    if not largest_by_trial([whole >> n for n in range(whole.bit_length()) if whole % 2**n == 0], attempt, trainers[0].device):
+    if not largest_by_trial([size for size in range(whole, 0, -1) if whole % size == 0], attempt, trainers[0].device):
         raise torch.OutOfMemoryError("not even one image fits")
 
 

@@ -140,7 +140,9 @@ def configure(shapes: str, device: str, **more) -> configuration.DiTConfig:
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Makes an optimizer's state, which its first step would make when the memory of a backward pass has been tried. Changes no weights.
 
-    Args: optimizer: one that leaves an update out where its `found_inf` is 1: PyTorch's fused ones, those of lightningdit.optim.
+    Args:
+        optimizer: one that leaves an update out where its `found_inf` is 1: PyTorch's fused ones, those of lightningdit.optim.
+            OffloadedAdamW leaves its state out, too: that is in the host's memory, which no trial measures.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

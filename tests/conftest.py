@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from bench import fork
-from bench.missing import pytest_fixture_setup, pytest_pyfunc_call  # noqa: F401  hooks
+from bench.missing import pytest_fixture_setup, pytest_pyfunc_call, pytest_terminal_summary  # noqa: F401  hooks
 from lightningdit import config as configuration
 from lightningdit.checkpoint import save_weights
 from lightningdit.config import DiTConfig

@@ -402,6 +402,16 @@ def test_a_timer_is_freed_with_its_last_reference(device):
 
 
 @needs_cuda
+def test_a_timer_says_that_the_host_was_late(monkeypatch):
+    timer = harness.Timer(lambda i: None, 1, "cuda")
+    monkeypatch.setattr(harness, "event_ms", lambda run, cycles: (3.0, 2 * cycles, True))
+    method, cycles = timer.method, timer.cycles
+    assert [timer.sample(), timer.sample()] == [3.0, 3.0]
+    assert timer.method == method + harness.LATE
+    assert timer.cycles == 4 * cycles
+
+
+@needs_cuda
 def test_graphs_share_their_memory():
     def large():
         return torch.empty(2**26, device="cuda").fill_(1.0)

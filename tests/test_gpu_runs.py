@@ -265,18 +265,107 @@ def test_ops_are_compiled_ahead_once_on_a_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ran, repeated = [], [name for name in gpu.STAGES if re.fullmatch(r"(norm|swiglu)_[123]", name)]
 
-    def run_limited(command, log, limit_s):
+    def run_limited(command, log, limit_s, stop):
         ran.append((command[3], "--compile-only" in command, limit_s))
-        return "stopped after 5 s" if "bench/bench_swiglu.py" in command else 0
+        return codes.get(command[3], 0)
 
+    codes = {"bench/bench_swiglu.py": "stopped after 5 s"}
     monkeypatch.setattr(gpu, "run_limited", run_limited)
     ahead = gpu.compile_ahead(repeated, tmp_path, 100, ["--device", "cuda"])
     assert ahead["stages"] == {"norm_1": "0", "swiglu_1": "stopped after 5 s"}
     assert [(file, only) for file, only, _ in sorted(ran)] == [("bench/bench_norm.py", True), ("bench/bench_swiglu.py", True)]
     assert all(95 < limit_s <= 100 for *_, limit_s in ran)
+    codes.clear()
+    assert gpu.compile_ahead(repeated, tmp_path, 100, ["--device", "cuda"])["stages"] == {"swiglu_1": "0"}, "what did not end well"
     assert gpu.compile_ahead(repeated, tmp_path, 100, ["--device", "cuda"]) is None
     assert list(gpu.compile_ahead([*repeated, "norm_others_1"], tmp_path, 100, ["--device", "cuda"])["stages"]) == ["norm_others_1"]
     assert len(gpu.compile_ahead(repeated, tmp_path, 100, ["--device", "cuda", "--shapes", "l"])["stages"]) == 2, "other shapes"
+
+
+@pytest.mark.parametrize("what", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "sources"])
+def test_ops_are_compiled_again_for_other_caches_and_sources(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu, "run_limited", lambda *arguments, stop: 0)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    for name in ("bench", "kernels", "lightningdit"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").write_text("a = 1\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.compile_ahead(["norm_1"], tmp_path, 100, []) is not None
+    assert gpu.compile_ahead(["norm_1"], tmp_path, 100, []) is None
+    if what == "sources":
+        (tmp_path / "kernels" / "module.py").write_text("a = 2\n")
+    else:
+        monkeypatch.setenv(what, str(tmp_path / "other"))
+    assert gpu.compile_ahead(["norm_1"], tmp_path, 100, []) is not None
+
+
+def test_choices_made_while_compiling_ahead_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    folder = tmp_path / "inductor" / "ab"
+    folder.mkdir(parents=True)
+    (folder / "before.best_config").write_text("{}")
+
+    def run_limited(*arguments, stop):
+        (folder / "new.best_config").write_text("{}")
+        (folder / "kernel.py").write_text("")
+        return 0
+
+    monkeypatch.setattr(gpu, "run_limited", run_limited)
+    gpu.compile_ahead(["norm_1"], tmp_path, 100, [])
+    assert sorted(path.name for path in folder.iterdir()) == ["before.best_config", "kernel.py"]
+
+
+SLOW = """
+import os, pathlib, time, pytest
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", range(2))
+def test_slow(n):
+    pathlib.Path(os.environ["PIDS"], str(os.getpid())).touch()
+    time.sleep(100)
+"""
+ENDED_BY_A_SIGNAL = """
+import pathlib, signal, sys, time
+from bench import gpu, gpu_tests
+folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+gpu_tests.os.cpu_count = lambda: 4
+slow = [str(folder / "tests" / "kernels" / "test_k.py")]
+gpu.STAGES.clear()
+gpu.STAGES.update({"a": [*slow, "-p", "no:benchmark", "-k", "0"], "b": [*slow, "-k", "1"]})
+gpu.run_limited = lambda command, *rest, run=gpu.run_limited, **more: run([one for one in command if "-only" not in one], *rest, **more)
+if what == "ops":
+    gpu.compile_ahead(["a", "b"], folder, 100, [])
+elif what == "tests ahead":
+    gpu_tests.compile_ahead(folder / "tests", folder, time.monotonic() + 100, 2)
+else:
+    gpu_tests.run(folder / "tests", folder, 2, time.monotonic() + 100, compile_s=0)
+"""
+
+
+@pytest.mark.parametrize(("what", "number"), [("ops", signal.SIGTERM), ("tests ahead", signal.SIGINT), ("tests", signal.SIGTERM)])
+def test_a_signal_ends_what_runs_side_by_side(what, number, tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\naddopts = --import-mode=importlib\n")
+    for name in ("tests/kernels", "pids", "temporary"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "tests" / "kernels" / "test_k.py").write_text(SLOW)
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PIDS": str(tmp_path / "pids")}
+    environment = os.environ | paths | {"TMPDIR": str(tmp_path / "temporary")}
+    child = subprocess.Popen([sys.executable, "-c", ENDED_BY_A_SIGNAL, tmp_path, what], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+        assert len(pids) == 2
+        child.send_signal(number)
+        child.wait(30)
+        assert not any(map(alive, pids))
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_compiling_alone_measures_nothing(tmp_path):

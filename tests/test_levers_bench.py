@@ -1,5 +1,6 @@
 """bench/levers.py: restartable stages, the rule of its recommendations, and a report and a plot from the file alone."""
 import json
+import types
 
 import pytest
 import torch
@@ -45,6 +46,23 @@ def test_the_micro_batch_that_fits_trains_as_the_whole_batch_does(most, monkeypa
     for one, other in zip(trainer.model.parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert sizes[-1] == trainer.config.micro_batch
+
+
+@pytest.mark.parametrize(("most", "expected"), [(96, 96), (40, 32), (2, 2), (1, 1)])
+def test_a_batch_that_is_no_power_of_two_is_divided_down_to_one_image(most, expected):
+    class Trainer:
+        config, device = types.SimpleNamespace(batch_size=96, micro_batch=None), torch.device("cpu")
+
+        def batch(self, step):
+            return {}
+
+        def step(self, step, batch, skip):
+            if self.config.micro_batch > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = Trainer()
+    levers.fit(trainer)
+    assert trainer.config.micro_batch == expected
 
 
 def test_without_memory_for_one_image_a_stage_says_so(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,9 +86,10 @@ def test_autotune_is_off_unless_asked_for(cuda, monkeypatch):
     assert cuda == []
 
 
-def test_the_start_event_comes_when_the_gpu_is_busy(monkeypatch):
-    """All is enqueued behind a sleep that is longer than enqueueing took."""
-    order = []
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that notes what it is asked for in `order`, and is done with a sleep of `cycles` at once where they are fewer than `enough`."""
+    order, state = [], SimpleNamespace(cycles=0, enough=0)
 
     class Event:
         def __init__(self, enable_timing):
@@ -96,17 +98,45 @@ def test_the_start_event_comes_when_the_gpu_is_busy(monkeypatch):
         def record(self):
             order.append("event")
 
+        def query(self):
+            return state.cycles < state.enough
+
         def synchronize(self):
             order.append("wait")
 
         def elapsed_time(self, end):
             return 1.5
 
+    def sleep(cycles):
+        state.cycles = cycles
+        order.append("sleep")
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert tuning.event_ms(lambda: order.append("run"), 1) == 1.5
-    assert order == ["sleep", "event", "run", "event", "wait"]
+    return SimpleNamespace(order=order, state=state)
+
+
+def test_a_sleep_that_was_too_short_is_doubled(gpu):
+    gpu.state.enough = 700
+    assert tuning.event_ms(lambda: None, 100) == (1.5, 800, False)
+    assert gpu.order.count("sleep") == 4
+
+
+def test_host_time_that_no_sleep_covers_is_told(gpu, caplog):
+    gpu.state.enough = 10**12
+    longest = int(tuning.LONGEST_SLEEP_S * tuning.HIGHEST_CLOCK_HZ)
+    assert tuning.event_ms(lambda: None, 60_000) == (1.5, longest, True)
+    assert gpu.order.count("sleep") < 15
+    with caplog.at_level(logging.WARNING, "lightningdit_kernels"):
+        assert tuning._time_ms(lambda: None) == 1.5
+    assert len(caplog.records) == 1
+
+
+def test_the_start_event_comes_when_the_gpu_is_busy(gpu):
+    """All is enqueued behind a sleep that is longer than enqueueing took."""
+    assert tuning.event_ms(lambda: gpu.order.append("run"), 1) == (1.5, 1, False)
+    assert gpu.order == ["sleep", "event", "run", "event", "wait"]
     cycles = tuning.cycles_to_enqueue(lambda: time.sleep(0.01))
     assert 0.02 <= cycles / tuning.HIGHEST_CLOCK_HZ <= tuning.LONGEST_SLEEP_S
 
