@@ -165,14 +165,14 @@ def _norm_bwd_kernel(
     scale_totals, shift_totals = _zeros(PIECES, ROWS, THREADS), _zeros(PIECES, ROWS, THREADS)
     gate_totals, branch_totals = _zeros(PIECES, ROWS, THREADS), _zeros(PIECES, ROWS, THREADS)
     LANES: tl.constexpr = min(THREADS, PIECES[len(PIECES) - 1])
-    base = sample * N * D
-    end = min(first + chunk_rows, N)
-    for start in range(first, end, ROWS):
+    base = (sample * N + first) * D
+    count = min(chunk_rows, N - first)
+    for start in range(0, count, ROWS):
         rows = start + tl.arange(0, ROWS)[:, None]
-        valid = rows < end
-        r = tl.load(rstd + sample * N + rows, mask=valid, other=0.0)
+        valid = rows < count
+        r = tl.load(rstd + sample * N + first + rows, mask=valid, other=0.0)
         if mean is not None:
-            average = tl.load(mean + sample * N + rows, mask=valid, other=0.0)
+            average = tl.load(mean + sample * N + first + rows, mask=valid, other=0.0)
         # Everything is loaded before the reductions, whose barriers no load can pass.
         xs, grads = _load(residual + base, rows, valid, columns, D), _load(grad_h + base, rows, valid, columns, D)
         if grad_residual is not None:
