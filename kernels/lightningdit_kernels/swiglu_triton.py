@@ -15,7 +15,7 @@ from torch import Tensor
 from lightningdit_kernels.tuning import Config, pick
 
 # Shape class: columns of a program, 256 a warp, so that a lane holds one 16-byte vector of bf16 in each of its rows and the sums over rows
-# stay inside a thread. Two rows at a time: the backward with sums then takes 96 to 109 registers, and four or five programs share a
+# stay inside a thread. Two rows at a time: the backward with sums then takes 96 to 107 registers, and four or five programs share a
 # multiprocessor; four rows take 160. Where F is no multiple of 8 ("unaligned") accesses are narrow and take more addresses: one row at a
 # time then, and 80 registers.
 _WARPS = {16: 1, 32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}
