@@ -77,7 +77,9 @@ def feature_source(plain, device, size):
 
 
 def distance(found, truth):
-    return float((found.float() - truth.float()).norm() / truth.float().norm())
+    """Relative, in L2 norm; 0 where both are equal, all zeros too."""
+    difference = float((found.float() - truth.float()).norm())
+    return difference / float(truth.float().norm()) if difference else 0.0
 
 
 class StepContestant:
