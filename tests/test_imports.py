@@ -211,3 +211,10 @@ def test_the_first_step_of_a_process(blocked):
     result = blocked("bench/step.py", *options)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["first_step_s"] > 0
+
+
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch):
+    """No sign of pytest-xdist, under which pytest-benchmark measures nothing."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
