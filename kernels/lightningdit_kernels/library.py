@@ -60,12 +60,11 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
     """Defines an operator: reference serves every device, cpu and cuda take its place on theirs, fake makes empty outputs for tracing."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if cuda is not None:
         CUDA[name] = cuda
-    for key, implementation in (("CPU", cpu), ("CUDA", cuda and _on_its_device(cuda))):
-        if implementation is not None:
-            LIBRARY.impl(name, implementation, key)
+    for device, implementation in ((None, reference), ("cpu", cpu), ("cuda", cuda and _on_its_device(cuda))):
+        if implementation is not None:  # register_kernel hides it from torch.compile, which would free tensors known by their address alone
+            torch.library.register_kernel(f"lightningdit::{name}", device, implementation, lib=LIBRARY)
     torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
 
 

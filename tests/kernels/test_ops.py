@@ -191,6 +191,18 @@ def test_compiles_whole_and_once_for_any_batch(op, kernels_or_reference):
     assert all(("lightningdit." in str(graph.graph)) == (kernels_or_reference or op == "alignment_losses") for graph in frames.graphs)
 
 
+@each_op
+def test_torch_compile_never_traces_what_serves_an_operator(op):
+    """Where it does not compile the op's callers, as under a mode, it tries all that they call; traced, native code lost its inputs."""
+    torch._dynamo.reset()
+    inputs, frames = inputs_of(op), torch._dynamo.testing.CompileCounter()
+    expected, compiled = values_and_gradients(OPS[op], inputs, FROZEN), torch.compile(OPS[op], backend=frames)
+    with Calls():
+        assert_close(values_and_gradients(compiled, inputs, FROZEN), expected, rtol=0, atol=0)
+    assert_close(values_and_gradients(compiled, inputs, FROZEN), expected, rtol=0, atol=0)
+    assert frames.frame_count == 0
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile on CPU needs a C++ compiler")
 def test_inductor_takes_all_ops_in_one_graph():
     names = [f"{op}.{name}" for op in OPS for name in inputs_of(op)]
