@@ -12,7 +12,8 @@ compiled and disassembled (lightningdit_kernels.machine_code), the workloads are
 - on kind "attention" or "matmul" without HGMMA on sm_90, unless the case says hgmma=False and reason="...";
 - on kind "memory" whose main global loads are not 16 bytes wide, unless the case says wide=False and reason="...";
 - on growth of registers, shared memory, traffic or the issue floor against the committed table kernels/audit.json, which --write
-  replaces. Traffic and floors are those of the cases that training launches on sm_90; the others have none.
+  replaces, and on what is in one of them only. Traffic and floors are those of the cases that training launches on sm_90; the others
+  have none.
 """
 
 import argparse
@@ -89,17 +90,17 @@ def verdict(case: dict, arch: int, code: Code, before: dict | None = None) -> li
     return faults
 
 
-def load_verdict(load: Load, before: dict) -> list[str]:
-    """What has grown against a row of the committed table, or is missing there."""
+def load_verdict(load: Load | None, before: dict) -> list[str]:
+    """What has grown against a row of the committed table, or is in one of them only."""
     faults = []
     for name, factor in GROWTH.items():
-        now = getattr(load, name)
-        if now is None:
-            continue
-        if before.get(name) is None:
+        now, was = getattr(load, name, None), before.get(name)
+        if now is None and was is not None:
+            faults.append(f"{name} is in the table, but is not counted any more: where that is meant, --write")
+        elif now is not None and was is None:
             faults.append(f"{name} is not in the table: add it with --write")
-        elif now > before[name] * factor + 0.001:  # the table is rounded to so much
-            faults.append(f"{name} grew from {before[name]} to {now:.3f}")
+        elif now is not None and now > was * factor + 0.001:  # the table is rounded to so much
+            faults.append(f"{name} grew from {was} to {now:.3f}")
     return faults
 
 
@@ -254,6 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
         judge(result, None if options.write else before)
         if result.case and table and before is None and not options.write:
             result.faults.append(f"not in {options.table.name}: add it with --write")
+    if not options.write:
+        results += gone(table, results, ops, options.arch or ARCHS)
     print_table(results)
     failed = sum(bool(result.faults) for result in results)
     compiled = sum(result.case is not None for result in results)
@@ -269,15 +272,23 @@ def judge(result: Result, before: dict | None) -> None:
     """Adds what is wrong to the faults of a result. before: its row of the committed table."""
     if result.code is not None:
         result.faults += verdict(result.case, result.arch, result.code, before)
-    if result.load is not None and before is not None:
+    if result.code is not None and before is not None:
         result.faults += load_verdict(result.load, before)
+
+
+def gone(table: dict, results: list[Result], ops: list[str], archs: tuple[int, ...]) -> list[Result]:
+    """A failure for each row of the table of these ops and architectures that no case compiles any more."""
+    stems, found = {Path(op).stem for op in ops}, {(result.name, result.arch) for result in results}
+    rows = [(name, int(arch)) for name, by_arch in table.items() if name.partition(":")[0] in stems for arch in by_arch]
+    fault = "is in the table, but is not compiled any more: where that is meant, --write"
+    return [Result(*row, None, None, [fault]) for row in rows if row[1] in archs and row not in found]
 
 
 def renew_table(path: Path, table: dict, results: list[Result], ops: list[str], archs: tuple[int, ...]) -> None:
     """Writes the table with the rows of these ops and architectures replaced by the results."""
-    stems, audited = {Path(op).stem for op in ops}, set(map(str, archs))
+    stems = {Path(op).stem for op in ops}
     rows = {
-        name: {arch: row for arch, row in by_arch.items() if name.partition(":")[0] not in stems or arch not in audited}
+        name: {arch: row for arch, row in by_arch.items() if name.partition(":")[0] not in stems or int(arch) not in archs}
         for name, by_arch in table.items()
     }
     for result in results:

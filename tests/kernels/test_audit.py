@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightningdit_kernels import audit
-from lightningdit_kernels.audit import Load, Result, judge, verdict
+from lightningdit_kernels.audit import Load, Result, gone, judge, verdict
 from lightningdit_kernels.machine_code import Code, access_bytes, check_case, describe, occupancy, read_sass, wide_share
 
 PROBES = Path(__file__).with_name("probes_triton.py")
@@ -231,6 +231,7 @@ ROW = dict(registers=64, shared=0, traffic=1.0, l2=2.0, memory_us=10.0, issue_us
         (dict(issue_us=None), dict(issue_us=None), []),
         (dict(traffic=0.0004), dict(traffic=0.0), []),
         (dict(), dict(issue_us=None), ["issue_us is not in the table: add it with --write"]),
+        (dict(issue_us=None), dict(), ["issue_us is in the table, but is not counted any more: where that is meant, --write"]),
         (dict(traffic=2.0, l2=4.0), dict(), ["traffic grew from 1.0 to 2.000", "l2 grew from 2.0 to 4.000"]),
     ],
 )
@@ -244,6 +245,14 @@ def test_a_case_that_training_does_not_launch_is_not_judged_by_its_load():
     result = Result("op: case", 90, dict(kind="small"), GOOD, [])
     judge(result, dict(registers=64, shared=0))
     assert result.faults == []
+    judge(result, ROW)
+    assert [fault.partition(",")[0] for fault in result.faults] == [f"{name} is in the table" for name in ("traffic", "l2", "issue_us")]
+
+
+def test_a_case_that_left_fails_until_the_table_is_written():
+    results = [Result("norm: here", 90, dict(kind="small"), GOOD, [])]
+    table = {"norm: here": {"90": ROW, "100": ROW}, "norm: away": {"90": ROW, "80": ROW}, "swiglu: not audited": {"90": ROW}}
+    assert [(result.name, result.arch) for result in gone(table, results, ["norm"], (90, 100))] == [("norm: here", 100), ("norm: away", 90)]
 
 
 class Kernel:
