@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
         if result.case and table and before is None and not options.write:
             result.faults.append(f"not in {options.table.name}: add it with --write")
     if not options.write:
-        results += gone(table, results, ops, options.arch or ARCHS)
+        results += no_longer_compiled(table, results, ops, options.arch or ARCHS)
     print_table(results)
     failed = sum(bool(result.faults) for result in results)
     compiled = sum(result.case is not None for result in results)
@@ -276,7 +276,7 @@ def judge(result: Result, before: dict | None) -> None:
         result.faults += load_verdict(result.load, before)
 
 
-def gone(table: dict, results: list[Result], ops: list[str], archs: tuple[int, ...]) -> list[Result]:
+def no_longer_compiled(table: dict, results: list[Result], ops: list[str], archs: tuple[int, ...]) -> list[Result]:
     """A failure for each row of the table of these ops and architectures that no case compiles any more."""
     stems, found = {Path(op).stem for op in ops}, {(result.name, result.arch) for result in results}
     rows = [(name, int(arch)) for name, by_arch in table.items() if name.partition(":")[0] in stems for arch in by_arch]

@@ -159,9 +159,8 @@ def _observed_dot(interpreter: Any, observer: Observer) -> Callable:
     return create_dot
 
 
-_unrolled: list[
-    int
-] = []  # values of the tl.static_range loops around the current line: each pass is code of its own
+# Values of the tl.static_range loops around the current line: each pass is separate code.
+_unrolled: list[int] = []
 
 
 def _observed_ranges(patch_core: Callable, observer: Observer) -> Callable:
@@ -255,9 +254,8 @@ def _numbered(builder: Any, size: tuple[int, int, int]) -> Iterator[None]:
         mock.patch.object(builder, "set_grid_dim", lambda *_: set_dim(*size)),
         mock.patch.object(builder, "set_grid_idx", index),
         np.errstate(all="ignore"),
-        warnings.catch_warnings(
-            action="ignore", category=RuntimeWarning
-        ),  # numpy's, of NaN in memory nobody filled
+        # numpy's, of NaN in memory that nothing filled
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),
     ):
         yield
 

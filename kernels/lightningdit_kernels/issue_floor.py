@@ -1,10 +1,10 @@
-"""Least time that the Triton kernels need on an H100 or H200 to issue their instructions, read off
-sm_90 machine code.
+"""Least time in which an H100 or H200 can issue the instructions of a Triton kernel.
 
     python -m lightningdit_kernels.issue_floor [--case "attention 256"] [--all] [--opcodes 12]
-    # another configuration
+
+Another configuration, and one behind the prologue:
+
     ... --case "attention 256 forward" --tile 128,64 --warps 8 --stages 1 --maxnreg 128
-    # behind the prologue
     ... --case "attention 256 backward" --tile 128,64 --stages 2 --prepared
 
 No GPU is needed. The launches of training are recorded by running the launchers

@@ -75,32 +75,39 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: what it is compiled for, and what all its programs do. Sizes in
-    bytes.
+    """One launch of a kernel: what it is compiled for, and what all its programs do.
+
+    Args:
+        kernel: name of the function in the op's module.
+        case: the audit case that compiles it, None if there is none.
+        small: of kind "small" in the audit: it sums partial results and issues almost nothing.
+        signature, constexprs, divisible: as in an audit case.
+        options: num_warps, num_stages.
+        blocks: block sizes of the configuration.
+        programs: of the whole launch.
+        trips: passes of a program through each loop, in the order of the code.
+        flop: of matrix products, padding included.
+        stored: bytes of its stores, with masked elements.
+        asked, l2, dram: bytes, as the module counts them.
+        arguments: {("load" or "store", argument): bytes asked}.
     """
 
-    kernel: str  # name of the function in the op's module
-    case: str | None  # the audit case that compiles it, None if there is none
-    # of kind "small" in the audit: it adds up partial results and the like, and issues almost
-    # nothing
+    kernel: str
+    case: str | None
     small: bool
-    signature: dict[
-        str, str
-    ]  # of the arguments that are no constexprs, as in an audit case; so the next two
+    signature: dict[str, str]
     constexprs: dict[str, Any]
     divisible: tuple[str, ...]
-    options: dict[str, int]  # num_warps, num_stages
-    blocks: dict[str, int]  # block sizes of the configuration
+    options: dict[str, int]
+    blocks: dict[str, int]
     programs: int
-    trips: tuple[
-        float, ...
-    ]  # a program's passes through each loop, in all, in the order of the code
-    flop: float  # of matrix products, padding included
-    stored: float  # with masked elements
+    trips: tuple[float, ...]
+    flop: float
+    stored: float
     asked: float
     l2: float
     dram: float
-    arguments: dict[tuple[str, str], float]  # asked, by "load" or "store" and argument
+    arguments: dict[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -417,12 +424,9 @@ def prepare_process() -> None:
 
 
 def pool(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes in which kernels are interpreted, whatever this one does with them; each on one
-    thread.
-    """
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # numpy reads it when it is imported, before prepare_process
+    """Processes in which kernels are interpreted, each on one thread, whatever this one does."""
+    # numpy reads it when it is imported, before prepare_process.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=context, initializer=prepare_process

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightningdit_kernels import audit
-from lightningdit_kernels.audit import Load, Result, gone, judge, verdict
+from lightningdit_kernels.audit import Load, Result, judge, no_longer_compiled, verdict
 from lightningdit_kernels.machine_code import Code, access_bytes, check_case, describe, occupancy, read_sass, wide_share
 
 PROBES = Path(__file__).with_name("probes_triton.py")
@@ -249,10 +249,11 @@ def test_a_case_that_training_does_not_launch_is_not_judged_by_its_load():
     assert [fault.partition(",")[0] for fault in result.faults] == [f"{name} is in the table" for name in ("traffic", "l2", "issue_us")]
 
 
-def test_a_case_that_left_fails_until_the_table_is_written():
+def test_a_case_that_is_no_longer_compiled_fails_until_the_table_is_written():
     results = [Result("norm: here", 90, dict(kind="small"), GOOD, [])]
     table = {"norm: here": {"90": ROW, "100": ROW}, "norm: away": {"90": ROW, "80": ROW}, "swiglu: not audited": {"90": ROW}}
-    assert [(result.name, result.arch) for result in gone(table, results, ["norm"], (90, 100))] == [("norm: here", 100), ("norm: away", 90)]
+    missing = no_longer_compiled(table, results, ["norm"], (90, 100))
+    assert [(result.name, result.arch) for result in missing] == [("norm: here", 100), ("norm: away", 90)]
 
 
 class Kernel:
