@@ -58,7 +58,13 @@ class NeedsNumbers:
     why: str
 
 
-NEEDS_NUMBERS: list[NeedsNumbers] = []
+NEEDS_NUMBERS = [
+    NeedsNumbers(
+        "test_cuda_graphs_and_the_decoder_of_a_side_stream",
+        r"float64\(0\.0\) > 10",
+        "images in which every pixel is zero have no contrast",
+    ),
+]
 
 
 @dataclass(frozen=True)
