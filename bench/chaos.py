@@ -17,11 +17,13 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import faulthandler
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -48,7 +50,9 @@ TINY = ("--model.depth 1 --model.hidden-size 16 --model.num-heads 2 --batch-size
         f"--score.every 0 --steps {STEPS} --checkpoint-every {EVERY}").split()
 NAN_STEPS = (5, 13)  # updates whose loss is NaN in some runs; 1 is the first update
 RTOL, ATOL = 2e-4, 2e-5  # between numbers of processes: sums in another order, amplified by 20 steps of Adam
-PATIENCE_S = 60  # a life that takes longer hangs, and so does a process that outlives a failed one by so much
+PATIENCE_S = 60  # a life that takes longer hangs
+GRACE_S = 30  # after SIGTERM, before torchrun kills a process
+IN_COLLECTIVE = re.compile(r'Current thread .*\n  File ".*/torch/(?:autograd|distributed|nn/parallel)/')
 WRITES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
 
 
@@ -172,6 +176,7 @@ def live(arguments, variables, faults, output, journal):
     os.environ.update(variables)
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
+    faulthandler.enable()
     sys.stdin = open(os.devnull)
     sys.argv = [str(ROOT / "train" / "dit.py"), *arguments]
     Hooks(faults, arguments[arguments.index("--run") + 1], journal)
@@ -217,28 +222,34 @@ class Life:
             self.readers.append(reader)
 
     def wait(self, timeout=PATIENCE_S):
-        """Exit codes when all have ended; None for those that hung and were killed.
+        """Exit codes when all have ended; None for those that hung and were killed, after faulthandler has printed their stacks.
 
-        As torchrun, it ends the others when one has failed; they get 5 s to find out for themselves.
+        As torchrun, it ends the others when one has failed: they get 5 s to find out for themselves, SIGTERM, and GRACE_S later SIGKILL.
+        One that is killed inside a collective of PyTorch did not hang: gloo now and then misses that a process has died.
         """
-        deadline, told = time.monotonic() + timeout, None
+        deadline, told, outlived = time.monotonic() + timeout, None, []
         while alive := [process for process in self.processes if process.exitcode is None]:
             if told is None and any(process.exitcode for process in self.processes):
-                told, deadline = time.monotonic() + 5, time.monotonic() + 5 + timeout
+                told, deadline = time.monotonic() + 5, time.monotonic() + 5 + GRACE_S
             if told is not None and time.monotonic() > told:
                 told = math.inf
                 for process in alive:
                     process.terminate()
             if time.monotonic() > deadline:
+                outlived = alive
+                for process in alive:
+                    os.kill(process.pid, signal.SIGABRT)  # its faulthandler prints where it is
+                multiprocessing.connection.wait([process.sentinel for process in alive], timeout=5)
                 self.kill()
-                codes = [None if process in alive else process.exitcode for process in self.processes]
-                break
-            multiprocessing.connection.wait([process.sentinel for process in alive], timeout=0.5)
-        else:
-            codes = [process.exitcode for process in self.processes]
+            else:
+                multiprocessing.connection.wait([process.sentinel for process in alive], timeout=0.5)
         for reader in self.readers:
             reader.join()
-        return codes
+        missed = [told is not None and IN_COLLECTIVE.search(path.read_text(errors="replace")) for path in self.outputs]
+        return [
+            None if process in outlived and not excused else process.exitcode
+            for process, excused in zip(self.processes, missed, strict=True)
+        ]
 
     def kill(self):
         for process in self.processes:
@@ -344,6 +355,7 @@ class Campaign:
         run, settings = self.folder / f"run_{index:04d}", set()
         faulty, happened, damaged, lost, lives = rng.randint(2, 4), [], [], 0, 0
         begun = unclear = hung = 0
+        stacks = ""
         while True:
             if elastic and lives:
                 changed = rng.choice([1, 1, 2, 2, 4])
@@ -368,6 +380,7 @@ class Campaign:
             hung += None in codes
             begun += draws
             text = life.text()
+            stacks += text[-6000:] if None in codes else ""
             events = life.events()
             happened += [self.name(event, world) for event in events]
             clear = any(word in text for word in ("error: ", "interrupted: ", "grid of samples")) or codes.count(-signal.SIGKILL)
@@ -383,7 +396,8 @@ class Campaign:
             true, _ = self.reference(*((world, mode) if exact else (1, "ddp")), nans)
             corruption = difference(outcome(run), true, exact)
         result = dict(index=index, processes=sorted({w for w, _ in settings}), policy=policy, bitwise=len(settings) == 1, lives=lives,
-                      faults=happened + damaged, lost_steps=lost, unclear_ends=unclear, hung=hung, corruption=corruption)
+                      faults=happened + damaged, lost_steps=lost, unclear_ends=unclear, hung=hung, stacks=stacks,
+                      corruption=corruption)
         if corruption is None and not unclear and not hung:
             shutil.rmtree(run)
         return result
@@ -438,7 +452,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first run: one run of a campaign can be looked at alone")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="runs at a time")
-    parser.add_argument("--short", action="store_true", help="8 runs, or as many as begin within 100 s")
+    parser.add_argument("--short", action="store_true", help="8 runs, or 4 and as many more as begin within 100 s")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--keep", type=Path, help="folder for all runs and outputs; not given: a temporary one, removed at the end")
     options = parser.parse_args()
@@ -448,7 +462,8 @@ def main():
         campaign = Campaign(options.keep or temporary, options.seed)
 
         def one(index):
-            return campaign.run(index) if time.monotonic() - begin < budget_s else None
+            soon = index - options.first < 4 or time.monotonic() - begin < budget_s
+            return campaign.run(index) if soon else None
 
         with ThreadPoolExecutor(options.jobs) as pool:
             runs = progress_bar(pool.map(one, range(options.first, options.first + count)), total=count, unit="run", file=sys.stderr)
@@ -456,7 +471,7 @@ def main():
         for result in results:
             if result["corruption"] or result["hung"] or result["unclear_ends"]:
                 print(f"run {result['index']} ({result['processes']} processes, {result['policy']}): {result['faults']}, hung "
-                      f"{result['hung']}, unclear {result['unclear_ends']}: {result['corruption']}")
+                      f"{result['hung']}, unclear {result['unclear_ends']}: {result['corruption']}\n{result['stacks']}")
     print(table(results))
     wall_s = round(time.monotonic() - begin, 1)
     print(f"{wall_s} s")

@@ -37,3 +37,11 @@ def test_a_difference_is_seen_and_counted():
     assert chaos.difference((2, {1: (2.0, 1.0)}, tensors), whole, exact=False).startswith("step 2, 1 losses")
     result = dict(index=0, faults=["NaN loss"], corruption="model.w", lives=2, bitwise=True, lost_steps=3, unclear_ends=0, hung=0)
     assert "corruptions: 1" in chaos.table([result]) and f"{'NaN loss':42} {1:6} {0:10}" in chaos.table([result])
+
+
+def test_only_a_process_inside_a_collective_is_excused():
+    stack = 'Fatal Python error: Aborted\n\nCurrent thread 0x0000 (most recent call first):\n  File "{}", line 5\n  File "/torch/a"'
+    assert chaos.IN_COLLECTIVE.search(stack.format("/site-packages/torch/autograd/graph.py"))
+    assert chaos.IN_COLLECTIVE.search(stack.format("/site-packages/torch/distributed/distributed_c10d.py"))
+    assert not chaos.IN_COLLECTIVE.search(stack.format("/lib/python3.11/threading.py"))
+    assert not chaos.IN_COLLECTIVE.search(stack.format("/project/lightningdit/checkpoint.py"))
