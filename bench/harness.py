@@ -506,12 +506,30 @@ def cpu_peak_mib(run: Callable[[], object]) -> float:
 # One case
 
 
+_failures: dict[tuple, str] = {}  # why a contestant that fails once must not be called again in this process
+
+
+def _plan(provider, case):
+    """What decides whether it can serve a case. Not the batch: gates of different cases may have the same."""
+    return provider.name, case.dtype, *(size for name, size in case.sizes().items() if name != "batch")
+
+
+def _failed(provider, case, error):
+    """The columns of a contestant that raised."""
+    reason = reason_of(error)
+    if provider.fails_once and not is_out_of_memory(error):
+        _failures[_plan(provider, case)] = reason
+    return dict(status="failed", reason=reason)
+
+
 def _prepare(provider, case, gate):
     """(function, None) of a contestant that passed the gate, or (None, its row)."""
     version = provider.version if provider.name != "ours" else serving(case.op, case.device)
     row = dict(name=provider.name, version=version)
     if reason := provider.unavailable(case.device, case.dtype, case.sizes()["width"] // case.sizes()["heads"]):
         return None, row | dict(status="unavailable", reason=reason)
+    if reason := _failures.get(_plan(provider, case)):
+        return None, row | dict(status="failed", reason=f"not called again: {reason}")
     begin = time.perf_counter()
     try:
         function = case.call(provider.build())
@@ -525,7 +543,7 @@ def _prepare(provider, case, gate):
     except Exception as error:
         if provider.name == "eager":  # nothing is measured without it; without ours the others are
             raise
-        return None, row | dict(status="failed", reason=reason_of(error))
+        return None, row | _failed(provider, case, error)
     return function, row | dict(ran=seen[:16])
 
 
@@ -627,7 +645,7 @@ def run_case(benchmark, case: Case, settings) -> dict:
             for step, run in steps(function).items():
                 own[provider.name, step] = Timer(run, sets, case.device, settings.sample_ms)
         except RuntimeError as error:  # out of memory, for the gate may have been smaller; or something that only this size shows
-            row |= dict(status="failed", reason=reason_of(error))
+            row |= _failed(provider, case, error)
             continue
         timers |= own
     rows_by_name = {row["name"]: row for row in rows}

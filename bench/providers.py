@@ -35,6 +35,8 @@ class Provider:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
     proof: str = ""  # a regular expression: what a profile of it shows, and of nobody else
     pad: int = 0  # the head dimension to which it pads with zeros
+    # A second call after a failure would end the process: PyTorch 2.11 uses the cuDNN plan that it could not build, a null pointer.
+    fails_once: bool = False
 
     def unavailable(self, device: str, dtype: torch.dtype, head_dim: int | None = None) -> str:
         """Why it cannot take part with tensors of this device type and dtype, or ""."""
@@ -244,7 +246,8 @@ def _peers(op: str) -> list[Provider]:
             own = ("triton", "sdpa", "flash_attn", "xformers")
             ours = {name: functools.partial(functools.partial, OPS[op], backend=name) for name in own}
             fused = [
-                Provider("sdpa cudnn", functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), proof="product_cudnn_attention", **half),
+                Provider("sdpa cudnn", functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), proof="product_cudnn_attention", **half,
+                         fails_once=True),
                 Provider("flash-attn 2", build[fa2], fa2, "flash-attn", **half),
                 Provider("flash-attn 3", build[fa3], fa3, "flash-attn-3", **half),
                 Provider("flash-attn 4", build[fa4], fa4, "flash-attn-4", **half),

@@ -123,6 +123,23 @@ def test_who_cannot_or_may_not_run_gets_a_reason_and_no_time(function, more, sta
     assert row["status"] == status and reason in row["reason"] and "forward" not in row
 
 
+@pytest.mark.parametrize("fails_once, calls", [(True, 1), (False, 2)])
+def test_one_that_must_not_be_called_again_is_not(fails_once, calls, settings, monkeypatch, stopwatch):
+    called = []
+
+    def noted(packed, bias=None):
+        called.append(packed)
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(harness, "_failures", {})
+    contestant(monkeypatch, "swiglu", noted, fails_once=fails_once)
+    settings.only = ()
+    reasons = [harness.run_case(stopwatch, case_of("swiglu"), settings)["contestants"][1]["reason"] for _ in range(2)]
+    assert len(called) == calls
+    again = "not called again: " if fails_once else ""
+    assert reasons == ["RuntimeError: no plan", f"{again}RuntimeError: no plan"]
+
+
 def test_ours_that_raises_costs_the_others_nothing(settings, monkeypatch, stopwatch):
     monkeypatch.setitem(providers.OPS, "swiglu", raises)
     with pytest.raises(AssertionError, match="ours is not timed: RuntimeError: no kernel image"):

@@ -64,6 +64,11 @@ NEEDS_NUMBERS = [
         r"float64\(0\.0\) > 10",
         "images in which every pixel is zero have no contrast",
     ),
+    NeedsNumbers(
+        r"sdpa cudnn(, padded to \d+)?$",
+        "CUDNN_BACKEND_TENSOR_DESCRIPTOR: .*CUDNN_STATUS_NOT_SUPPORTED",
+        "cuDNN plans its attention for a real GPU; the stand-in has none of it",
+    ),
 ]
 
 
