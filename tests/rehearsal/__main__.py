@@ -69,6 +69,21 @@ NEEDS_NUMBERS = [
         "CUDNN_BACKEND_TENSOR_DESCRIPTOR: .*CUDNN_STATUS_NOT_SUPPORTED",
         "cuDNN plans its attention for a real GPU; the stand-in has none of it",
     ),
+    NeedsNumbers(
+        "^images: imagenet-256",
+        r"^incorrect: mean difference \d+\.\d+ >",
+        "a picture of more than 64 KiB is read back from the stand-in as zeros",
+    ),
+    NeedsNumbers(
+        "^images: .*: dali, ",
+        "CUDA runtime API error cudaErrorSymbolNotFound",
+        "DALI has its own CUDA runtime, which wants tables of the driver that are not public",
+    ),
+    NeedsNumbers(
+        "^images: .*: torchvision, ",
+        "Failed to initialize nvjpeg",
+        "the stand-in has no nvJPEG",
+    ),
 ]
 
 

@@ -796,6 +796,13 @@ int cuOccupancyMaxActiveClusters(int *clusters, void *function, void *config) {
   *clusters = 1;
   return OK;
 }
+// Private tables of the driver, for a CUDA runtime inside another library, as DALI's: it reports
+// the error.
+int cuGetExportTable(const void **table, const void *id) {
+    *table = NULL;
+    return 500; // CUDA_ERROR_NOT_FOUND
+}
+
 int cuGetProcAddress_v2(const char *name, void **out, int version, uint64_t flags, int *status) {
   return cudaGetDriverEntryPointByVersion(name, out, version, flags, status);
 }

@@ -20,8 +20,8 @@ find wrong numbers, races, hangs or slowness:
 - Times are invented: 5 us a kernel, matrix products at 600 TFLOP/s. No cache of autotuned choices
   may survive, so the caches of the compilers are new ones; --cache keeps them for other rehearsals.
 - cuDNN's attention is absent, its convolutions take 1 MiB of workspace, and the CUDA context takes
-  no memory (0.5 GB on a card). NVML, NCCL, cuFFT, cuSPARSE and the profiler's view of the GPU are
-  absent.
+  no memory (0.5 GB on a card). NVML, NCCL, cuFFT, cuSPARSE, nvJPEG, the profiler's view of the GPU
+  and whatever brings its own CUDA runtime, as DALI does, are absent.
 
 --trace FILE: every process writes FILE.<process id>, one line a launch: run or captured, kind, and
 for a kernel its grid, block, bytes of shared memory and name.
