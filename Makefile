@@ -61,7 +61,8 @@ test: $(READY)
 # The newest stack: what `pip install` gives a newcomer today. Only what depends on torch's and triton's versions is run again. AUDIT has
 # flags of its audit: CI, for want of time, compiles for Hopper alone.
 NEWEST := .venv-newest/bin/python
-NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers))
+NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing training)) \
+  $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)
 
 test-newest: .venv-newest/.installed
 	OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)

@@ -42,7 +42,7 @@ CONTESTANTS = (step.Contestant("reference eager", step.ALL), step.Contestant("ou
 
 
 def measure(point: dict[str, int], settings) -> list[dict]:
-    """A row a contestant at one point; {"name", "reason"} for one that does not fit the GPU, or fails."""
+    """A row a contestant at one point; {"name", "status", "reason"} for one that is "too large" for the GPU, or "failed"."""
     device = settings.device
     config = step.configure("tiny" if settings.shapes == ("tiny",) else "s", device, heads=point["width"] // HEAD_DIM, **point)
     try:
@@ -51,8 +51,8 @@ def measure(point: dict[str, int], settings) -> list[dict]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return [dict(name=one.name, reason="out of memory") for one in CONTESTANTS]
-    timers, rows, lost = {}, [], {}
+        return [dict(name=one.name, status="too large", reason="out of memory") for one in CONTESTANTS]
+    timers, rows, lost, failed = {}, [], {}, {}
     for one in CONTESTANTS:
         row = dict(name=one.name)
         rows.append(row)
@@ -72,12 +72,14 @@ def measure(point: dict[str, int], settings) -> list[dict]:
             if not largest_by_trial([config.batch_size], attempt, device):
                 lost[one.name] = "out of memory"
         except RuntimeError as error:  # the other points and the other contestant are worth having without it
-            lost[one.name] = reason_of(error)
+            failed[one.name] = reason_of(error)
     samples = interleave(timers, rounds_for(timers, settings, lost), warmup_s=min(1.0, settings.warmup_s), lost=lost)
     for row in rows:
         if times := samples.get(row["name"]):
             row |= {key: short(quantile(times, share)) for key, share in (("median_ms", 0.5), ("p20_ms", 0.2), ("p80_ms", 0.8))}
-    return [dict(name=row["name"], reason=lost[row["name"]]) if row["name"] in lost else row for row in rows]
+    reasons = {name: dict(name=name, status="too large", reason=reason) for name, reason in lost.items()}
+    reasons |= {name: dict(name=name, status="failed", reason=reason) for name, reason in failed.items()}
+    return [reasons.get(row["name"], row) for row in rows]
 
 
 EXPONENTS = (0.05, 4.0)  # that a fit chooses from, and that an interval may reach before it counts as open
@@ -148,7 +150,7 @@ def bench_growth(benchmark, settings, axis):
             gc.collect()
 
     benchmark.pedantic(run, rounds=1, iterations=1)
-    record = dict(kind="growth", axis=axis, device=device, base=base, points=points, fits=fits(points), load=os.getloadavg()[0])
+    record = dict(kind="growth", axis=axis, device=device, base=base, points=points, load=os.getloadavg()[0])
     if device == "cuda":
         record |= dict(after=gpu_state())
     benchmark.extra_info.update(record)

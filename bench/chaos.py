@@ -206,7 +206,7 @@ class Life:
         self.journals = [folder / f"{number:03d}.journal.{rank}" for rank in range(processes)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.processes, self.readers = [], []
+        self.processes, self.readers, self.missed_a_death = [], [], 0
         for rank in range(processes):
             variables = dict(RANK=rank, WORLD_SIZE=processes, LOCAL_RANK=rank % per_node, LOCAL_WORLD_SIZE=per_node,
                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -238,18 +238,21 @@ class Life:
             if time.monotonic() > deadline:
                 outlived = alive
                 for process in alive:
-                    os.kill(process.pid, signal.SIGABRT)  # its faulthandler prints where it is
-                multiprocessing.connection.wait([process.sentinel for process in alive], timeout=5)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGABRT)  # its faulthandler prints where it is
+                for process in alive:
+                    process.join(5)
                 self.kill()
             else:
                 multiprocessing.connection.wait([process.sentinel for process in alive], timeout=0.5)
         for reader in self.readers:
             reader.join()
-        missed = [told is not None and IN_COLLECTIVE.search(path.read_text(errors="replace")) for path in self.outputs]
-        return [
-            None if process in outlived and not excused else process.exitcode
-            for process, excused in zip(self.processes, missed, strict=True)
-        ]
+        codes = []
+        for process, path in zip(self.processes, self.outputs, strict=True):
+            missed = process in outlived and told is not None and IN_COLLECTIVE.search(path.read_text(errors="replace"))
+            self.missed_a_death += bool(missed)
+            codes.append(None if process in outlived and not missed else process.exitcode)
+        return codes
 
     def kill(self):
         for process in self.processes:
@@ -354,7 +357,7 @@ class Campaign:
         nans = () if policy == "stop" else NAN_STEPS
         run, settings = self.folder / f"run_{index:04d}", set()
         faulty, happened, damaged, lost, lives = rng.randint(2, 4), [], [], 0, 0
-        begun = unclear = hung = 0
+        begun = unclear = hung = missed = 0
         stacks = ""
         while True:
             if elastic and lives:
@@ -378,6 +381,7 @@ class Campaign:
             lives += 1
             draws, start = life.counts()[0], life.start()
             hung += None in codes
+            missed += life.missed_a_death
             begun += draws
             text = life.text()
             stacks += text[-6000:] if None in codes else ""
@@ -396,7 +400,7 @@ class Campaign:
             true, _ = self.reference(*((world, mode) if exact else (1, "ddp")), nans)
             corruption = difference(outcome(run), true, exact)
         result = dict(index=index, processes=sorted({w for w, _ in settings}), policy=policy, bitwise=len(settings) == 1, lives=lives,
-                      faults=happened + damaged, lost_steps=lost, unclear_ends=unclear, hung=hung, stacks=stacks,
+                      faults=happened + damaged, lost_steps=lost, unclear_ends=unclear, hung=hung, missed=missed, stacks=stacks,
                       corruption=corruption)
         if corruption is None and not unclear and not hung:
             shutil.rmtree(run)
@@ -442,6 +446,7 @@ def table(results):
                  f"{sum(lost) / max(1, lives - len(results)):.1f} a lost life (a checkpoint every {EVERY})")
     lines.append(f"ends without a clear message: {sum(r['unclear_ends'] for r in results)}; lives with a process that hung: "
                  f"{sum(r['hung'] for r in results)}")
+    lines.append(f"processes that torchrun would have killed inside a collective with a dead one: {sum(r['missed'] for r in results)}")
     lines.append(f"corruptions: {sum(r['corruption'] is not None for r in results)}")
     return "\n".join(lines)
 

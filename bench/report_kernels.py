@@ -235,7 +235,7 @@ cache holds. Bytes and FLOPs are those of one perfect pass. "backward" is what b
 "compiled" is torch.compile of the op's definition; "ours" is the public function, with the backend that serves it here. Speed-ups are over
 eager, medians of the ratios per round with a 95 % bootstrap interval; below 1 is a loss, and stays. "peak MiB" is what one forward +
 backward allocates at most, "launch us" how long the CPU is busy with enqueueing one on a GPU, "first call s" compilation and everything
-else that only the first one does; on a GPU it finds on disk what was compiled ahead."""
+else that only the first one does; on a GPU it may find on disk what was compiled ahead."""
 
 
 def document(runs: dict[str, dict]) -> str:

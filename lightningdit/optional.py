@@ -8,6 +8,7 @@ package when a module is loaded. What needs one says so when it is called:
 """
 
 import contextlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,9 @@ def optional(feature: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
+        spec = importlib.util.find_spec(package) if package else None
+        if not package or (spec and spec.origin):  # it is there, but damaged; "nvidia" alone is a folder of many packages, without origin
+            raise
         raise MissingPackage(
             f"{feature} needs `pip install {PIP.get(package, package)}`: {error}", name=package
         ) from error

@@ -35,7 +35,7 @@ def test_a_difference_is_seen_and_counted():
     assert "model.w: differs by" in chaos.difference(off, whole, exact=True) and chaos.difference(off, whole, exact=False) is None
     assert chaos.difference((2, rows, {"model.w": torch.tensor([1.0, 2.1])}), whole, exact=False)
     assert chaos.difference((2, {1: (2.0, 1.0)}, tensors), whole, exact=False).startswith("step 2, 1 losses")
-    result = dict(index=0, faults=["NaN loss"], corruption="model.w", lives=2, bitwise=True, lost_steps=3, unclear_ends=0, hung=0)
+    result = dict(index=0, faults=["NaN loss"], corruption="model.w", lives=2, bitwise=True, lost_steps=3, unclear_ends=0, hung=0, missed=0)
     assert "corruptions: 1" in chaos.table([result]) and f"{'NaN loss':42} {1:6} {0:10}" in chaos.table([result])
 
 

@@ -239,24 +239,27 @@ def main(arguments: list[str] | None = None) -> int:
         raise ImportError("the audit needs triton: pip install triton (Linux only)")
 
     ops = []
+    table = read_table(options.table)
+    # All of it, where all ops are audited: those of an op whose file is gone, too.
+    stems = {Path(op).stem for op in options.op} if options.op else {name.partition(":")[0] for name in table} | set(OPS)
     for op in options.op or OPS:
         if op.endswith(".py") or (Path(__file__).parent / f"{op}_triton.py").is_file():
             ops.append(op)
         else:
             print(f"{op}: has no Triton kernel yet, nothing to audit")
     begin = time.perf_counter()
-    results = audit(ops, options.arch or list(ARCHS)) if ops else []
-    if not results:
+    archs = tuple(options.arch or ARCHS)
+    results = audit(ops, list(archs)) if ops else []
+    missing = [] if options.write else no_longer_compiled(table, results, stems, archs)
+    if not results and not missing:
         print("no cases")
         return 0
-    table = read_table(options.table)
     for result in results:
         before = table.get(result.name, {}).get(str(result.arch))
         judge(result, None if options.write else before)
         if result.case and table and before is None and not options.write:
             result.faults.append(f"not in {options.table.name}: add it with --write")
-    if not options.write:
-        results += no_longer_compiled(table, results, ops, options.arch or ARCHS)
+    results += missing
     print_table(results)
     failed = sum(bool(result.faults) for result in results)
     compiled = sum(result.case is not None for result in results)
@@ -264,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write and failed:
         print(f"{options.table.name} is not written: a kernel that fails is mended first")
     elif options.write:
-        renew_table(options.table, table, results, ops, options.arch or ARCHS)
+        renew_table(options.table, table, results, stems, archs)
     return int(failed > 0)
 
 
@@ -276,17 +279,16 @@ def judge(result: Result, before: dict | None) -> None:
         result.faults += load_verdict(result.load, before)
 
 
-def no_longer_compiled(table: dict, results: list[Result], ops: list[str], archs: tuple[int, ...]) -> list[Result]:
+def no_longer_compiled(table: dict, results: list[Result], stems: set[str], archs: tuple[int, ...]) -> list[Result]:
     """A failure for each row of the table of these ops and architectures that no case compiles any more."""
-    stems, found = {Path(op).stem for op in ops}, {(result.name, result.arch) for result in results}
+    found = {(result.name, result.arch) for result in results}
     rows = [(name, int(arch)) for name, by_arch in table.items() if name.partition(":")[0] in stems for arch in by_arch]
     fault = "is in the table, but is not compiled any more: where that is meant, --write"
     return [Result(*row, None, None, [fault]) for row in rows if row[1] in archs and row not in found]
 
 
-def renew_table(path: Path, table: dict, results: list[Result], ops: list[str], archs: tuple[int, ...]) -> None:
+def renew_table(path: Path, table: dict, results: list[Result], stems: set[str], archs: tuple[int, ...]) -> None:
     """Writes the table with the rows of these ops and architectures replaced by the results."""
-    stems = {Path(op).stem for op in ops}
     rows = {
         name: {arch: row for arch, row in by_arch.items() if name.partition(":")[0] not in stems or int(arch) not in archs}
         for name, by_arch in table.items()

@@ -252,12 +252,18 @@ def test_a_case_that_training_does_not_launch_is_not_judged_by_its_load():
 def test_a_case_that_is_no_longer_compiled_fails_until_the_table_is_written():
     results = [Result("norm: here", 90, dict(kind="small"), GOOD, [])]
     table = {"norm: here": {"90": ROW, "100": ROW}, "norm: away": {"90": ROW, "80": ROW}, "swiglu: not audited": {"90": ROW}}
-    missing = no_longer_compiled(table, results, ["norm"], (90, 100))
+    missing = no_longer_compiled(table, results, {"norm"}, (90, 100))
     assert [(result.name, result.arch) for result in missing] == [("norm: here", 100), ("norm: away", 90)]
 
 
 class Kernel:
     arg_names = ["x", "BLOCK"]
+
+
+def test_the_table_is_of_the_triton_that_is_installed_by_make():
+    """Else the audit judges no growth."""
+    (pinned,) = re.findall(r"^triton==(\S+)$", (audit.TABLE.parent.parent / "constraints.txt").read_text(), re.MULTILINE)
+    assert json.loads(audit.TABLE.read_text())["triton"] == pinned
 
 
 @pytest.mark.parametrize(
@@ -279,7 +285,10 @@ def test_a_malformed_case_is_refused(change, message):
 
 def test_nothing_to_audit_is_no_failure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(audit, "__file__", str(tmp_path / "audit.py"))
-    assert audit.main([]) == 0
+    assert audit.main(["--table", str(tmp_path / "none.json")]) == 0
     assert "norm: has no Triton kernel yet" in capsys.readouterr().out
+    monkeypatch.setattr(audit, "read_table", lambda path: {"norm: fwd": {"90": ROW}})
+    assert audit.main([]) == 1  # the file of the kernel was removed, its row was not
+    assert "norm: fwd" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         audit.main(["--op", "nrom"])

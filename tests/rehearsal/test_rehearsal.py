@@ -137,7 +137,8 @@ def test_a_stage_that_ended_well_has_no_problem():
 def test_a_row_without_a_measurement_is_a_problem(status):
     contestants = [{"name": "ours", "status": status, "reason": "out of memory"}]
     rows = [{"op": "swiglu", "contestants": contestants}]
-    problems = rehearsal.problems_of_stage("swiglu_1", stage("done, with failures", rows))
+    output = f"{rehearsal.SUMMARY}\nFAILED bench/b.py::bench_swiglu[a] - x\n"
+    problems = rehearsal.problems_of_stage("swiglu_1", stage("done, with failures", rows, output))
     assert where(problems) == ["swiglu_1: swiglu: ours"]
     assert "out of memory" in problems[0].message
 
@@ -181,9 +182,38 @@ def test_tests_that_never_ran_are_a_problem(outcomes):
 
 def test_a_case_that_failed_without_a_row_is_a_problem():
     rows = [{"case": "xl", "rows": [{"name": "ours", "status": "failed", "reason": "zero"}]}]
-    output = "FAILED bench/b.py::bench_step[a] - x\nFAILED bench/b.py::bench_step[b] - KeyError\n"
+    output = f"{rehearsal.SUMMARY}\nFAILED bench/b.py::bench_step[a] - x\nERROR bench/b.py::bench_step[b]\n"
     problems = rehearsal.problems_of_stage("step", stage("done, with failures", rows, output))
     assert where(problems) == ["step: xl: ours", "step"]
+
+
+def test_a_row_that_needs_numbers_explains_no_failed_case(monkeypatch):
+    known = rehearsal.NeedsNumbers("peer", "no plan", "nothing is computed")
+    monkeypatch.setattr(rehearsal, "NEEDS_NUMBERS", [known])
+    contestants = [{"name": "peer", "status": "failed", "reason": "no plan"}]
+    output = f"{rehearsal.SUMMARY}\nFAILED bench/b.py::bench_attention[b] - KeyError\n"
+    rows = [{"op": "rope_attention", "contestants": contestants}]
+    problems = rehearsal.problems_of_stage("a", stage("done, with failures", rows, output))
+    assert where(problems) == ["a: rope_attention: peer", "a"]
+    assert [bool(problem.reason()) for problem in problems] == [True, False]
+
+
+def test_failed_cases_that_are_not_all_listed_are_a_problem():
+    rows = [{"case": "xl", "rows": [{"name": "ours", "status": "failed", "reason": "zero"}]}]
+    output = "FAILED bench/b.py::bench_step[b] - x\n"  # the end of a long output
+    problems = rehearsal.problems_of_stage("step", stage("done, with failures", rows, output))
+    assert where(problems) == ["step: xl: ours", "step"]
+
+
+def test_a_skipped_stage_is_a_problem():
+    skipped = {"status": "skipped: needs `pip install x`", "result": None, "seconds": 1.0}
+    assert where(rehearsal.problems_of_stage("overlay", skipped)) == ["overlay"]
+
+
+def test_results_of_another_commit_are_known(tmp_path):
+    path = tmp_path / "stages.json"
+    path.write_text(json.dumps({"gemms": {"result": {"commit": "abc"}}}))
+    assert rehearsal.commit_of(path) == "abc"
 
 
 def test_only_what_is_listed_needs_numbers(monkeypatch, capsys):
