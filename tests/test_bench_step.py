@@ -240,7 +240,7 @@ def test_growth_without_memory_is_a_reason(settings, monkeypatch):
     point = dict(batch=1, tokens=16, width=64, depth=1)
     reference, ours = bench_growth.measure(point, settings)
     assert reference["median_ms"] > 0
-    assert ours == dict(name="ours eager", reason="out of memory")
+    assert ours == dict(name="ours eager", status="too large", reason="out of memory")
 
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")

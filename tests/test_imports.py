@@ -172,11 +172,14 @@ def test_training_steps_are_measured_and_digits_are_skipped_without_scikit_learn
         f"--benchmark-only --shapes tiny --rounds 2 -rs --results {tmp_path}/step.json".split()
     )
     options += ["--only", "reference eager,ours eager", *PYTEST]
-    result = blocked("-m", "pytest", "bench/bench_step.py", *options)
+    growth = "bench/bench_growth.py::bench_growth[depth]"  # its fits, not its points, need scipy
+    result = blocked("-m", "pytest", "bench/bench_step.py", growth, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     records = json.loads((tmp_path / "step.json").read_text())["results"]
-    assert sorted(record["part"] for record in records) == ["kernels", "ladder"]
-    for record in records:
+    *steps, grown = records
+    assert grown["kind"] == "growth"
+    assert sorted(record["part"] for record in steps) == ["kernels", "ladder"]
+    for record in steps:
         assert [row["name"] for row in record["rows"]] == ["reference eager", "ours eager"]
     (reason,) = re.findall(r"^SKIPPED \[1\] \S+: (.*)$", result.stdout, re.MULTILINE)
     assert "pip install scikit-learn" in reason
