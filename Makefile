@@ -61,7 +61,7 @@ test: $(READY)
 # The newest stack: what `pip install` gives a newcomer today. Only what depends on torch's and triton's versions is run again. AUDIT has
 # flags of its audit: CI, for want of time, compiles for Hopper alone.
 NEWEST := .venv-newest/bin/python
-NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing training)) \
+NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing)) \
   $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)
 
 test-newest: .venv-newest/.installed
