@@ -77,9 +77,9 @@ def measure(point: dict[str, int], settings) -> list[dict]:
     for row in rows:
         if times := samples.get(row["name"]):
             row |= {key: short(quantile(times, share)) for key, share in (("median_ms", 0.5), ("p20_ms", 0.2), ("p80_ms", 0.8))}
-    reasons = {name: dict(name=name, status="too large", reason=reason) for name, reason in lost.items()}
-    reasons |= {name: dict(name=name, status="failed", reason=reason) for name, reason in failed.items()}
-    return [reasons.get(row["name"], row) for row in rows]
+    unmeasured = {"too large": lost, "failed": failed}
+    replaced = {name: dict(name=name, status=status, reason=reasons[name]) for status, reasons in unmeasured.items() for name in reasons}
+    return [replaced.get(row["name"], row) for row in rows]
 
 
 EXPONENTS = (0.05, 4.0)  # that a fit chooses from, and that an interval may reach before it counts as open

@@ -506,16 +506,16 @@ def cpu_peak_mib(run: Callable[[], object]) -> float:
 # One case
 
 
-_failures: dict[tuple, str] = {}  # why a contestant that fails once must not be called again in this process
+_failures: dict[tuple, str] = {}  # {_plan(provider, case): reason} of providers with fails_once that failed in this process
 
 
 def _plan(provider, case):
-    """What decides whether it can serve a case. Not the batch: gates of different cases may have the same."""
+    """The key of _failures, without the batch: different cases may be gated at the same one."""
     return provider.name, case.dtype, *(size for name, size in case.sizes().items() if name != "batch")
 
 
 def _failed(provider, case, error):
-    """The columns of a contestant that raised."""
+    """Status and reason of a provider that raised `error`."""
     reason = reason_of(error)
     if provider.fails_once and not is_out_of_memory(error):
         _failures[_plan(provider, case)] = reason

@@ -137,7 +137,7 @@ def test_no_operator_of_pytorch_is_called_again(name):
         options |= dict(use_reentrant=False, preserve_rng_state=False)
         shape = dict(device="meta", dtype=torch.bfloat16, requires_grad=True)
         q, k, v = (torch.randn(2, 2, 16, 32, **shape) for _ in range(3))
-        calls = counted(lambda: checkpoint(attend, q, k, v, **options).sum().backward())  # noqa: B023
+        calls = counted(lambda: checkpoint(attend, q, k, v, **options).sum().backward())  # noqa: B023 (called at once)
         counts[policy] = sum(n for op, n in calls.items() if "attention" in op)
     assert counts["full"] == 3  # forward, forward again, backward
     assert counts["selective"] == 2
