@@ -38,12 +38,14 @@ from pathlib import Path
 
 import torch
 
-from bench.fork import server
-from lightningdit import checkpoint, training
-from lightningdit.log import environment, read_log
-from lightningdit.optional import progress_bar
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
+
+from bench.fork import server  # noqa: E402
+from lightningdit import checkpoint, training  # noqa: E402
+from lightningdit.log import environment, read_log  # noqa: E402
+from lightningdit.optional import progress_bar  # noqa: E402
+
 STEPS, EVERY = 20, 3  # updates of a run; updates between two checkpoints
 TINY = ("--model.depth 1 --model.hidden-size 16 --model.num-heads 2 --batch-size 8 --optim.warmup 2 --optim.schedule constant "
         f"--log-every 2 --sample-every 1000 --validate-every 1000 --sample-num 1 --sample.num-steps 1 --final-samples 0 "
@@ -360,6 +362,7 @@ class Campaign:
         begun = unclear = hung = missed = 0
         stacks = ""
         while True:
+            rng = random.Random(f"{self.seed} {index} {lives}")  # the moment at which a life ended changes nothing in the next one's draws
             if elastic and lives:
                 changed = rng.choice([1, 1, 2, 2, 4])
                 if changed != world:
@@ -488,7 +491,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     from bench import chaos  # under the name by which forked processes know it
 
     sys.exit(chaos.main())

@@ -331,6 +331,7 @@ import pathlib, signal, sys, time
 from bench import gpu, gpu_tests
 folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets the jobs in its background ignore it
 gpu_tests.os.cpu_count = lambda: 4
 slow = [str(folder / "tests" / "kernels" / "test_k.py")]
 gpu.STAGES.clear()
