@@ -517,7 +517,9 @@ def _plan(provider, case):
 def _failed(provider, case, error):
     """Status and reason of a provider that raised `error`."""
     reason = reason_of(error)
-    if provider.fails_once and not is_out_of_memory(error):
+    if is_out_of_memory(error):  # of the case, on this device: no fault
+        return dict(status="too large", reason=reason)
+    if provider.fails_once:
         _failures[_plan(provider, case)] = reason
     return dict(status="failed", reason=reason)
 
@@ -659,7 +661,7 @@ def run_case(benchmark, case: Case, settings) -> dict:
         for (name, step), timer in timers.items():
             rows_by_name[name][f"{step}_method"] = timer.method
     for (name, step), reason in lost.items():
-        rows_by_name[name] |= dict(status="failed", reason=f"{step}: {reason}")
+        rows_by_name[name] |= dict(status="too large", reason=f"{step}: {reason}")
     assert eager["status"] == "ok", f"eager is not timed, and nothing without it: {eager['reason']}"
     for row in rows:
         if row["status"] == "ok":

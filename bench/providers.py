@@ -32,7 +32,7 @@ class Provider:
     module: str | None = None  # whose absence makes it unavailable
     package: str | None = None  # the distribution that pip installs it from
     devices: tuple[str, ...] = ("cpu", "cuda")
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
+    half_only: tuple[str, ...] = ()  # the devices on which it takes no fp32
     proof: str = ""  # a regular expression: what a profile of it shows, and of nobody else
     pad: int = 0  # the head dimension to which it pads with zeros
     # A second call after a failure would end the process: PyTorch 2.11 uses the cuDNN plan that it could not build, a null pointer.
@@ -42,7 +42,7 @@ class Provider:
         """Why it cannot take part with tensors of this device type and dtype, or ""."""
         if device not in self.devices:
             return f"needs {' or '.join(self.devices)}"
-        if dtype not in self.dtypes:
+        if device in self.half_only and dtype not in HALF:
             return f"does not take {str(dtype).removeprefix('torch.')}"
         if self.pad and head_dim is not None and (head_dim >= self.pad or head_dim % 16 == 0):
             return f"head dimension {head_dim} needs no padding to {self.pad}"
@@ -230,7 +230,7 @@ def _apex_group_norm():
 
 
 def _peers(op: str) -> list[Provider]:
-    cuda, half = dict(devices=("cuda",)), dict(devices=("cuda",), dtypes=HALF)
+    cuda, half = dict(devices=("cuda",)), dict(devices=("cuda",), half_only=("cuda",))
     match op:
         case "rms_norm_modulate" | "gated_residual_rms_norm_modulate":
             gated = op.startswith("gated")
@@ -258,7 +258,8 @@ def _peers(op: str) -> list[Provider]:
                 Provider("ours flash_attn", ours["flash_attn"], "flash_attn", "flash-attn", proof="flash", **half),
                 Provider("ours xformers", ours["xformers"], "xformers.ops", "xformers", **half),
                 Provider("sdpa math", functools.partial(_sdpa, SDPBackend.MATH), proof="product_attention_math"),
-                Provider("sdpa flash", functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), proof="product_flash_attention"),
+                Provider("sdpa flash", functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), proof="product_flash_attention",
+                         half_only=("cuda",)),
                 Provider("sdpa efficient", functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), proof="efficient_attention", **cuda),
                 *fused,
                 *(_padded(provider, provider.build, to) for provider in fused for to in (80, 96)),

@@ -112,7 +112,7 @@ def raises(packed, bias=None):
         (wrong, {}, "incorrect", "out.0 in torch.float32: error"),
         (raises, {}, "failed", "RuntimeError: no kernel image"),
         (raises, dict(devices=("cuda",)), "unavailable", "needs cuda"),
-        (raises, dict(dtypes=(torch.bfloat16,)), "unavailable", "does not take float32"),
+        (raises, dict(half_only=("cpu",)), "unavailable", "does not take float32"),
         (raises, dict(module="no.such.module", package="nosuch"), "unavailable", "no.such.module is not installed (pip install nosuch)"),
     ],
 )
@@ -121,6 +121,12 @@ def test_who_cannot_or_may_not_run_gets_a_reason_and_no_time(function, more, sta
     settings.only = ()
     row = harness.run_case(stopwatch, case_of("swiglu"), settings)["contestants"][1]
     assert row["status"] == status and reason in row["reason"] and "forward" not in row
+
+
+def test_pytorchs_flash_attention_takes_fp32_on_a_cpu_only():
+    (flash,) = (one for one in providers.providers("rope_attention") if one.name == "sdpa flash")
+    assert not flash.unavailable("cpu", torch.float32) and not flash.unavailable("cuda", torch.bfloat16)
+    assert flash.unavailable("cuda", torch.float32) == "does not take float32"
 
 
 @pytest.mark.parametrize("fails_once, calls", [(True, 1), (False, 2)])
@@ -289,7 +295,7 @@ def test_who_runs_out_of_memory_costs_the_others_nothing(first, settings, monkey
     settings.only = ()
     eager, peer = harness.run_case(stopwatch, case_of("swiglu"), settings)["contestants"]
     assert eager["forward_backward"]["rounds"] == 2
-    assert peer["status"] == "failed"
+    assert peer["status"] == "too large"
     assert "out of memory" in peer["reason"]
     assert "forward" not in peer
 

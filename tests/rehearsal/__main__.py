@@ -125,7 +125,8 @@ def problems_of_tests(tests: dict[str, dict]) -> list[Problem]:
 def failed_rows(value: object, name: str = "") -> Iterator[Problem]:
     """Rows anywhere in a result that have a reason in place of a measurement.
 
-    A row that is "unavailable" is none: what it needs is not installed, and it says so.
+    An "unavailable" row is none: what it needs is not installed, and it says so. Nor is one that is
+    "too large" for the card; where that is ours, its case fails.
     """
     if isinstance(value, list):
         for one in value:

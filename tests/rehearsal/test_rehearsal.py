@@ -143,8 +143,17 @@ def test_a_row_without_a_measurement_is_a_problem(status):
     assert "out of memory" in problems[0].message
 
 
-def test_what_is_not_installed_is_no_problem():
-    rows = [{"op": "swiglu", "contestants": [{"name": "liger", "status": "unavailable"}]}]
+def test_ours_must_fit():
+    rows = [{"op": "swiglu", "contestants": [{"name": "ours", "status": "too large"}]}]
+    output = f"{rehearsal.SUMMARY}\nFAILED bench/b.py::bench_swiglu[a] - ours is not timed\n"
+    problems = rehearsal.problems_of_stage("swiglu_1", stage("done, with failures", rows, output))
+    assert where(problems) == ["swiglu_1"]
+    assert "ours is not timed" in problems[0].message
+
+
+@pytest.mark.parametrize("status", ["unavailable", "too large"])
+def test_what_is_not_installed_or_does_not_fit_is_no_problem(status):
+    rows = [{"op": "swiglu", "contestants": [{"name": "liger", "status": status}]}]
     assert rehearsal.problems_of_stage("swiglu_1", stage(rows=rows)) == []
 
 
