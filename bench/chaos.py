@@ -328,6 +328,10 @@ class Campaign:
     def plan(self, rng, world, nans, run):
         """The faults of one life, and the seconds after which it is killed from outside, or None."""
         _, (saves, logs) = self.reference(1, "ddp", ())
+
+        def up_to(count):  # one draw of rng, whatever the count, which is not always the same; randint takes one or more
+            return 1 + int(rng.random() * count)
+
         rank, once = rng.randrange(world), str(run.parent / "lives" / run.name / "nan")
         step = rng.randint(1, STEPS)
         error = rng.choice([errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
@@ -335,11 +339,11 @@ class Campaign:
         after = None
         for kind in rng.sample(["step", "save", "save", "log", "write", "write", "full", "moment", "signal", "nan"], 2):
             if kind in ("step", "save", "log"):
-                n = dict(step=step, save=rng.randint(1, saves), log=rng.randint(1, logs))[kind]
+                n = dict(step=step, save=up_to(saves), log=up_to(logs))[kind]
                 faults.append(Fault("kill", kind, n, rank))
             elif kind == "write":
                 where, length = rng.choice(["save", "save", "log"]), rng.randint(1, 4)
-                faults.append(Fault("write", where, rng.randint(1, saves if where == "save" else logs), rank, error, length))
+                faults.append(Fault("write", where, up_to(saves if where == "save" else logs), rank, error, length))
             elif kind == "full":
                 faults.append(Fault("full", n=step, rank=rank, number=rng.choice([0, 4096, 20_000]), length=rng.randint(1, 6)))
             elif kind == "moment":

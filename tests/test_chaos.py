@@ -15,15 +15,15 @@ KINDS = {"NaN loss", "write of a save failed", "killed at a step", "killed insid
 
 def test_short_campaign(tmp_path):
     out = tmp_path / "chaos.json"
-    command = [sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", "--seed", "12", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", "--seed", "697", "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     runs = json.loads(out.read_text())["runs"]
     assert runs and all(run["corruption"] is None and not run["hung"] and not run["unclear_ends"] for run in runs), result.stdout
     assert sum(len(run["faults"]) for run in runs) >= 2 * len(runs) and "corruptions: 0" in result.stdout
-    # On a quiet machine the first four runs of this seed meet with all of KINDS. On a busy one a life may end before its fault is due.
+    # The first four runs of this seed meet with all of KINDS where saves keep up; where one comes late, a life may end before its fault.
     missing = KINDS - {fault for run in runs for fault in run["faults"]}
-    assert len(missing) <= 2, result.stdout
+    assert len(missing) <= 1, result.stdout
 
 
 def test_a_difference_is_seen_and_counted():
