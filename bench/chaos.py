@@ -464,11 +464,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first run: one run of a campaign can be looked at alone")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="runs at a time")
-    parser.add_argument("--short", action="store_true", help="8 runs, or 4 and as many more as begin within 100 s")
+    parser.add_argument("--short", action="store_true", help="8 runs, or 4 and as many more as begin within 60 s")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--keep", type=Path, help="folder for all runs and outputs; not given: a temporary one, removed at the end")
     options = parser.parse_args()
-    count, budget_s = (8, 100) if options.short else (options.runs, math.inf)
+    count, budget_s = (8, 60) if options.short else (options.runs, math.inf)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         campaign = Campaign(options.keep or temporary, options.seed)
