@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     ops = []
     table = read_table(options.table)
-    # All of it, where all ops are audited: those of an op whose file is gone, too.
+    # Where all ops are audited, all of the table: also the rows of an op whose file was removed.
     stems = {Path(op).stem for op in options.op} if options.op else {name.partition(":")[0] for name in table} | set(OPS)
     for op in options.op or OPS:
         if op.endswith(".py") or (Path(__file__).parent / f"{op}_triton.py").is_file():
