@@ -29,6 +29,21 @@ def script(*arguments):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.fixture
+def run_stages(tmp_path, monkeypatch, capsys):
+    """run_stages(*arguments) -> exit status and what was printed of `bench/gpu.py` on a CPU, in this process, with its files in out/."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out"), "--device", "cpu", *arguments])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            return gpu.main(), capsys.readouterr().out
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run
+
+
 def test_stages_find_their_benchmarks():
     """One stage of every form; that none of the others names a file or an option that these do not."""
     forms = {"ceilings": 3, "gemms": 1, "alignment_3": 5, "norm_others_1": 4, "attention_sweep_256_72": 4, "step_xl_256_ladder": 1}
@@ -58,25 +73,25 @@ def test_what_is_worth_most_comes_first():
         assert order.index(f"{op}_1") < order.index("vavae_step") < order.index(f"{op}_2") < order.index(f"{op}_others_1")
 
 
-def test_stages_restart_and_merge(tmp_path):
-    dry = ["bench/gpu.py", "--out", tmp_path, "--device", "cpu"]
+def test_stages_restart_and_merge(tmp_path, run_stages):
     tiny = ["--", "--shapes", "tiny", "--only", "eager,ours", "--rounds", "2", "--case-s", "0.1"]
-    assert script(*dry, "--budget-s", 0).returncode == gpu.UNFINISHED
-    done = script(*dry, "--stage", "swiglu_1", "--stage", "gemms", *tiny)
-    assert done.returncode == 0 and "still to do: ceilings, " in done.stdout, done.stdout + done.stderr
-    state = json.loads((tmp_path / "stages.json").read_text())
+    out = tmp_path / "out"
+    assert run_stages("--budget-s", "0")[0] == gpu.UNFINISHED
+    code, printed = run_stages("--stage", "swiglu_1", "--stage", "gemms", *tiny)
+    assert code == 0 and "still to do: ceilings, " in printed, printed
+    state = json.loads((out / "stages.json").read_text())
     assert len(state["gemms"]["result"]["results"][0]["rows"]) == 12
-    merged = json.loads((tmp_path / "kernels_cpu.json").read_text())  # there before all stages are done
+    merged = json.loads((out / "kernels_cpu.json").read_text())  # there before all stages are done
     assert merged["stages_missing"]["norm_1"] == "not begun" and "gemms" not in merged["stages_missing"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.log", "kernels_cpu.json", "stages.json"]
-    assert "done" in script(*dry, "--list").stdout
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.log", "kernels_cpu.json", "stages.json"]
+    assert re.search(r"^gemms +done$", run_stages("--list")[1], re.MULTILINE)
     for name in gpu.STAGES:
         if name not in ("swiglu_1", "gemms"):
             state[name] = dict(status="done", seconds=1.0, result=state["swiglu_1"]["result"])
-    (tmp_path / "stages.json").write_text(json.dumps(state))
-    done = script(*dry, *tiny)
-    assert done.returncode == 0 and done.stdout.count("done before") == len(gpu.STAGES), done.stdout + done.stderr
-    merged = json.loads((tmp_path / "kernels_cpu.json").read_text())
+    (out / "stages.json").write_text(json.dumps(state))
+    code, printed = run_stages(*tiny)
+    assert code == 0 and printed.count("done before") == len(gpu.STAGES), printed
+    merged = json.loads((out / "kernels_cpu.json").read_text())
     assert merged["schema"] == harness.SCHEMA and {"commit", "date", "cpu", "threads", "versions"} <= merged.keys()
     assert "stages_missing" not in merged and {record["kind"] for record in merged["results"]} == {"op", "model_gemms"}
     assert {record["processes"] for record in merged["results"] if record["kind"] == "op"} == {len(gpu.STAGES) - 1}
@@ -120,7 +135,7 @@ def alive(pid):
         return False
 
 
-def test_no_stage_loses_another(tmp_path, monkeypatch, capsys):
+def test_no_stage_loses_another(tmp_path, monkeypatch, run_stages):
     """One after the other: fine, wrong, crashed, hung, without its data, broken; what was measured stays, what failed is tried again."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_stub.py").write_text(BENCHMARKS)
@@ -130,15 +145,7 @@ def test_no_stage_loses_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     out = tmp_path / "out"
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--device", "cpu", *arguments])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            return gpu.main(), capsys.readouterr().out
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    code, printed = run()
+    code, printed = run_stages()
     state = json.loads((out / "stages.json").read_text())
     assert code == 1 and [state[name]["status"] for name in names] == [
         "done", "done, with failures", "cut short (7)", "cut short (stopped after 40 s)", "skipped: data is absent",
@@ -152,14 +159,14 @@ def test_no_stage_loses_another(tmp_path, monkeypatch, capsys):
     (tmp_path / "test_stub.py").write_text("def test_broken(benchmark, record): benchmark.pedantic(record, args=('mended',))\n"
                                            "def test_crash(benchmark): import os; os._exit(7)\n")
     monkeypatch.setitem(gpu.STAGES, "new", gpu.STAGES["broken"])
-    code, printed = run("--stage", "broken", "--stage", "crash", "--stage", "new")
+    code, printed = run_stages("--stage", "broken", "--stage", "crash", "--stage", "new")
     assert printed.index("stage new: done") < printed.index("stage broken: done"), "what was never begun comes first"
     state = json.loads((out / "stages.json").read_text())
     assert state["crash"]["result"]["results"][0]["case"] == "crash", "a second try that gave nothing leaves the first"
     state["good"]["result"]["commit"] = "d"
     (out / "stages.json").write_text(json.dumps(state))
     (tmp_path / "test_stub.py").write_text(BENCHMARKS)
-    code, printed = run("--stage", "crash")
+    code, printed = run_stages("--stage", "crash")
     assert code == 1 and "not kept" in printed and "commit: d before, now b" in printed
 
 
