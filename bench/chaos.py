@@ -276,8 +276,8 @@ class Life:
     def start(self):
         """The update that it went on from; None if it did not come so far."""
         text = self.text()
-        if "resuming at step " in text:
-            return int(text.split("resuming at step ")[1].split()[0])
+        if resumed := re.search(r"resuming at step (\d+)", text):  # another process may go on in the same line
+            return int(resumed[1])
         return 0 if "from the beginning" in text else None
 
 

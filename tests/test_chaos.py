@@ -13,17 +13,30 @@ KINDS = {"NaN loss", "write of a save failed", "killed at a step", "killed insid
          "one rank killed", "preempted by a signal", "disk full for some steps", "number of processes changed"}
 
 
-def test_short_campaign(tmp_path):
-    out = tmp_path / "chaos.json"
+def kinds_met(out):
+    """The kinds of fault of a short campaign, whose runs all ended as if nothing had been."""
     command = [sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", "--seed", "697", "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     runs = json.loads(out.read_text())["runs"]
     assert runs and all(run["corruption"] is None and not run["hung"] and not run["unclear_ends"] for run in runs), result.stdout
     assert sum(len(run["faults"]) for run in runs) >= 2 * len(runs) and "corruptions: 0" in result.stdout
-    # The first four runs of this seed meet with all of KINDS where saves keep up; where one comes late, a life may end before its fault.
-    missing = KINDS - {fault for run in runs for fault in run["faults"]}
-    assert len(missing) <= 1, result.stdout
+    return {fault for run in runs for fault in run["faults"]}
+
+
+def test_short_campaign(tmp_path):
+    met = kinds_met(tmp_path / "first.json")
+    if KINDS - met:  # where a save comes late, a life may end before its fault
+        met |= kinds_met(tmp_path / "second.json")
+    assert KINDS <= met
+
+
+def test_a_life_is_asked_where_it_went_on_from(tmp_path):
+    life = chaos.Life.__new__(chaos.Life)
+    life.outputs = [tmp_path / "out"]
+    for text, step in (("resuming at step 6[rank1]:[W1127 warning", 6), ("training from the beginning\n", 0), ("Killed\n", None)):
+        life.outputs[0].write_text(text)
+        assert life.start() == step
 
 
 def test_a_difference_is_seen_and_counted():
