@@ -155,6 +155,9 @@ def bench_growth(benchmark, settings, axis):
         record |= dict(after=gpu_state())
     benchmark.extra_info.update(record)
     settings.record(record)
+    failed = [f"{axis} {point['value']}: {row['reason']}" for point in points for row in point["rows"] if row.get("status") == "failed"]
+    assert not failed, failed
+    assert all("median_ms" in row for row in points[0]["rows"]), f"{axis} {values[0]} is not measured: {points[0]['rows']}"
 
 
 def figure(run: dict):

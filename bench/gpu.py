@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -173,23 +174,25 @@ def run_stage(name: str, out: Path, limit_s: float, extra: list[str]) -> dict:
 
 @contextlib.contextmanager
 def no_choices_kept() -> Iterator[None]:
-    """Inside, what Inductor finds fastest is not kept: processes that share a GPU would choose for those that are timed alone on it.
+    """Inside, nobody keeps what was fastest: processes that share a GPU would choose for those that are timed alone on it.
 
-    What was compiled stays. There is no environment variable for it, and the option is a part of the key of the compiled graphs.
+    Our kernels take the first of their table. Inductor chooses, and its choices are removed afterwards: there is no environment variable
+    for it, and the option is a part of the key of the compiled graphs. What was compiled stays.
     """
     folder = Path(cache_dir())
     before = set(folder.rglob("*.best_config"))
     try:
-        yield
+        with mock.patch.dict(os.environ, LIGHTNINGDIT_AUTOTUNE="0"):
+            yield
     finally:
         for path in set(folder.rglob("*.best_config")) - before:
             path.unlink(missing_ok=True)
 
 
-def sources() -> str:
-    """A hash of all Python sources, committed or not."""
+def sources(*more: str) -> str:
+    """A hash of all Python sources, committed or not, and of those in `more` folders."""
     found = hashlib.sha256()
-    for folder in ("bench", "kernels", "lightningdit"):
+    for folder in ("bench", "kernels", "lightningdit", *more):
         for path in sorted((ROOT / folder).rglob("*.py")):
             found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return found.hexdigest()

@@ -56,7 +56,7 @@ class Job:
 
     def run(self, end, stop):
         """Until `end` of time.monotonic() at most, and until the event `stop` is set."""
-        known = -1
+        known, code = -1, "no time was left"
         while not stop.is_set() and (left_s := end - time.monotonic()) > 0 and (before := len(read_journal(self.journal))) > known:
             known = before  # a process that adds nothing to the journal is the last one
             command = [sys.executable, "-m", "pytest", *self.files, "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "bench.journal",
@@ -65,12 +65,16 @@ class Job:
             code = run_limited(command, self.log, left_s, self.journal, self.test_s, stop)
             in_flight = [test for test, line in read_journal(self.journal).items() if line["outcome"] == "begun"]
             for test in in_flight:
-                self.note(test, "lost", f"the process ended in it: {code if isinstance(code, str) else f'exit status {code}'}")
+                self.note(test, "lost", f"the process ended in it: {self.said(code)}")
             if code in (0, 1, 5) and not in_flight:
                 return
-        if not read_journal(self.journal):
-            tail = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.is_file() else []
-            self.note(self.name, "lost", f"no test was begun: {tail[-1] if tail else 'no output'}")
+        tail = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.is_file() else []
+        begun = "not all tests were begun" if read_journal(self.journal) else "no test was begun"
+        self.note(self.name, "lost", f"{begun}, {self.said(code)}: {tail[-1] if tail else 'no output'}")
+
+    @staticmethod
+    def said(code):
+        return code if isinstance(code, str) else f"exit status {code}"
 
     def note(self, test, outcome, message):
         with self.journal.open("a", encoding="utf-8") as file:

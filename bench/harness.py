@@ -612,6 +612,10 @@ def run_case(benchmark, case: Case, settings) -> dict:
     halved = [gate_sizes["batch"] >> halving for halving in range(gate_sizes["batch"].bit_length())]
     assert largest_by_trial(halved, gated, case.device, 0), "out of memory: the truth of not even one image fits"
     if settings.compile_only:
+        # Beside others that compile: what will be timed is not compiled, and whoever asked has to try again.
+        assert gate_sizes["batch"] == halved[0], f"out of memory: {case} was compiled for {gate_sizes['batch']} images, not {halved[0]}"
+        missing = [row["name"] for *_, row in contestants if row["status"] == "too large"]
+        assert not missing, f"out of memory: {', '.join(missing)} not compiled for {case}"
         return {}
 
     rotation = 3 * torch.cuda.get_device_properties(0).L2_cache_size if cuda else CPU_ROTATION

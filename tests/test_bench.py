@@ -313,6 +313,26 @@ def test_a_truth_that_does_not_fit_is_of_fewer_images(settings, monkeypatch, sto
     assert (record["sizes"]["batch"], record["gate_batch"]) == (4, 1)
 
 
+@pytest.mark.parametrize("lost", ["a contestant", "the truth"])
+def test_compiling_ahead_says_where_memory_ran_out(lost, settings, monkeypatch, stopwatch):
+    """Whoever asked for it tries again: what will be timed was not compiled."""
+    settings.only, settings.compile_only = (), True
+    assert harness.run_case(stopwatch, case_of("swiglu"), settings) == {}
+    if lost == "a contestant":
+        contestant(monkeypatch, "swiglu", RunsOut(0))
+    else:
+        runs_out, right = iter((True, False)), harness.truth_and_bounds
+
+        def truth(*arguments):
+            if next(runs_out):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return right(*arguments)
+
+        monkeypatch.setattr(harness, "truth_and_bounds", truth)
+    with pytest.raises(AssertionError, match="out of memory"):
+        harness.run_case(stopwatch, harness.Case("swiglu", "tiny/B4", torch.float32, "cpu"), settings)
+
+
 def test_fewer_copies_where_memory_is_short(settings, monkeypatch, stopwatch):
     right = harness._copies
 

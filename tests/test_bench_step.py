@@ -315,6 +315,15 @@ def test_an_interval_that_the_points_do_not_bound_is_open():
     assert bench_growth.interval(dict(low=0.9, high=1.1)) == "0.90 to 1.10"
 
 
+@pytest.mark.parametrize("status", ["too large", "failed"])
+def test_growth_that_measures_nothing_fails(status, settings, monkeypatch, stopwatch):
+    monkeypatch.setattr(bench_growth, "measure", lambda point, settings: [dict(name="ours eager", status=status, reason="out of memory")])
+    with pytest.raises(AssertionError, match="out of memory"):
+        bench_growth.bench_growth(stopwatch, settings, "depth")
+    (record,) = settings.records
+    assert len(record["points"]) == 3
+
+
 def test_growth_is_measured_and_drawn_from_the_file(settings, tmp_path, stopwatch):
     bench_growth.bench_growth(stopwatch, settings, "depth")
     (record,) = settings.records

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -223,6 +224,23 @@ def test_no_test_loses_another(tmp_path):
     assert len(found["tests"]) == len(wanted) + 1 and (summary["passed"], summary["failed"], summary["lost"]) == (5, 3, 2)
 
 
+def test_tests_that_nobody_began_are_not_silent(tmp_path, monkeypatch):
+    """The second process, after a crash, cannot even import them."""
+    job, crashed = gpu_tests.Job("kernels_0", [], tmp_path), []
+
+    def run_limited(command, log, *rest):
+        log.write_text("no kernel image\n")
+        if not crashed:
+            crashed.append(job.note("a", "passed", ""))
+        return 3
+
+    monkeypatch.setattr(gpu_tests, "run_limited", run_limited)
+    job.run(time.monotonic() + 60, threading.Event())
+    known = journal.read_journal(job.journal)
+    assert known["kernels_0"]["outcome"] == "lost"
+    assert known["kernels_0"]["message"] == "not all tests were begun, exit status 3: no kernel image"
+
+
 AHEAD = """
 import os, time, pytest
 from lightningdit_kernels.testing import assert_matches_truth
@@ -311,12 +329,15 @@ def test_choices_made_while_compiling_ahead_are_not_kept(tmp_path, monkeypatch):
     (folder / "before.best_config").write_text("{}")
 
     def run_limited(*arguments, stop):
+        assert os.environ["LIGHTNINGDIT_AUTOTUNE"] == "0", "nor do our kernels choose"
         (folder / "new.best_config").write_text("{}")
         (folder / "kernel.py").write_text("")
         return 0
 
     monkeypatch.setattr(gpu, "run_limited", run_limited)
-    gpu.compile_ahead(["norm_1"], tmp_path, 100, [])
+    monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", "1")
+    assert gpu.compile_ahead(["norm_1"], tmp_path, 100, [])["stages"] == {"norm_1": "0"}
+    assert os.environ["LIGHTNINGDIT_AUTOTUNE"] == "1"
     assert sorted(path.name for path in folder.iterdir()) == ["before.best_config", "kernel.py"]
 
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu import STAGES
+from bench.gpu import STAGES, sources
 from bench.harness import environment
 from bench.journal import read_journal
 from rehearsal import stand_in
@@ -43,6 +43,9 @@ SHORT = {
     "swiglu_1": ["--only", "eager,ours"],
     "latents": [],
     "ceilings": [],
+    "images": [],
+    "gemms": [],
+    "overlay": [],
 }
 COMPILED_AHEAD = "swiglu_1"  # as all ops are on a GPU; here it would only take longer
 SUMMARY = "short test summary info"  # pytest's, above the list of what failed
@@ -160,10 +163,13 @@ def problems_of_stage(name: str, stage: dict) -> list[Problem]:
     return [*problems, Problem(name, f"{stage['status']}: {' '.join(lines[-3:])}")]
 
 
-def commit_of(path: Path) -> str:
-    """The one that a stages.json with one stage was made with, "" if the stage has no result."""
-    (stage,) = json.loads(path.read_text(encoding="utf-8")).values()
-    return (stage["result"] or {}).get("commit", "")
+def forget_unless_of(sources: str, folder: Path) -> None:
+    """Removes the results in `folder` that other sources gave; those to come are of these."""
+    mark = folder / "sources.txt"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != sources:
+        (folder / "stages.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(sources, encoding="utf-8")
 
 
 @dataclass
@@ -175,7 +181,7 @@ class Rehearsal:
     lanes: int
     short: bool
     stages: list[str]
-    commit: str  # of the sources; what another one gave is measured again
+    sources: str  # their commit and hash; what others gave is measured again
 
     def run(self) -> tuple[list[Problem], int]:
         """(what went wrong, how many tests and stages ran to an end)."""
@@ -225,10 +231,9 @@ class Rehearsal:
         extra = " ".join(f"'{one}'" for one in (*ONE_ROUND, "--first-step-s", HOUR, *small))
         compile_s = HOUR if name == COMPILED_AHEAD and not self.short else "0"
         arguments = f"--stage {name} --stage-s {HOUR} --compile-s {compile_s} -- {extra}"
-        path = own / "stages.json"
-        if path.is_file() and commit_of(path) != self.commit:
-            path.unlink()
+        forget_unless_of(self.sources, own)
         self.call(self.make("bench-gpu", arguments, own), name)
+        path = own / "stages.json"
         lost = {"status": "lost: no stages.json", "result": None, "seconds": 0.0}
         stage = json.loads(path.read_text(encoding="utf-8"))[name] if path.is_file() else lost
         print(f"stage {name}: {stage['status']}, {stage['seconds']:.0f} s", flush=True)
@@ -278,7 +283,7 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     stages = options.stage or list(SHORT if options.short else STAGES)
-    commit = environment("cpu")["commit"]
+    now = f"{environment('cpu')['commit']} {sources('tests/rehearsal')}"
     faults = 0
     with tempfile.TemporaryDirectory() as temporary:
         out = (options.out or Path(temporary)).resolve()
@@ -290,9 +295,7 @@ def main() -> int:
                 variables["DISABLE_PTXAS_OPT"] = "1"  # it need not optimise what does not run
                 if options.short:
                     variables["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-                one = Rehearsal(
-                    out / name, variables, options.lanes, options.short, stages, commit
-                )
+                one = Rehearsal(out / name, variables, options.lanes, options.short, stages, now)
                 problems, ended = one.run()
             faults += report(name, problems)
             if not ended:

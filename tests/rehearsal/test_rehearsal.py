@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import OPS
 from rehearsal import __main__ as rehearsal
 from rehearsal import stand_in
 
@@ -219,10 +220,14 @@ def test_a_skipped_stage_is_a_problem():
     assert where(rehearsal.problems_of_stage("overlay", skipped)) == ["overlay"]
 
 
-def test_results_of_another_commit_are_known(tmp_path):
-    path = tmp_path / "stages.json"
-    path.write_text(json.dumps({"gemms": {"result": {"commit": "abc"}}}))
-    assert rehearsal.commit_of(path) == "abc"
+def test_results_of_other_sources_are_measured_again(tmp_path):
+    path = tmp_path / "gemms" / "stages.json"
+    rehearsal.forget_unless_of("one", path.parent)
+    path.write_text("{}")
+    rehearsal.forget_unless_of("one", path.parent)
+    assert path.exists()
+    rehearsal.forget_unless_of("other", path.parent)
+    assert not path.exists()
 
 
 def test_only_what_is_listed_needs_numbers(monkeypatch, capsys):
@@ -237,5 +242,12 @@ def test_only_what_is_listed_needs_numbers(monkeypatch, capsys):
     assert capsys.readouterr().out.count("FAULT") == 2
 
 
-def test_short_stages_exist():
-    assert rehearsal.SHORT.keys() <= rehearsal.STAGES.keys()
+def test_a_short_rehearsal_has_a_stage_of_each_kind():
+    """Of the ops one, whose files all come to harness.run_case; of a file's several benchmarks each; of one's cases any."""
+
+    def kind(name):
+        file = Path(rehearsal.STAGES[name][0]).stem.removeprefix("bench_")
+        benchmark = name if name in ("ceilings", "gemms", "overlay") else ""
+        return "an op" if file in OPS else file, benchmark
+
+    assert set(map(kind, rehearsal.SHORT)) == set(map(kind, rehearsal.STAGES))
