@@ -208,6 +208,12 @@ def test_progress_bars_are_left_out_without_tqdm_which_is_logged_once(blocked):
     assert result.stderr.count("a progress bar needs `pip install tqdm`") == 1
 
 
+def test_a_process_that_compiles_nothing_imports_no_compiler(blocked):
+    code = "import sys, torch, lightningdit.generation; from lightningdit_kernels import swiglu; swiglu(torch.ones(4, 64))"
+    result = blocked("-c", f"{code}; print('torch._dynamo' in sys.modules)")
+    assert result.stdout == "False\n", "it takes over a second" + result.stderr
+
+
 @needs_kernels
 def test_the_first_step_of_a_process(blocked):
     options = ("--shapes", "tiny", "--device", "cpu", "--contestant", "ours eager")

@@ -6,6 +6,7 @@ torch.autocast, in the autocast dtype, because a matrix product is what consumes
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 
 import torch
@@ -62,10 +63,24 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
     LIBRARY.define(schema)
     if cuda is not None:
         CUDA[name] = cuda
-    for device, implementation in ((None, reference), ("cpu", cpu), ("cuda", cuda and _on_its_device(cuda))):
-        if implementation is not None:  # register_kernel hides it from torch.compile, which would free tensors known by their address alone
-            torch.library.register_kernel(f"lightningdit::{name}", device, implementation, lib=LIBRARY)
+    for key, implementation in (("CompositeExplicitAutograd", reference), ("CPU", cpu), ("CUDA", cuda and _on_its_device(cuda))):
+        if implementation is not None:
+            LIBRARY.impl(name, _hidden(implementation), key)
     torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
+
+
+def _hidden(function: Callable) -> Callable:
+    """The function, hidden from torch.compile, which would trace into it and free tensors that it knows by their address alone.
+
+    As torch.library.register_kernel does, but a process that compiles nothing does not import the compiler, which takes over a second.
+    """
+    hidden = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return (hidden if "torch._dynamo" in sys.modules else function)(*arguments)
+
+    return call
 
 
 def _on_its_device(function: Callable) -> Callable:
