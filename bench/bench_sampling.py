@@ -8,11 +8,14 @@ contestant must draw the latents of the official way: in fp32 to 1e-3 of their s
 """
 
 import contextlib
+import copy
+import dataclasses
+import functools
 import os
 
 import torch
 
-from bench.harness import PRESETS, Timer, gpu_state, interleave, make_timers, reason_of, rounds_for, summary, synchronize
+from bench.harness import Timer, gpu_state, interleave, make_timers, model_config, reason_of, rounds_for, summary, synchronize
 from lightningdit.generation import Decoder
 from lightningdit.model import SIZES, LightningDiT
 from lightningdit.sampler import Prepared, initial_noise, sample, time_grid
@@ -54,12 +57,12 @@ def build(shapes, device):
     """(model, labels, latent shape, decode) of a preset: random weights, since speed does not depend on them."""
     torch.manual_seed(0)
     tiny, xl = shapes == "tiny", shapes in ("xl", "b")
-    depth, width, heads = (1, *PRESETS["tiny"][:2]) if tiny else SIZES[shapes.upper()]
-    if device == "cpu" and not tiny:
-        depth = 4
     latent_shape = (32, 16, 16) if xl else (4, 4, 4)
-    model = LightningDiT(input_size=latent_shape[1], in_channels=latent_shape[0], hidden_size=width, depth=depth, num_heads=heads,
-                         num_classes=1000 if xl else 10, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=True).to(device).eval()
+    arguments = dataclasses.asdict(model_config(shapes)) | dict(
+        depth=1 if tiny else 4 if device == "cpu" else SIZES[shapes.upper()][0],
+        input_size=latent_shape[1], in_channels=latent_shape[0], num_classes=1000 if xl else 10)
+    del arguments["size"]
+    model = LightningDiT(**arguments).to(device).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -97,29 +100,19 @@ def contestants(model, decode, latent_shape, device, few, count, num_steps):
             list(decoder.finish())
         return torch.cat(latents)
 
-    def prepare(batch_size, bf16=False, compile=False):
-        copy = LightningDiT(**model_arguments(model)).to(device).eval()
-        copy.load_state_dict(model.state_dict())
-        return Prepared(copy, labels, num_classes, batch_size=batch_size, num_steps=num_steps, guided=True, device=device,
+    @functools.cache  # at its first call, which may run out of memory: that costs the row
+    def prepared(bf16=False, compile=False):
+        return Prepared(copy.deepcopy(model), labels, num_classes, batch_size=count, num_steps=num_steps, guided=True, device=device,
                         autocast=torch.bfloat16 if bf16 else None, compile=compile)
 
     found = {BASELINE: (few, as_official)}
     found["ours, fp32, batch 4"] = few, lambda: ours(model, OFFICIAL_BATCH, count=few)
     found[f"ours, fp32, batch {count}"] = count, lambda: ours(model, count)
-    ready = prepare(count)
-    found[f"ours, fp32, batch {count}, prepared"] = count, lambda: ours(ready, count)
+    found[f"ours, fp32, batch {count}, prepared"] = count, lambda: ours(prepared(), count)
     if device == "cuda":  # a CPU without bf16 units only loses
-        half, compiled = prepare(count, True), prepare(count, True, True)
-        found[f"ours, bf16, batch {count}, prepared"] = count, lambda: ours(half, count, True)
-        found[f"ours, bf16, batch {count}, compiled, CUDA graphs"] = count, lambda: ours(compiled, count, True)
+        found[f"ours, bf16, batch {count}, prepared"] = count, lambda: ours(prepared(True), count, True)
+        found[f"ours, bf16, batch {count}, compiled, CUDA graphs"] = count, lambda: ours(prepared(True, True), count, True)
     return found
-
-
-def model_arguments(model):
-    block = model.blocks[0]
-    return dict(input_size=model.input_size, in_channels=model.in_channels, hidden_size=model.pos_embed.shape[2],
-                depth=len(model.blocks), num_heads=block.attn.num_heads, num_classes=model.num_classes, use_swiglu=True, use_rope=True,
-                use_rmsnorm=True, wo_shift=True)
 
 
 def bench_sampling(benchmark, settings, shapes):

@@ -8,7 +8,6 @@ FLOPs are counted from the shapes: those that one perfect pass needs. A contesta
 its operators or kernels, and not another's (`identify`). One that runs out of memory, whenever, loses its row.
 """
 
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -31,6 +30,7 @@ import pytest
 import torch
 
 from bench.providers import EAGER, providers, serving
+from lightningdit import graphs
 from lightningdit.checkpoint import write_text
 from lightningdit.config import ModelConfig
 from lightningdit.memory import free_memory, is_out_of_memory, largest_by_trial
@@ -284,59 +284,14 @@ def _graph_or_events(run, sets):
         for index in range(sets):
             run(index)
 
-    stream = _graph_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            all_sets()
-    torch.cuda.current_stream().wait_stream(stream)
+    graphs.warm_up(all_sets)
     try:
-        return "CUDA graph", capture(all_sets).replay
+        return "CUDA graph", graphs.capture(all_sets).replay
     except RuntimeError as error:  # something in it cannot be captured: gaps between launches may then be part of the figure
         if is_out_of_memory(error) or "INTERNAL ASSERT" in str(error):  # these are no properties of what is captured
             raise
         torch.cuda.synchronize()
         return f"events, not captured: {str(error).splitlines()[0][:120]}", all_sets
-
-
-@functools.cache
-def _graph_stream(device: int) -> torch.cuda.Stream:
-    """For warm-up and capture. cuBLAS allocates a workspace at the first call on a stream and keeps it: in a capture it would be in the
-    graphs' pool, which could then not be used again once its graphs are freed."""
-    return torch.cuda.Stream(device)
-
-
-_pool = None  # of all graphs of the process: they are replayed one after the other, and nobody reads their results
-
-
-def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of run(). Its results are overwritten when another one is replayed.
-
-    A capture that fails raises, and leaves the current stream, the default generator, the allocator, other graphs and the pool of the next
-    capture in order. PyTorch leaves its own stream the current one, and the generator's state, with all graphs that were captured with it,
-    waiting for the end of the capture ("Offset increment outside graph capture"): so each capture gets a state for itself. Before 2.12 it
-    also leaves the allocator recording to the pool, and while it does, cached memory is not given back, not even to an allocation that
-    needs it.
-    """
-    global _pool
-    _pool = _pool or torch.cuda.graph_pool_handle()
-    device = torch.cuda.current_device()  # first: before CUDA is initialised there are no default generators
-    generator = torch.cuda.default_generators[device]
-    before = generator.graphsafe_get_state()
-    generator.graphsafe_set_state(generator.clone_state())
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.stream(torch.cuda.current_stream()):
-            with torch.cuda.graph(graph, pool=_pool, stream=_graph_stream(device)):
-                run()
-    except Exception:
-        with contextlib.suppress(RuntimeError):  # it is not recording: the capture had not begun, or PyTorch has ended it
-            torch._C._cuda_endAllocateToPool(device, _pool)
-            torch._C._cuda_releasePool(device, _pool)
-        _pool = None
-        generator.graphsafe_set_state(before)
-        raise
-    return graph
 
 
 def make_timers(names: Iterable[str], make: Callable[[str], Timer], lost: dict[str, str]) -> dict[str, Timer]:

@@ -23,7 +23,7 @@ import operator
 
 import torch
 
-from . import flow
+from . import flow, graphs
 from .flow import check_choice
 from .optional import optional, progress_bar
 
@@ -484,16 +484,10 @@ class Prepared:
             kind = x.device.type
             # Casts that autocast keeps must not live in a graph's memory.
             with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(3):  # compilation, tuning of kernels, workspaces
-                        self._run(*inputs)
-                torch.cuda.current_stream().wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    output = self._run(*inputs)
-            self.graphs[len(x)] = graph, inputs, output
+                held = []
+                graphs.warm_up(lambda: self._run(*inputs))
+                graph = graphs.capture(lambda: held.append(self._run(*inputs)))
+            self.graphs[len(x)] = graph, inputs, held[0]
         graph, inputs, output = self.graphs[len(x)]
         for kept, new in zip(inputs, (x, y, modulations), strict=True):
             kept.copy_(new)

@@ -17,6 +17,7 @@ import torch.utils._python_dispatch
 
 from bench import harness, providers
 from lightningdit import config as configuration
+from lightningdit import graphs
 from lightningdit.model import LightningDiT
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
 from lightningdit.tokenizer.losses import LatentProjection
@@ -350,12 +351,12 @@ def test_fewer_copies_where_memory_is_short(settings, monkeypatch, stopwatch):
 def test_a_capture_that_fails_breaks_nothing():
     """What PyTorch leaves behind: its own stream, a generator that waits for the capture's end, a pool that is being recorded to."""
     stream, kept = torch.cuda.current_stream(), []
-    earlier = harness.capture(lambda: torch.randn(8, device="cuda"))
+    earlier = graphs.capture(lambda: torch.randn(8, device="cuda"))
     with pytest.raises(RuntimeError):
-        harness.capture(lambda: (torch.randn(8, device="cuda"), torch.cuda.current_stream().synchronize()))
+        graphs.capture(lambda: (torch.randn(8, device="cuda"), torch.cuda.current_stream().synchronize()))
     assert torch.cuda.current_stream() == stream
     assert torch.randn(8, device="cuda").shape == (8,)
-    graph = harness.capture(lambda: kept.append(torch.randn(8, device="cuda")))
+    graph = graphs.capture(lambda: kept.append(torch.randn(8, device="cuda")))
     for one in (earlier, graph, graph):
         one.replay()
     torch.cuda.synchronize()
@@ -374,7 +375,7 @@ def in_a_fresh_process(code):
 
 @needs_cuda
 def test_a_capture_may_be_the_first_use_of_cuda():
-    in_a_fresh_process("import torch; from bench import harness; harness.capture(lambda: torch.randn(8, device='cuda')).replay()")
+    in_a_fresh_process("import torch; from lightningdit import graphs; graphs.capture(lambda: torch.randn(8, device='cuda')).replay()")
 
 
 @needs_cuda
@@ -382,7 +383,7 @@ def test_after_a_failed_capture_cached_memory_is_given_back():
     """A process of its own: what breaks here would break every later test."""
     in_a_fresh_process("""if True:
         import gc, torch
-        from bench import harness
+        from lightningdit import graphs
 
         def waits():
             torch.empty(2**28, dtype=torch.uint8, device="cuda").fill_(1)
@@ -390,7 +391,7 @@ def test_after_a_failed_capture_cached_memory_is_given_back():
 
         def reserved_after_a_failure():
             try:
-                harness.capture(waits)
+                graphs.capture(waits)
             except RuntimeError:
                 torch.empty(2**28, dtype=torch.uint8, device="cuda")
             else:
@@ -404,7 +405,7 @@ def test_after_a_failed_capture_cached_memory_is_given_back():
 
         earlier = []
         assert reserved_after_a_failure() < 2**28
-        earlier.append(harness.capture(lambda: torch.randn(8, device="cuda")))  # whose pool the failed one shares
+        earlier.append(graphs.capture(lambda: torch.randn(8, device="cuda")))  # whose pool the failed one shares
         assert reserved_after_a_failure() < 2**28
         """)
 
@@ -425,7 +426,7 @@ def test_a_capture_that_fails_by_no_fault_of_the_call_is_no_reason_for_events(er
     def fail(run):
         raise error
 
-    monkeypatch.setattr(harness, "capture", fail)
+    monkeypatch.setattr(graphs, "capture", fail)
     with pytest.raises(type(error), match=str(error)):
         harness.Timer(lambda i: None, 1, "cuda")
 
@@ -459,9 +460,9 @@ def test_graphs_share_their_memory():
     def large():
         return torch.empty(2**26, device="cuda").fill_(1.0)
 
-    first = harness.capture(large)
+    first = graphs.capture(large)
     before = torch.cuda.memory_reserved()
-    second = harness.capture(large)
+    second = graphs.capture(large)
     assert torch.cuda.memory_reserved() == before
     first.replay()
     second.replay()
