@@ -47,8 +47,9 @@ setup: $(STAMP)
 $(STAMP): setup.py constraints.txt pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed; $(PYTHON) is: $$($(PYTHON) --version 2>&1). Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "Packages go into .venv: minutes, and 6 GB"
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'
 	@.venv/bin/python -m lightningdit_kernels
 	@touch $@
 
@@ -70,8 +71,9 @@ test-newest: .venv-newest/.installed
 
 # Editable as .venv is: both build the same native library into the source tree, whose C interface knows nothing of torch.
 .venv-newest/.installed: setup.py constraints-newest.txt pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+	@echo "Packages go into .venv-newest: minutes, and 6 GB"
 	$(PYTHON) -m venv --clear .venv-newest
-	$(NEWEST) -m pip install --quiet --no-compile --constraint constraints-newest.txt --editable '.[test]'
+	$(NEWEST) -m pip install --no-compile --constraint constraints-newest.txt --editable '.[test]'
 	@touch $@
 
 # NVIDIA's packages are left out: torch pins them exactly.
@@ -109,7 +111,7 @@ levers: $(READY)
 	$(PY) bench/levers.py $(ARGS)
 
 # Says how long it will take before it begins; what is done is kept. ARGS='--budget-s 540' ends in time, Error 3 then means: run it again.
-convergence:
+convergence: gpu-present
 	$(GPU_PY) bench/convergence.py --size full --publish $(ARGS)
 
 convergence-smoke: $(READY)
@@ -122,6 +124,9 @@ test-gpu bench-gpu: gpu-present
 
 .PHONY: gpu-present
 gpu-present:
+	@$(GPU_PY) -c 'import sys; from importlib.util import find_spec; \
+	  missing = [name for name in "torch triton numpy safetensors pytest pytest_benchmark".split() if not find_spec(name)]; \
+	  sys.exit(f"{sys.executable} lacks {missing}: docs/gpu.md says what is needed" if missing else None)'
 	@$(GPU_PY) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "no CUDA device is visible to torch")'
 	@mkdir -p $(OUT)
 

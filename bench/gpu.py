@@ -17,6 +17,7 @@ Copied to bench/results, the kernels file is in the next `make report`.
 import argparse
 import concurrent.futures
 import contextlib
+import difflib
 import getpass
 import hashlib
 import json
@@ -38,12 +39,13 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench.harness import SAME, merge, write  # noqa: E402
+from bench.harness import SAME, commit, merge, write  # noqa: E402
 from bench.step import CACHES  # noqa: E402
 
 STAGE_S = 9 * 60
 LEAST_S = 45  # no stage is begun with less: imports and the first compilation would be all
 UNFINISHED = 3
+PARTIAL = "stage.json"  # in OUT: the results so far of the stage that runs
 TAIL = 3000  # characters of what a failed stage printed that are kept
 
 COMPILE_S = 9 * 60  # at most, to compile ahead of the ops
@@ -151,7 +153,7 @@ def run_stage(name: str, out: Path, limit_s: float, extra: list[str]) -> dict:
 
     "skipped: reason" is done too: what the benchmark needs is not on this machine.
     """
-    partial, log = out / "stage.json", out / "gpu.log"
+    partial, log = out / PARTIAL, out / "gpu.log"
     partial.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *STAGES[name], "--benchmark-only", "--results", partial, "-q", "-rfEs",
                "--benchmark-columns=median", *extra]
@@ -234,10 +236,10 @@ def finished(stage: dict | None) -> bool:
     return stage is not None and stage["status"].startswith(("done", "skipped"))
 
 
-def other_machine(state: dict, result: dict | None) -> str:
+def other_machine(state: dict, result: dict | None, keys: tuple[str, ...] = SAME) -> str:
     """In what the result differs from those in `state` that it would be merged with, or ""."""
     before = next((stage["result"] for stage in state.values() if stage["result"]), None)
-    differing = [key for key in SAME if before and result and before.get(key) != result.get(key)]
+    differing = [key for key in keys if before and result and before.get(key) != result.get(key)]
     return ", ".join(f"{key}: {before.get(key)} before, now {result.get(key)}" for key in differing)
 
 
@@ -253,33 +255,91 @@ def results_file(state: dict, out: Path) -> Path | None:
     return path
 
 
+def stage_name(text: str) -> str:
+    """For argparse: one of STAGES."""
+    if text not in STAGES:
+        close = difflib.get_close_matches(text, STAGES, n=3, cutoff=0.5)
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(close or list(STAGES))}")
+    return text
+
+
+def seconds(least: float = 0.0):
+    """For argparse: a time in s of at least `least`, or inf."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if (value := float(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {f'at least {least:g} seconds' if least else 'seconds'}")
+
+    return parse
+
+
+def open_folder(parser: argparse.ArgumentParser, out: Path, device: str = "cuda") -> Path:
+    """The folder for results, made if it is not there. Ends the command where it cannot be, or where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA device is visible to torch")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: got {out}, expected a folder: {error.strerror}")
+    return out.resolve()
+
+
+def read_state(parser: argparse.ArgumentParser, path: Path) -> dict:
+    """{stage: what it has come to} of stages.json, {} if there is none. A damaged one ends the command: hours may be in it."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if all({"status", "result"} <= stage.keys() for stage in state.values()):
+            return state
+        reason = "a stage without status or result"
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error)
+    parser.error(f"--out: {path} is damaged ({reason}): bring it again, or name another folder")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", action="append", choices=tuple(STAGES), help="default: all that are not done")
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds in which to end")
-    parser.add_argument("--stage-s", type=float, default=STAGE_S, help="at most, of a stage")
-    parser.add_argument("--compile-s", type=float, default=COMPILE_S, help="at most, to compile ahead of the ops; 0: do not")
+    parser.add_argument("--stage", action="append", type=stage_name, metavar="NAME", help="default: all that are not done")
+    parser.add_argument("--budget-s", type=seconds(LEAST_S), default=float("inf"), help="seconds in which to end")
+    parser.add_argument("--stage-s", type=seconds(1), default=STAGE_S, help="at most, of a stage")
+    parser.add_argument("--compile-s", type=seconds(), default=COMPILE_S, help="at most, to compile ahead of the ops; 0: do not")
     parser.add_argument("--list", action="store_true", help="what every stage has come to, and nothing else")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest, such as --shapes all")
     options = parser.parse_args()
     end = time.monotonic() + options.budget_s
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    kept = out / "stages.json"
-    state = read_json(kept, {})
+    kept = options.out.resolve() / "stages.json"
+    state = read_state(parser, kept)
     if options.list:
         for name in STAGES:
             print(f"{name:24} {state[name]['status'] if name in state else 'not begun'}")
         return 0
+    out = open_folder(parser, options.out, options.device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage that runs is ended
     wanted = [name for name in STAGES if name in (options.stage or STAGES)]
     to_do = [name for name in wanted if not finished(state.get(name)) or (options.stage and "failures" in state[name]["status"])]
     for name in wanted:
         if name not in to_do:
             print(f"stage {name}: {state[name]['status']} before", flush=True)
-    path, ops_to_do = None, [name for name in to_do if name.partition("_")[0] in OPS and "sweep" not in name]
+    refusal = f"{kept} is of another machine or version; name another --out."
+    if other := other_machine(state, dict(commit=commit()), ("commit",)):  # the rest is known once a stage has run
+        parser.error(f"--out: {refusal} {other}")
+
+    def keep(name, stage):
+        """Writes what the stage has come to, and all results so far; "" or why not."""
+        if other := other_machine(state, stage["result"]):
+            return other
+        if not (state.get(name, {}).get("result") and not stage["result"]):  # a second try that gave nothing leaves the first
+            state[name] = stage
+        write(kept, state)
+        results_file(state, out)
+        return ""
+
+    ops_to_do = [name for name in to_do if name.partition("_")[0] in OPS and "sweep" not in name]
     for name in sorted(to_do, key=lambda name: name in state):  # those that were never begun first
         left_s = end - time.monotonic()
         if name in ops_to_do and options.device == "cuda" and min(options.compile_s, left_s - LEAST_S) > 0:
@@ -290,21 +350,22 @@ def main() -> int:
         if left_s < LEAST_S:
             print(f"stage {name}: not begun, {max(0, left_s):.0f} s are left; run again to continue", flush=True)
             return UNFINISHED
-        stage = run_stage(name, out, min(options.stage_s, left_s - 15), ["--device", options.device, *options.pytest])
-        if other := other_machine(state, stage["result"]):
-            print(f"stage {name}: not kept. {kept} is of another machine or version; name another --out. {other}", flush=True)
+        try:
+            stage = run_stage(name, out, min(options.stage_s, left_s - 15), ["--device", options.device, *options.pytest])
+        except (KeyboardInterrupt, SystemExit):
+            if result := read_json(out / PARTIAL, None):
+                keep(name, dict(status="cut short (interrupted)", seconds=0.0, result=result))
+            raise
+        if other := keep(name, stage):
+            print(f"stage {name}: not kept. {refusal} {other}", flush=True)
             return 1
-        if not (state.get(name, {}).get("result") and not stage["result"]):  # a second try that gave nothing leaves the first
-            state[name] = stage
-        write(kept, state)
-        path = results_file(state, out)
         records = len(stage["result"]["results"]) if stage["result"] else 0
         print(f"stage {name}: {stage['status']}, {records} records in {stage['seconds']:.0f} s", flush=True)
         if stage["status"] != "done" and "output" in stage:
             print("    " + "\n    ".join(stage["output"].strip().splitlines()[-12:]), flush=True)
-    path = path or results_file(state, out)
+    path = results_file(state, out)
     missing = [name for name in STAGES if not finished(state.get(name))]
-    print(path if path else "no results yet", f"(still to do: {', '.join(missing)})" if missing else "")
+    print(path if path else "no results yet", f"({len(missing)} stages are still to do: --list names them)" if missing else "")
     return int(any(not finished(state.get(name)) or "failures" in state[name]["status"] for name in to_do))
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench.gpu import UNFINISHED, no_choices_kept, run_limited  # noqa: E402
+from bench.gpu import LEAST_S, UNFINISHED, no_choices_kept, open_folder, run_limited, seconds  # noqa: E402
 from bench.harness import write  # noqa: E402
 from bench.journal import read_journal  # noqa: E402
 
@@ -151,12 +151,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="processes for the kernels' tests")
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds in which to end")
-    parser.add_argument("--test-s", type=float, default=TEST_S, help="at most, of a test")
-    parser.add_argument("--compile-s", type=float, default=COMPILE_S, help="at most, to compile ahead of the first test; 0: do not")
+    parser.add_argument("--budget-s", type=seconds(LEAST_S), default=float("inf"), help="seconds in which to end")
+    parser.add_argument("--test-s", type=seconds(1), default=TEST_S, help="at most, of a test")
+    parser.add_argument("--compile-s", type=seconds(), default=COMPILE_S, help="at most, to compile ahead of the first test; 0: do not")
     options = parser.parse_args()
-    out, end = options.out.resolve(), time.monotonic() + options.budget_s - 15
-    out.mkdir(parents=True, exist_ok=True)
+    if options.jobs < 1:
+        parser.error(f"--jobs: got {options.jobs}, expected a positive number")
+    out, end = open_folder(parser, options.out), time.monotonic() + options.budget_s - 15
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     summary = run(ROOT / "tests", out, options.jobs, end, options.test_s, options.compile_s)
     for test, line in json.loads((out / "test_gpu.json").read_text(encoding="utf-8"))["tests"].items():

@@ -773,16 +773,20 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """Of the sources, "-dirty" where they differ from it; "unknown" without git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def environment(device: str) -> dict:
     """Everything about machine and software that a figure depends on."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     for op in OPS:
         for provider in providers(op):
             if provider.package and not provider.unavailable(device, torch.bfloat16):
                 versions[provider.package] = provider.version
-    about = dict(schema=SCHEMA, device=device, commit=commit, date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    about = dict(schema=SCHEMA, device=device, commit=commit(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     about |= dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), native=native.about, versions=versions)
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -74,12 +74,14 @@ def test_what_is_worth_most_comes_first():
         assert order.index(f"{op}_1") < order.index("vavae_step") < order.index(f"{op}_2") < order.index(f"{op}_others_1")
 
 
-def test_stages_restart_and_merge(tmp_path, run_stages):
+def test_stages_restart_and_merge(tmp_path, monkeypatch, run_stages):
     tiny = ["--", "--shapes", "tiny", "--only", "eager,ours", "--rounds", "2", "--case-s", "0.1"]
     out = tmp_path / "out"
-    assert run_stages("--budget-s", "0")[0] == gpu.UNFINISHED
+    with monkeypatch.context() as short:
+        short.setattr(gpu, "LEAST_S", 0.1)
+        assert run_stages("--budget-s", "0.1")[0] == gpu.UNFINISHED
     code, printed = run_stages("--stage", "swiglu_1", "--stage", "gemms", *tiny)
-    assert code == 0 and "still to do: ceilings, " in printed, printed
+    assert code == 0 and f"{len(gpu.STAGES) - 2} stages are still to do" in printed, printed
     state = json.loads((out / "stages.json").read_text())
     assert len(state["gemms"]["result"]["results"][0]["rows"]) == 12
     merged = json.loads((out / "kernels_cpu.json").read_text())  # there before all stages are done
@@ -142,6 +144,7 @@ def test_no_stage_loses_another(tmp_path, monkeypatch, run_stages):
     (tmp_path / "test_stub.py").write_text(BENCHMARKS)
     names = ("good", "wrong", "crash", "hang", "absent", "broken")
     monkeypatch.setattr(gpu, "STAGES", {name: [str(tmp_path / "test_stub.py"), "-k", name, "-p", "no:cacheprovider"] for name in names})
+    monkeypatch.setattr(gpu, "commit", lambda: "b")  # as CONFTEST says
     monkeypatch.setattr(gpu, "STAGE_S", 40)  # others must end in it on a busy machine
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     out = tmp_path / "out"
@@ -164,11 +167,62 @@ def test_no_stage_loses_another(tmp_path, monkeypatch, run_stages):
     assert printed.index("stage new: done") < printed.index("stage broken: done"), "what was never begun comes first"
     state = json.loads((out / "stages.json").read_text())
     assert state["crash"]["result"]["results"][0]["case"] == "crash", "a second try that gave nothing leaves the first"
-    state["good"]["result"]["commit"] = "d"
+    state["good"]["result"]["cpu"] = "d"
     (out / "stages.json").write_text(json.dumps(state))
     (tmp_path / "test_stub.py").write_text(BENCHMARKS)
     code, printed = run_stages("--stage", "crash")
-    assert code == 1 and "not kept" in printed and "commit: d before, now b" in printed
+    assert code == 1 and "not kept" in printed and "cpu: d before, now a" in printed
+
+    def stop(command, *rest):
+        Path(command[command.index("--results") + 1]).write_text(json.dumps(state["good"]["result"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_limited", stop)
+    (out / "stages.json").write_text(json.dumps(dict(good=state["good"])))
+    with pytest.raises(KeyboardInterrupt):
+        run_stages("--stage", "wrong")
+    interrupted = json.loads((out / "stages.json").read_text())["wrong"]
+    assert interrupted["status"] == "cut short (interrupted)" and interrupted["result"] == state["good"]["result"]
+
+
+@pytest.mark.parametrize(("option", "value", "said"), [
+    ("--budget-s", "nan", "at least 45 seconds"), ("--budget-s", "30", "at least 45 seconds"), ("--budget-s", "soon", "got 'soon'"),
+    ("--stage-s", "0", "at least 1 seconds"), ("--compile-s", "-1", "got '-1'"), ("--stage", "nrom_1", "expected one of norm_1")])
+def test_what_an_option_expects_is_said(option, value, said, tmp_path, run_stages, capsys):
+    with pytest.raises(SystemExit):
+        run_stages(f"{option}={value}")
+    assert option in (error := capsys.readouterr().err) and said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_state_and_one_of_another_commit_are_refused_and_left(tmp_path, run_stages, capsys):
+    kept = tmp_path / "out" / "stages.json"
+    kept.parent.mkdir()
+    other = dict(ceilings=dict(status="cut short (7)", result=dict(commit="other")))
+    for content, said in (('{"ceilings": {"status": "do', "is damaged"), ("[1]", "is damaged"), ('{"ceilings": {}}', "without status"),
+                          (json.dumps(other), "commit: other before, now ")):
+        kept.write_text(content)
+        with pytest.raises(SystemExit):
+            run_stages()
+        assert said in (error := capsys.readouterr().err) and str(kept) in error
+        assert kept.read_text() == content
+
+
+def test_a_folder_that_cannot_be_and_a_gpu_that_is_not_there(tmp_path, monkeypatch, run_stages, capsys):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit):
+        run_stages()
+    assert "expected a folder" in capsys.readouterr().err
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    for module in (gpu, gpu_tests):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "new")])
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            module.main()
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--out", str(tmp_path / "new"), "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        gpu_tests.main()
+    assert "--jobs: got 0, expected a positive number" in capsys.readouterr().err
 
 
 def test_packages_that_were_brought_stay_on_the_path(tmp_path, monkeypatch):

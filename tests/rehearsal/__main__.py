@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu import STAGES, sources
-from bench.harness import environment
+from bench.gpu import STAGES, open_folder, read_json, sources, stage_name
+from bench.harness import commit
 from bench.journal import read_journal
 from rehearsal import stand_in
 
@@ -164,9 +164,12 @@ def problems_of_stage(name: str, stage: dict) -> list[Problem]:
 
 
 def forget_unless_of(sources: str, folder: Path) -> None:
-    """Removes the results in `folder` that other sources gave; those to come are of these."""
+    """Removes results in `folder` that other sources gave, or that are damaged; those to come are
+    of these.
+    """
     mark = folder / "sources.txt"
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != sources:
+    known = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if known != sources or not read_json(folder / "stages.json", None):
         (folder / "stages.json").unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(sources, encoding="utf-8")
@@ -235,7 +238,7 @@ class Rehearsal:
         self.call(self.make("bench-gpu", arguments, own), name)
         path = own / "stages.json"
         lost = {"status": "lost: no stages.json", "result": None, "seconds": 0.0}
-        stage = json.loads(path.read_text(encoding="utf-8"))[name] if path.is_file() else lost
+        stage = read_json(path, {}).get(name, lost)
         print(f"stage {name}: {stage['status']}, {stage['seconds']:.0f} s", flush=True)
         return stage
 
@@ -271,7 +274,9 @@ def main() -> int:
     parser.add_argument(
         "--card", action="append", choices=tuple(stand_in.CARDS), help="default: all"
     )
-    parser.add_argument("--stage", action="append", choices=tuple(STAGES), help="only these stages")
+    parser.add_argument(
+        "--stage", action="append", type=stage_name, metavar="NAME", help="only these stages"
+    )
     parser.add_argument("--out", type=Path, help="default: a temporary folder")
     parser.add_argument("--lanes", type=int, default=os.cpu_count(), help="stages at a time")
     options = parser.parse_args()
@@ -283,10 +288,10 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     stages = options.stage or list(SHORT if options.short else STAGES)
-    now = f"{environment('cpu')['commit']} {sources('tests/rehearsal')}"
+    now = f"{commit()} {sources('tests/rehearsal')}"
     faults = 0
     with tempfile.TemporaryDirectory() as temporary:
-        out = (options.out or Path(temporary)).resolve()
+        out = open_folder(parser, options.out or Path(temporary), device="stand-in")
         for name in options.card or (["h100"] if options.short else list(stand_in.CARDS)):
             card = stand_in.CARDS[name]
             print(f"==== {card.name}, {card.memory_gib} GiB", flush=True)

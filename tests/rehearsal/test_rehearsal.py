@@ -223,11 +223,10 @@ def test_a_skipped_stage_is_a_problem():
 def test_results_of_other_sources_are_measured_again(tmp_path):
     path = tmp_path / "gemms" / "stages.json"
     rehearsal.forget_unless_of("one", path.parent)
-    path.write_text("{}")
-    rehearsal.forget_unless_of("one", path.parent)
-    assert path.exists()
-    rehearsal.forget_unless_of("other", path.parent)
-    assert not path.exists()
+    for content, sources, kept in (("[1]", "one", True), ("[1", "one", False), ("[1]", "other", False)):
+        path.write_text(content)
+        rehearsal.forget_unless_of(sources, path.parent)
+        assert path.exists() == kept
 
 
 def test_only_what_is_listed_needs_numbers(monkeypatch, capsys):
