@@ -407,6 +407,13 @@ def figure(content):
     return drawing
 
 
+def check_same(before, now, file):
+    """ValueError unless a stage that was done before is of the same commit, device and version of torch."""
+    differing = [f"{key} {before[key]}, now {now[key]}" for key in ("commit", "hardware", "torch") if before[key] != now[key]]
+    if differing:
+        raise ValueError(f"--out: {file} is of {'; '.join(differing)}: name another folder")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), help="default: digits on a CPU, b1 on a GPU")
@@ -428,10 +435,13 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         # As the program began: its source may change while it runs.
         done, about = {}, environment(device) | dict(cpu=cpu_name(), cores=os.cpu_count())
-        for stage, (work, arguments) in stages(device).items():
-            file = folder / f"{stage}.json"
+        files = {stage: folder / f"{stage}.json" for stage in stages(device)}
+        for stage, file in files.items():
             if file.is_file():
                 done[stage] = json.loads(file.read_text())
+                check_same(done[stage]["environment"], about, file)
+        for stage, (work, arguments) in stages(device).items():
+            if stage in done:
                 continue
             elapsed = time.perf_counter() - begin
             if longest and elapsed + longest > args.budget_s:
@@ -444,14 +454,13 @@ def main(argv=None):
                 torch.cuda.empty_cache()  # nothing on a CPU
                 failed |= not isinstance(error, ImportError)  # without a package there is no row for its option
                 continue
-            write_text(file, json.dumps(done[stage]))
+            write_text(files[stage], json.dumps(done[stage]))
             longest = max(longest, time.perf_counter() - begin - elapsed)
         if failed:
             print(f"no results file; what is done stays in {folder}, and the same command tries the rest again", flush=True)
             return 1
+        done = {stage: done[stage] for stage in files if stage in done}
         abouts = [row.pop("environment") for row in done.values()]
-        if len({(about["commit"], about["hardware"], about["torch"]) for about in abouts}) > 1:
-            raise ValueError(f"out: the stages in {folder} are of several commits, devices or versions; choose another --out")
         config = configuration(size, BASELINE, "bf16", **where(args.data, args.tokenizer))
         content = dict(what="levers", size=size, device=device.type, rule=RULE, environment=abouts[0],
                        latents=args.data or ("the digits" if config.tokenizer.path == "digits" else "made latents"),
