@@ -76,12 +76,11 @@ test-newest: .venv-newest/.installed
 	$(NEWEST) -m pip install --no-compile --constraint constraints-newest.txt --editable '.[test]'
 	@touch $@
 
-# NVIDIA's packages are left out: torch pins them exactly.
 newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	$(NEWEST) -m pip install --quiet --editable '.[test]'
 	$(NEWEST) -m pip freeze --exclude-editable > .venv-newest/frozen.txt
-	{ sed '/^[^#]/,$$d' constraints-newest.txt; grep -viE '^(nvidia|cuda)-' .venv-newest/frozen.txt; } > .venv-newest/constraints.txt
+	{ sed '/^[^#]/,$$d' constraints-newest.txt; cat .venv-newest/frozen.txt; } > .venv-newest/constraints.txt
 	mv .venv-newest/constraints.txt constraints-newest.txt
 	@touch .venv-newest/.installed
 

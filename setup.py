@@ -82,7 +82,8 @@ setup(
     cmdclass={"build_ext": BuildNative},
     entry_points={"console_scripts": ["lightningdit = lightningdit.cli:main"]},
     install_requires=[
-        # Of torch and triton the least versions, which `make test` tests (constraints.txt); `make test-newest` tests the newest ones.
+        # Of torch and triton the least versions, which `make test` tests (constraints.txt); `make test-newest` tests the newest ones. Of
+        # the others both have recent versions: the least ones are those whose interfaces are used, and are not tested.
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",

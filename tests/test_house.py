@@ -1,10 +1,12 @@
 """The rules of the house that no other tool checks: which way imports run, no machine's paths, nothing that unpickles."""
 
 import ast
+import importlib.metadata
 import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "lightningdit", "train", "bench", "tests")
@@ -176,3 +178,20 @@ def test_the_least_version_is_the_one_that_is_tested(package):
 @pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-newest.txt"])
 def test_constraints_pin_every_requirement(constraints):
     assert requirements("install_requires", "TEST").keys() <= pinned(constraints).keys()
+
+
+def test_constraints_pin_everything_that_make_installs():
+    """Its requirements, and theirs, and so on: what DALI brings decodes images."""
+    constraints = {name.replace("_", "-") for name in pinned("constraints.txt")}
+    if importlib.metadata.version("torch") != pinned("constraints.txt")["torch"]:
+        pytest.skip("another environment than .venv")
+    found, waiting = set(), [("lightningdit", ("dev",))]
+    while waiting:
+        name, extras = waiting.pop()
+        found.add(name)
+        for requirement in map(Requirement, importlib.metadata.requires(name) or ()):
+            if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+                other = requirement.name.lower().replace("_", "-")
+                if other not in found or requirement.extras:
+                    waiting.append((other, tuple(requirement.extras)))
+    assert found - constraints <= {"lightningdit", "setuptools", "wheel"}
