@@ -29,6 +29,10 @@ enum {
   NOT_SUPPORTED = 801,
   CAPTURE_UNSUPPORTED = 900,
   CAPTURE_INVALIDATED = 901,
+  CAPTURE_MERGE = 902,
+  CAPTURE_UNMATCHED = 903,
+  CAPTURE_UNJOINED = 904,
+  CAPTURE_ISOLATION = 905,
   CAPTURE_IMPLICIT = 906,
 };
 enum { CUDNN_NOT_SUPPORTED = 3000, CUPTI_MAX_LIMIT_REACHED = 12 };
@@ -71,11 +75,19 @@ __attribute__((constructor)) static void read_environment(void) {
 
 /* ---- Streams, and the trace of what is launched on them. ---- */
 
+enum { STREAMS_OF_A_CAPTURE = 64 };
+
+/* A point in a capture: how much of the work of each of its streams comes before. */
+typedef struct {
+  unsigned long long capture;         /* id, 0: outside of a capture */
+  int64_t work[STREAMS_OF_A_CAPTURE]; /* launches, by the number of the stream */
+} Point;
+
 typedef struct Stream {
-  int capturing, invalid, priority;
-  unsigned long long capture; /* id */
-  int64_t launches;           /* since the capture began */
-  double clock_us;            /* invented time, for events */
+  int priority, invalid;
+  int number;      /* of the stream in the capture; 0: the origin, where the capture began */
+  Point end;       /* after all that was launched on it */
+  double clock_us; /* invented time, for events */
   struct Stream *next;
 } Stream;
 
@@ -87,6 +99,13 @@ static unsigned long long next_capture = 1;
 
 static Stream *stream_of(void *handle) {
   return (uintptr_t)handle <= 2 ? &legacy : handle; /* 0, 1 and 2 name default streams */
+}
+
+static int capturing(const Stream *stream) { return stream->end.capture != 0; }
+
+static void invalidate(unsigned long long capture) {
+  for (Stream *one = streams; one; one = one->next)
+    if (one->end.capture == capture) one->invalid = 1;
 }
 
 static FILE *trace(void) {
@@ -109,7 +128,7 @@ static int forbidden_in_capture(const char *what) {
 }
 
 static int wait_for(Stream *stream, const char *what) {
-  if (!stream->capturing) return forbidden_in_capture(what);
+  if (!capturing(stream)) return forbidden_in_capture(what);
   stream->invalid = 1;
   return complain(CAPTURE_UNSUPPORTED, "%s on a stream that is being captured", what);
 }
@@ -120,13 +139,13 @@ static int launch(void *handle, double us, const char *kind, const char *format,
   if (stream == &legacy && global_captures && capture_mode != 2)
     return complain(CAPTURE_IMPLICIT, "%s on the legacy stream during a capture", kind);
   pthread_mutex_lock(&lock);
-  stream->launches++;
+  stream->end.work[stream->number]++;
   stream->clock_us += us;
   FILE *file = trace();
   if (file) {
     va_list arguments;
     va_start(arguments, format);
-    fprintf(file, "%s %s ", stream->capturing ? "captured" : "run", kind);
+    fprintf(file, "%s %s ", capturing(stream) ? "captured" : "run", kind);
     vfprintf(file, format, arguments);
     fputc('\n', file);
     va_end(arguments);
@@ -156,7 +175,11 @@ int cudaStreamSynchronize(void *stream) {
 int cudaStreamQuery(void *stream) { return wait_for(stream_of(stream), "cudaStreamQuery"); }
 int cudaDeviceSynchronize(void) { return forbidden_in_capture("cudaDeviceSynchronize"); }
 int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *data) {
-  if (!stream_of(stream)->capturing) function(data);
+  Stream *where = stream_of(stream);
+  if (capturing(where))
+    where->end.work[where->number]++;
+  else
+    function(data);
   return OK;
 }
 int cudaStreamAddCallback(void *stream, void (*function)(void *, int, void *), void *data,
@@ -178,36 +201,57 @@ int cudaThreadExchangeStreamCaptureMode(int *mode) {
   return OK;
 }
 
-static void begin_capture(Stream *stream, unsigned long long id) {
-  stream->capturing = 1;
-  stream->invalid = 0;
-  stream->capture = id;
-  stream->launches = 0;
+static Stream *origin_of(unsigned long long capture) {
+  for (Stream *one = streams; one; one = one->next)
+    if (one->end.capture == capture && one->number == 0) return one;
+  return NULL; /* it has ended */
 }
 
 int cudaStreamBeginCapture(void *handle, int mode) {
   Stream *stream = stream_of(handle);
   if (stream == &legacy) return complain(CAPTURE_UNSUPPORTED, "a capture of the legacy stream");
-  begin_capture(stream, next_capture++);
+  stream->end = (Point){.capture = next_capture++};
+  stream->number = stream->invalid = 0;
   global_captures += mode == 0;
   return OK;
 }
 
+/* A stream outside of captures waits for a point in one: what follows on it is captured as well. */
+static int fork_capture(Stream *stream, const Point *point) {
+  int number = 0;
+  for (Stream *one = streams; one; one = one->next) number += one->end.capture == point->capture;
+  if (number == STREAMS_OF_A_CAPTURE)
+    return complain(NOT_SUPPORTED, "more than %d streams in a capture", number);
+  stream->end = *point;
+  stream->number = number;
+  stream->invalid = 0;
+  return OK;
+}
+
 int cudaStreamEndCapture(void *handle, void **out) {
-  Stream *stream = stream_of(handle);
-  if (!stream->capturing) return fail(CAPTURE_INVALIDATED);
-  if (global_captures) global_captures--;
-  int invalid = 0;
-  int64_t launches = 0;
-  for (Stream *one = streams; one; one = one->next) /* streams that waited for it joined it */
-    if (one->capturing && one->capture == stream->capture) {
-      launches += one->launches;
-      invalid |= one->invalid;
-      if (one != stream) one->capturing = 0;
-    }
-  stream->capturing = 0;
+  Stream *origin = stream_of(handle);
+  unsigned long long capture = origin->end.capture;
   *out = NULL;
+  if (!capture) return fail(CAPTURE_INVALIDATED);
+  if (origin->number) {
+    invalidate(capture);
+    return complain(CAPTURE_UNMATCHED, "the end of a capture on a stream that it did not begin on");
+  }
+  if (global_captures) global_captures--;
+  int invalid = 0, unjoined = 0;
+  int64_t launches = 0;
+  for (Stream *one = streams; one; one = one->next)
+    if (one->end.capture == capture) {
+      int64_t work = one->end.work[one->number];
+      launches += work;
+      invalid |= one->invalid;
+      unjoined += work > origin->end.work[one->number];
+      one->end.capture = 0;
+    }
   if (invalid) return fail(CAPTURE_INVALIDATED);
+  if (unjoined)
+    return complain(CAPTURE_UNJOINED, "the end of a capture, with work of %d streams not joined",
+                    unjoined);
   Graph *graph = calloc(1, sizeof *graph);
   graph->launches = launches;
   *out = graph;
@@ -215,7 +259,7 @@ int cudaStreamEndCapture(void *handle, void **out) {
 }
 
 static int capture_status(Stream *stream) {
-  return !stream->capturing ? 0 : stream->invalid ? 2 : 1; /* none, invalidated, active */
+  return !capturing(stream) ? 0 : stream->invalid ? 2 : 1; /* none, invalidated, active */
 }
 int cudaStreamIsCapturing(void *stream, int *status) {
   *status = capture_status(stream_of(stream));
@@ -225,7 +269,7 @@ int cudaStreamGetCaptureInfo(void *handle, int *status, unsigned long long *id, 
                              const void **dependencies, const void **edges, size_t *count) {
   Stream *stream = stream_of(handle);
   *status = capture_status(stream);
-  if (id) *id = stream->capture;
+  if (id) *id = stream->end.capture;
   if (graph) *graph = stream;
   if (dependencies) *dependencies = NULL;
   if (edges) *edges = NULL;
@@ -249,11 +293,11 @@ int cudaGraphNodeGetDependencies(void *node, void *dependencies, void *edges, si
   return OK;
 }
 
-/* ---- Events: when on the invented clock of its stream each was recorded. ---- */
+/* ---- Events: where in a capture, or when on the clock of its stream, each was recorded. ---- */
 
 typedef struct {
   double clock_us;
-  unsigned long long capture; /* 0: recorded outside of one */
+  Point point;
 } Event;
 
 int cudaEventCreateWithFlags(void **out, unsigned flags) {
@@ -265,28 +309,58 @@ int cudaEventRecordWithFlags(void *handle, void *stream, unsigned flags) {
   Stream *where = stream_of(stream);
   Event *event = handle;
   event->clock_us = where->clock_us;
-  event->capture = where->capturing ? where->capture : 0;
+  event->point = where->end;
+  if (!(flags & cudaEventRecordExternal)) return OK;
+  if (!capturing(where)) return complain(INVALID_ARGUMENT, "an external event outside of a capture");
+  where->end.work[where->number]++; /* a node of the graph, which orders no streams */
+  event->point.capture = 0;
   return OK;
 }
 int cudaEventRecord(void *event, void *stream) { return cudaEventRecordWithFlags(event, stream, 0); }
 int cudaEventQuery(void *event) {
-  if (((Event *)event)->capture) return fail(CAPTURE_UNSUPPORTED);
+  if (((Event *)event)->point.capture) return fail(CAPTURE_UNSUPPORTED);
   return forbidden_in_capture("cudaEventQuery");
 }
 int cudaEventSynchronize(void *event) {
-  return ((Event *)event)->capture ? fail(CAPTURE_UNSUPPORTED) : OK;
+  return ((Event *)event)->point.capture ? fail(CAPTURE_UNSUPPORTED) : OK;
 }
 int cudaEventElapsedTime(float *ms, void *start, void *end) {
   *ms = (float)((((Event *)end)->clock_us - ((Event *)start)->clock_us) / 1e3);
   return OK;
 }
+
+static int wait_in_capture(Stream *stream, const Point *point) {
+  unsigned long long capture = stream->end.capture;
+  if (stream->invalid) return fail(CAPTURE_INVALIDATED);
+  if (point->capture == capture) {
+    for (int i = 0; i < STREAMS_OF_A_CAPTURE; i++)
+      if (point->work[i] > stream->end.work[i]) stream->end.work[i] = point->work[i];
+    return OK;
+  }
+  invalidate(capture);
+  if (!point->capture || !origin_of(point->capture))
+    return complain(CAPTURE_ISOLATION, "in a capture, a wait for an event from outside of it");
+  invalidate(point->capture);
+  return complain(CAPTURE_MERGE, "in a capture, a wait for an event of another one");
+}
+
 int cudaStreamWaitEvent(void *handle, void *waited, unsigned flags) {
   Stream *stream = stream_of(handle);
   Event *event = waited;
-  if (event->capture && !stream->capturing && stream != &legacy)
-    begin_capture(stream, event->capture);
+  if (flags & cudaEventWaitExternal) {
+    if (!capturing(stream)) return complain(INVALID_ARGUMENT, "an external wait outside of a capture");
+    stream->end.work[stream->number]++;
+    return OK;
+  }
   if (event->clock_us > stream->clock_us) stream->clock_us = event->clock_us;
-  return OK;
+  if (capturing(stream)) return wait_in_capture(stream, &event->point);
+  if (!event->point.capture) return OK;
+  Stream *origin = origin_of(event->point.capture);
+  if (!origin || origin->invalid)
+    return complain(INVALID_ARGUMENT, "a wait for an event of a capture that has ended or failed");
+  if (stream != &legacy) return fork_capture(stream, &event->point);
+  invalidate(event->point.capture);
+  return complain(CAPTURE_IMPLICIT, "the legacy stream waits for an event of a capture");
 }
 
 /* ---- Memory: reserved address space. What is read back was never computed. ---- */
@@ -562,6 +636,10 @@ const char *cudaGetErrorString(int code) {
   case INVALID_DEVICE: return "invalid device ordinal";
   case CAPTURE_UNSUPPORTED: return "operation not permitted when stream is capturing";
   case CAPTURE_INVALIDATED: return "operation failed due to a previous error during capture";
+  case CAPTURE_MERGE: return "operation would result in a merge of separate capture sequences";
+  case CAPTURE_UNMATCHED: return "capture was not ended in the same stream as it began";
+  case CAPTURE_UNJOINED: return "capturing stream has unjoined work";
+  case CAPTURE_ISOLATION: return "dependency created on uncaptured work in another stream";
   case CAPTURE_IMPLICIT:
     return "operation would make the legacy stream depend on a capturing blocking stream";
   default: return "error of the stand-in CUDA driver";

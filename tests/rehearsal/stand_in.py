@@ -11,8 +11,16 @@ and nm.
 
 It finds errors of Python and of arguments, tensors on the wrong device, kernels that do not compile
 as they are launched, too much shared memory, grids over the limits, memory that does not fit, calls
-that a CUDA graph forbids, waits of the host, and the launches of a step in their order. It cannot
-find wrong numbers, races, hangs or slowness:
+that a CUDA graph forbids, waits of the host, and the launches of a step in their order:
+
+- A capture refuses cudaMalloc, cudaFree, the loading of a module, waits of the host, launches on the
+  legacy stream, a wait for an event from outside of it or of another capture, and an end that leaves
+  work of a side stream not joined to the stream on which it began. It then gives no graph. A side
+  stream without work need not be joined; external events order no streams. Which thread captures,
+  and who uses the memory of a graph, is not checked.
+
+It cannot find wrong numbers, races (a wait that is missing, memory that another stream still reads),
+hangs or slowness:
 
 - What is read back is zero, a single byte 1, so that .all() holds, and more than 64 KiB what the
   host had copied there, or zeros. A comparison of two CUDA results passes; a test that wants a value
