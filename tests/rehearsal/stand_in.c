@@ -5,11 +5,16 @@
    run. stand_in.py builds it: it adds an alias of stand_in_ok, which returns success, for every other
    symbol of these libraries that PyTorch or Triton asks for.
 
-   STAND_IN_GIB, STAND_IN_NAME: memory and name of the card. STAND_IN_TRACE: a file name to which the
-   process id is appended; it gets one line a launch. */
+   STAND_IN_GIB, STAND_IN_NAME: memory and name of the card. STAND_IN_MEMORY: a file in which the
+   processes that share the card count what each of them holds; without it a process has the card for
+   itself. STAND_IN_TRACE: a file name to which the process id is appended; it gets one line a
+   launch. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <dlfcn.h>
 #include <driver_types.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -49,7 +54,7 @@ enum {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread int last_error;
-static int64_t capacity, used; /* bytes */
+static int64_t capacity; /* bytes */
 
 int stand_in_ok(void) { return OK; }
 
@@ -363,7 +368,74 @@ int cudaStreamWaitEvent(void *handle, void *waited, unsigned flags) {
   return complain(CAPTURE_IMPLICIT, "the legacy stream waits for an event of a capture");
 }
 
-/* ---- Memory: reserved address space. What is read back was never computed. ---- */
+/* ---- The memory of the card, which processes share. ----
+
+   STAND_IN_MEMORY is an array of how many bytes each process holds. A process locks the byte of the
+   file that has the number of its slot. Linux takes the lock away when the process ends, in whatever
+   way, and a child does not inherit it: what is in a slot without a lock is free. */
+
+enum { SLOTS = 1024, ALL_SLOTS = SLOTS /* the byte that is locked to read or write the array */ };
+static int64_t used;  /* bytes, by this process */
+static int64_t *held; /* bytes, by slot; NULL: nothing is shared */
+static int memory_file, opened, slot = -1;
+
+/* The type of the lock that is now there or, of F_GETLK, in the way; -1: it failed. */
+static int lock_byte(int command, short type, int byte) {
+  struct flock range = {.l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+  int failed;
+  do failed = fcntl(memory_file, command, &range);
+  while (failed && errno == EINTR);
+  return failed ? -1 : range.l_type;
+}
+
+static int in_use(int other) { return lock_byte(F_GETLK, F_WRLCK, other) != F_UNLCK; }
+
+static void open_memory(void) {
+  const char *path = getenv("STAND_IN_MEMORY");
+  if (opened || !path || !*path) return;
+  opened = 1;
+  size_t size = SLOTS * sizeof *held;
+  memory_file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  void *array = MAP_FAILED;
+  if (memory_file >= 0 && !ftruncate(memory_file, size))
+    array = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory_file, 0);
+  if (array == MAP_FAILED)
+    complain(OK, "%s: %s; memory is counted by process", path, strerror(errno));
+  else
+    held = array;
+}
+
+/* Locks the array and returns the bytes that other processes hold. */
+static int64_t lock_memory(void) {
+  open_memory();
+  if (!held) return 0;
+  lock_byte(F_SETLKW, F_WRLCK, ALL_SLOTS);
+  for (int i = 0; i < SLOTS && slot < 0; i++)
+    if (lock_byte(F_SETLK, F_WRLCK, i) >= 0) slot = i;
+  assert(slot >= 0);
+  held[slot] = used;
+  int64_t others = 0;
+  for (int i = 0; i < SLOTS; i++)
+    if (i != slot && held[i]) {
+      if (!in_use(i)) held[i] = 0;
+      others += held[i];
+    }
+  return others;
+}
+
+static void unlock_memory(void) {
+  if (held) lock_byte(F_SETLK, F_UNLCK, ALL_SLOTS);
+}
+
+/* Adds to what this process holds, if there is room. The caller has the `lock` of the threads. */
+static int hold(int64_t bytes) {
+  int64_t others = lock_memory();
+  int room = bytes < 0 || others + used + bytes <= capacity;
+  if (room) used += bytes;
+  if (held) held[slot] = used;
+  unlock_memory();
+  return room;
+}
 
 typedef struct Block {
   char *start;
@@ -381,16 +453,21 @@ static size_t whole_pages(size_t size) {
 
 static int reserve(void **out, size_t size, int on_host) {
   *out = NULL;
-  if (!on_host && used + (int64_t)size > capacity) return fail(OUT_OF_MEMORY);
+  pthread_mutex_lock(&lock);
+  int room = on_host || hold(size);
+  pthread_mutex_unlock(&lock);
+  if (!room) return fail(OUT_OF_MEMORY);
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   char *start = mmap(NULL, whole_pages(size), PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (start == MAP_FAILED) return fail(OUT_OF_MEMORY);
-  Block *block = malloc(sizeof *block);
-  *block = (Block){start, size, on_host, NULL};
   pthread_mutex_lock(&lock);
-  block->next = blocks;
+  if (start == MAP_FAILED) {
+    if (!on_host) hold(-(int64_t)size);
+    pthread_mutex_unlock(&lock);
+    return fail(OUT_OF_MEMORY);
+  }
+  Block *block = malloc(sizeof *block);
+  *block = (Block){start, size, on_host, blocks};
   blocks = block;
-  if (!on_host) used += size;
   pthread_mutex_unlock(&lock);
   *out = start;
   return OK;
@@ -402,13 +479,29 @@ static int give_back(void *start) {
     if ((*link)->start == start) {
       Block *block = *link;
       *link = block->next;
-      if (!block->on_host) used -= block->size;
+      if (!block->on_host) hold(-(int64_t)block->size);
       munmap(block->start, whole_pages(block->size));
       free(block);
       break;
     }
   pthread_mutex_unlock(&lock);
   return OK;
+}
+
+/* A fork takes another slot when it allocates. What it inherits is counted in its parent's. */
+static void before_fork(void) { pthread_mutex_lock(&lock); }
+static void after_fork(void) { pthread_mutex_unlock(&lock); }
+static void begin_as_fork(void) {
+  if (held) munmap(held, SLOTS * sizeof *held);
+  if (opened) close(memory_file); /* a fork may close all files, and use their numbers again */
+  held = NULL;
+  blocks = NULL;
+  opened = used = 0;
+  slot = -1;
+  after_fork();
+}
+__attribute__((constructor)) static void follow_forks(void) {
+  pthread_atfork(before_fork, after_fork, begin_as_fork);
 }
 
 static enum cudaMemoryType memory_type(const void *pointer) {
@@ -437,8 +530,11 @@ int cudaFreeAsync(void *pointer, void *stream) { return give_back(pointer); }
 int cudaHostAlloc(void **out, size_t size, unsigned flags) { return reserve(out, size, 1); }
 int cudaFreeHost(void *pointer) { return give_back(pointer); }
 int cudaMemGetInfo(size_t *available, size_t *total) {
+  pthread_mutex_lock(&lock);
   *total = capacity;
-  *available = capacity - used;
+  *available = capacity - used - lock_memory();
+  unlock_memory();
+  pthread_mutex_unlock(&lock);
   return OK;
 }
 int cudaPointerGetAttributes(struct cudaPointerAttributes *out, const void *pointer) {

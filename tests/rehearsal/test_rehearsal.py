@@ -1,6 +1,7 @@
 """The stand-in CUDA driver and the verdict over a rehearsal."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from rehearsal import __main__ as rehearsal
 from rehearsal import stand_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OK, INVALID_ARGUMENT = 0, 1  # of cudaError_t
+OK, INVALID_ARGUMENT, OUT_OF_MEMORY = 0, 1, 2  # of cudaError_t
 CAPTURE_INVALIDATED, CAPTURE_MERGE, CAPTURE_UNMATCHED = 901, 902, 903
 CAPTURE_UNJOINED, CAPTURE_ISOLATION = 904, 905
 
@@ -199,6 +200,63 @@ found["outside"] = [wait(b, ended), wait(b, recorded(other), EXTERNAL)]
 print(json.dumps(found))
 """
 
+# Processes on one card of 79.2 GiB: prints what each of them was answered.
+MEMORY = """
+import ctypes, json, os, subprocess, sys
+
+cuda = ctypes.CDLL(None)
+
+def allocate(gib):
+    pointer = ctypes.c_void_p()
+    return cuda.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(gib << 30)), pointer
+
+def free_gib():
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    return round(free.value / 2**30, 1)
+
+def child():
+    command = [sys.executable, __file__, "child"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, int(process.stdout.readline())
+
+if sys.argv[1:] == ["child"]:
+    status, _ = allocate(70)
+    if os.fork():
+        print(status, flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+def in_a_fork():
+    read, write = os.pipe()
+    if not os.fork():
+        before = free_gib()
+        cuda.cudaFree(mine)
+        answer = {"before": before, "status": allocate(5)[0], "after": free_gib()}
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
+    os.wait()
+    return json.loads(os.read(read, 1000))
+
+found = {"total": free_gib()}
+first, found["child"] = child()
+found["parent beside it"], _ = allocate(70)
+found["left beside it"] = free_gib()
+first.kill()
+first.wait()  # its fork lives on
+found["left when it was killed"] = free_gib()
+first.stdin.close()
+found["parent"], mine = allocate(70)
+second, found["child beside it"] = child()
+second.communicate()
+found["fork"] = in_a_fork()
+found["left after the fork"] = free_gib()
+cuda.cudaFree(mine)
+found["left at the end"] = free_gib()
+print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
     """probe(script) -> what it printed last, decoded, as a process that sees an H100."""
@@ -232,6 +290,11 @@ def seen(probe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def captures(probe):
     return probe(CAPTURES)
+
+
+@pytest.fixture(scope="module")
+def memory(probe):
+    return probe(MEMORY)
 
 
 def test_pytorch_sees_the_card(seen):
@@ -323,6 +386,33 @@ def test_events_of_captures_are_refused_outside(captures):
 
 def test_a_failed_capture_leaves_the_streams_usable(captures):
     assert captures["fork_and_join"][-1] == [OK, OK]
+
+
+def test_processes_share_the_card(memory):
+    assert memory["total"] == 79.2
+    assert memory["child"] == OK
+    assert memory["parent beside it"] == OUT_OF_MEMORY
+    assert memory["left beside it"] == 9.2
+
+
+def test_a_killed_process_holds_no_memory(memory):
+    assert memory["left when it was killed"] == 79.2
+    assert memory["parent"] == OK
+    assert memory["child beside it"] == OUT_OF_MEMORY
+
+
+def test_a_fork_holds_what_it_allocates_alone(memory):
+    assert memory["fork"] == {"before": 9.2, "status": OK, "after": 4.2}
+    assert memory["left after the fork"] == 9.2
+    assert memory["left at the end"] == 79.2
+
+
+def test_commands_that_run_side_by_side_have_a_card_each(tmp_path):
+    variables = dict(os.environ, STAND_IN_MEMORY=str(tmp_path / "memory"))
+    one = rehearsal.Rehearsal(tmp_path, variables, 1, True, [], "")
+    for name in ("a", "b"):
+        one.call([sys.executable, "-c", "import os; print(os.environ['STAND_IN_MEMORY'])"], name)
+    assert (tmp_path / "a.log").read_text() != (tmp_path / "b.log").read_text()
 
 
 def test_launches_are_traced(seen):
