@@ -261,6 +261,7 @@ def test_no_attempt_finds_what_nobody_holds(fits):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
 def test_ballast_is_taken_and_given_back():
+    memory.free_memory("cuda")  # or ballast frees what earlier tests left
     before = torch.cuda.memory_allocated()
     with memory.ballast(2**28, "cuda"):
         inside = torch.cuda.memory_allocated()

@@ -252,9 +252,11 @@ class Rehearsal:
         ]
 
     def call(self, command: list[str], name: str) -> None:
+        # Each command has the card for itself, as on a GPU, where they run one after the other.
+        own = self.variables | {"STAND_IN_MEMORY": f"{self.variables['STAND_IN_MEMORY']}.{name}"}
         with (self.out / f"{name}.log").open("w", encoding="utf-8") as log:
             options = {"stdout": log, "stderr": subprocess.STDOUT, "cwd": ROOT, "check": False}
-            subprocess.run(command, env=self.variables, **options)
+            subprocess.run(command, env=own, **options)
 
 
 def report(card: str, problems: list[Problem]) -> int:

@@ -5,11 +5,16 @@
    run. stand_in.py builds it: it adds an alias of stand_in_ok, which returns success, for every other
    symbol of these libraries that PyTorch or Triton asks for.
 
-   STAND_IN_GIB, STAND_IN_NAME: memory and name of the card. STAND_IN_TRACE: a file name to which the
-   process id is appended; it gets one line a launch. */
+   STAND_IN_GIB, STAND_IN_NAME: memory and name of the card. STAND_IN_MEMORY: a file in which the
+   processes that share the card count what each of them holds; without it a process has the card for
+   itself. STAND_IN_TRACE: a file name to which the process id is appended; it gets one line a
+   launch. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <dlfcn.h>
 #include <driver_types.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -29,6 +34,10 @@ enum {
   NOT_SUPPORTED = 801,
   CAPTURE_UNSUPPORTED = 900,
   CAPTURE_INVALIDATED = 901,
+  CAPTURE_MERGE = 902,
+  CAPTURE_UNMATCHED = 903,
+  CAPTURE_UNJOINED = 904,
+  CAPTURE_ISOLATION = 905,
   CAPTURE_IMPLICIT = 906,
 };
 enum { CUDNN_NOT_SUPPORTED = 3000, CUPTI_MAX_LIMIT_REACHED = 12 };
@@ -45,7 +54,7 @@ enum {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread int last_error;
-static int64_t capacity, used; /* bytes */
+static int64_t capacity; /* bytes */
 
 int stand_in_ok(void) { return OK; }
 
@@ -71,11 +80,19 @@ __attribute__((constructor)) static void read_environment(void) {
 
 /* ---- Streams, and the trace of what is launched on them. ---- */
 
+enum { STREAMS_OF_A_CAPTURE = 64 };
+
+/* A point in a capture: how much of the work of each of its streams comes before. */
+typedef struct {
+  unsigned long long capture;         /* id, 0: outside of a capture */
+  int64_t work[STREAMS_OF_A_CAPTURE]; /* launches, by the number of the stream */
+} Point;
+
 typedef struct Stream {
-  int capturing, invalid, priority;
-  unsigned long long capture; /* id */
-  int64_t launches;           /* since the capture began */
-  double clock_us;            /* invented time, for events */
+  int priority, invalid;
+  int number;      /* of the stream in the capture; 0: the origin, where the capture began */
+  Point end;       /* after all that was launched on it */
+  double clock_us; /* invented time, for events */
   struct Stream *next;
 } Stream;
 
@@ -87,6 +104,13 @@ static unsigned long long next_capture = 1;
 
 static Stream *stream_of(void *handle) {
   return (uintptr_t)handle <= 2 ? &legacy : handle; /* 0, 1 and 2 name default streams */
+}
+
+static int capturing(const Stream *stream) { return stream->end.capture != 0; }
+
+static void invalidate(unsigned long long capture) {
+  for (Stream *one = streams; one; one = one->next)
+    if (one->end.capture == capture) one->invalid = 1;
 }
 
 static FILE *trace(void) {
@@ -109,7 +133,7 @@ static int forbidden_in_capture(const char *what) {
 }
 
 static int wait_for(Stream *stream, const char *what) {
-  if (!stream->capturing) return forbidden_in_capture(what);
+  if (!capturing(stream)) return forbidden_in_capture(what);
   stream->invalid = 1;
   return complain(CAPTURE_UNSUPPORTED, "%s on a stream that is being captured", what);
 }
@@ -120,13 +144,13 @@ static int launch(void *handle, double us, const char *kind, const char *format,
   if (stream == &legacy && global_captures && capture_mode != 2)
     return complain(CAPTURE_IMPLICIT, "%s on the legacy stream during a capture", kind);
   pthread_mutex_lock(&lock);
-  stream->launches++;
+  stream->end.work[stream->number]++;
   stream->clock_us += us;
   FILE *file = trace();
   if (file) {
     va_list arguments;
     va_start(arguments, format);
-    fprintf(file, "%s %s ", stream->capturing ? "captured" : "run", kind);
+    fprintf(file, "%s %s ", capturing(stream) ? "captured" : "run", kind);
     vfprintf(file, format, arguments);
     fputc('\n', file);
     va_end(arguments);
@@ -156,7 +180,11 @@ int cudaStreamSynchronize(void *stream) {
 int cudaStreamQuery(void *stream) { return wait_for(stream_of(stream), "cudaStreamQuery"); }
 int cudaDeviceSynchronize(void) { return forbidden_in_capture("cudaDeviceSynchronize"); }
 int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *data) {
-  if (!stream_of(stream)->capturing) function(data);
+  Stream *where = stream_of(stream);
+  if (capturing(where))
+    where->end.work[where->number]++;
+  else
+    function(data);
   return OK;
 }
 int cudaStreamAddCallback(void *stream, void (*function)(void *, int, void *), void *data,
@@ -178,36 +206,57 @@ int cudaThreadExchangeStreamCaptureMode(int *mode) {
   return OK;
 }
 
-static void begin_capture(Stream *stream, unsigned long long id) {
-  stream->capturing = 1;
-  stream->invalid = 0;
-  stream->capture = id;
-  stream->launches = 0;
+static Stream *origin_of(unsigned long long capture) {
+  for (Stream *one = streams; one; one = one->next)
+    if (one->end.capture == capture && one->number == 0) return one;
+  return NULL; /* it has ended */
 }
 
 int cudaStreamBeginCapture(void *handle, int mode) {
   Stream *stream = stream_of(handle);
   if (stream == &legacy) return complain(CAPTURE_UNSUPPORTED, "a capture of the legacy stream");
-  begin_capture(stream, next_capture++);
+  stream->end = (Point){.capture = next_capture++};
+  stream->number = stream->invalid = 0;
   global_captures += mode == 0;
   return OK;
 }
 
+/* A stream outside of captures waits for a point in one: what follows on it is captured as well. */
+static int fork_capture(Stream *stream, const Point *point) {
+  int number = 0;
+  for (Stream *one = streams; one; one = one->next) number += one->end.capture == point->capture;
+  if (number == STREAMS_OF_A_CAPTURE)
+    return complain(NOT_SUPPORTED, "more than %d streams in a capture", number);
+  stream->end = *point;
+  stream->number = number;
+  stream->invalid = 0;
+  return OK;
+}
+
 int cudaStreamEndCapture(void *handle, void **out) {
-  Stream *stream = stream_of(handle);
-  if (!stream->capturing) return fail(CAPTURE_INVALIDATED);
-  if (global_captures) global_captures--;
-  int invalid = 0;
-  int64_t launches = 0;
-  for (Stream *one = streams; one; one = one->next) /* streams that waited for it joined it */
-    if (one->capturing && one->capture == stream->capture) {
-      launches += one->launches;
-      invalid |= one->invalid;
-      if (one != stream) one->capturing = 0;
-    }
-  stream->capturing = 0;
+  Stream *origin = stream_of(handle);
+  unsigned long long capture = origin->end.capture;
   *out = NULL;
+  if (!capture) return fail(CAPTURE_INVALIDATED);
+  if (origin->number) {
+    invalidate(capture);
+    return complain(CAPTURE_UNMATCHED, "the end of a capture on a stream that it did not begin on");
+  }
+  if (global_captures) global_captures--;
+  int invalid = 0, unjoined = 0;
+  int64_t launches = 0;
+  for (Stream *one = streams; one; one = one->next)
+    if (one->end.capture == capture) {
+      int64_t work = one->end.work[one->number];
+      launches += work;
+      invalid |= one->invalid;
+      unjoined += work > origin->end.work[one->number];
+      one->end.capture = 0;
+    }
   if (invalid) return fail(CAPTURE_INVALIDATED);
+  if (unjoined)
+    return complain(CAPTURE_UNJOINED, "the end of a capture, with work of %d streams not joined",
+                    unjoined);
   Graph *graph = calloc(1, sizeof *graph);
   graph->launches = launches;
   *out = graph;
@@ -215,7 +264,7 @@ int cudaStreamEndCapture(void *handle, void **out) {
 }
 
 static int capture_status(Stream *stream) {
-  return !stream->capturing ? 0 : stream->invalid ? 2 : 1; /* none, invalidated, active */
+  return !capturing(stream) ? 0 : stream->invalid ? 2 : 1; /* none, invalidated, active */
 }
 int cudaStreamIsCapturing(void *stream, int *status) {
   *status = capture_status(stream_of(stream));
@@ -225,7 +274,7 @@ int cudaStreamGetCaptureInfo(void *handle, int *status, unsigned long long *id, 
                              const void **dependencies, const void **edges, size_t *count) {
   Stream *stream = stream_of(handle);
   *status = capture_status(stream);
-  if (id) *id = stream->capture;
+  if (id) *id = stream->end.capture;
   if (graph) *graph = stream;
   if (dependencies) *dependencies = NULL;
   if (edges) *edges = NULL;
@@ -249,11 +298,11 @@ int cudaGraphNodeGetDependencies(void *node, void *dependencies, void *edges, si
   return OK;
 }
 
-/* ---- Events: when on the invented clock of its stream each was recorded. ---- */
+/* ---- Events: where in a capture, or when on the clock of its stream, each was recorded. ---- */
 
 typedef struct {
   double clock_us;
-  unsigned long long capture; /* 0: recorded outside of one */
+  Point point;
 } Event;
 
 int cudaEventCreateWithFlags(void **out, unsigned flags) {
@@ -265,31 +314,128 @@ int cudaEventRecordWithFlags(void *handle, void *stream, unsigned flags) {
   Stream *where = stream_of(stream);
   Event *event = handle;
   event->clock_us = where->clock_us;
-  event->capture = where->capturing ? where->capture : 0;
+  event->point = where->end;
+  if (!(flags & cudaEventRecordExternal)) return OK;
+  if (!capturing(where)) return complain(INVALID_ARGUMENT, "an external event outside of a capture");
+  where->end.work[where->number]++; /* a node of the graph, which orders no streams */
+  event->point.capture = 0;
   return OK;
 }
 int cudaEventRecord(void *event, void *stream) { return cudaEventRecordWithFlags(event, stream, 0); }
 int cudaEventQuery(void *event) {
-  if (((Event *)event)->capture) return fail(CAPTURE_UNSUPPORTED);
+  if (((Event *)event)->point.capture) return fail(CAPTURE_UNSUPPORTED);
   return forbidden_in_capture("cudaEventQuery");
 }
 int cudaEventSynchronize(void *event) {
-  return ((Event *)event)->capture ? fail(CAPTURE_UNSUPPORTED) : OK;
+  return ((Event *)event)->point.capture ? fail(CAPTURE_UNSUPPORTED) : OK;
 }
 int cudaEventElapsedTime(float *ms, void *start, void *end) {
   *ms = (float)((((Event *)end)->clock_us - ((Event *)start)->clock_us) / 1e3);
   return OK;
 }
+
+static int wait_in_capture(Stream *stream, const Point *point) {
+  unsigned long long capture = stream->end.capture;
+  if (stream->invalid) return fail(CAPTURE_INVALIDATED);
+  if (point->capture == capture) {
+    for (int i = 0; i < STREAMS_OF_A_CAPTURE; i++)
+      if (point->work[i] > stream->end.work[i]) stream->end.work[i] = point->work[i];
+    return OK;
+  }
+  invalidate(capture);
+  if (!point->capture || !origin_of(point->capture))
+    return complain(CAPTURE_ISOLATION, "in a capture, a wait for an event from outside of it");
+  invalidate(point->capture);
+  return complain(CAPTURE_MERGE, "in a capture, a wait for an event of another one");
+}
+
 int cudaStreamWaitEvent(void *handle, void *waited, unsigned flags) {
   Stream *stream = stream_of(handle);
   Event *event = waited;
-  if (event->capture && !stream->capturing && stream != &legacy)
-    begin_capture(stream, event->capture);
+  if (flags & cudaEventWaitExternal) {
+    if (!capturing(stream)) return complain(INVALID_ARGUMENT, "an external wait outside of a capture");
+    stream->end.work[stream->number]++;
+    return OK;
+  }
   if (event->clock_us > stream->clock_us) stream->clock_us = event->clock_us;
-  return OK;
+  if (capturing(stream)) return wait_in_capture(stream, &event->point);
+  if (!event->point.capture) return OK;
+  Stream *origin = origin_of(event->point.capture);
+  if (!origin || origin->invalid)
+    return complain(INVALID_ARGUMENT, "a wait for an event of a capture that has ended or failed");
+  if (stream != &legacy) return fork_capture(stream, &event->point);
+  invalidate(event->point.capture);
+  return complain(CAPTURE_IMPLICIT, "the legacy stream waits for an event of a capture");
 }
 
-/* ---- Memory: reserved address space. What is read back was never computed. ---- */
+/* ---- The memory of the card, which processes share. ----
+
+   STAND_IN_MEMORY is an array of how many bytes each process holds. A process locks the byte of the
+   file that has the number of its slot. Linux takes the lock away when the process ends, in whatever
+   way, and a child does not inherit it: what is in a slot without a lock is free. */
+
+enum { SLOTS = 1024, ALL_SLOTS = SLOTS /* the byte that is locked to read or write the array */ };
+static int64_t used;  /* bytes, by this process */
+static int64_t *held; /* bytes, by slot; NULL: nothing is shared */
+static int memory_file, opened, slot = -1;
+
+/* The type of the lock that is now there or, of F_GETLK, in the way; -1: it failed. */
+static int lock_byte(int command, short type, int byte) {
+  struct flock range = {.l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+  int failed;
+  do failed = fcntl(memory_file, command, &range);
+  while (failed && errno == EINTR);
+  return failed ? -1 : range.l_type;
+}
+
+static int in_use(int other) { return lock_byte(F_GETLK, F_WRLCK, other) != F_UNLCK; }
+
+static void open_memory(void) {
+  const char *path = getenv("STAND_IN_MEMORY");
+  if (opened || !path || !*path) return;
+  opened = 1;
+  size_t size = SLOTS * sizeof *held;
+  memory_file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  void *array = MAP_FAILED;
+  if (memory_file >= 0 && !ftruncate(memory_file, size))
+    array = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory_file, 0);
+  if (array == MAP_FAILED)
+    complain(OK, "%s: %s; memory is counted by process", path, strerror(errno));
+  else
+    held = array;
+}
+
+/* Locks the array and returns the bytes that other processes hold. */
+static int64_t lock_memory(void) {
+  open_memory();
+  if (!held) return 0;
+  lock_byte(F_SETLKW, F_WRLCK, ALL_SLOTS);
+  for (int i = 0; i < SLOTS && slot < 0; i++)
+    if (lock_byte(F_SETLK, F_WRLCK, i) >= 0) slot = i;
+  assert(slot >= 0);
+  held[slot] = used;
+  int64_t others = 0;
+  for (int i = 0; i < SLOTS; i++)
+    if (i != slot && held[i]) {
+      if (!in_use(i)) held[i] = 0;
+      others += held[i];
+    }
+  return others;
+}
+
+static void unlock_memory(void) {
+  if (held) lock_byte(F_SETLK, F_UNLCK, ALL_SLOTS);
+}
+
+/* Adds to what this process holds, if there is room. The caller has the `lock` of the threads. */
+static int hold(int64_t bytes) {
+  int64_t others = lock_memory();
+  int room = bytes < 0 || others + used + bytes <= capacity;
+  if (room) used += bytes;
+  if (held) held[slot] = used;
+  unlock_memory();
+  return room;
+}
 
 typedef struct Block {
   char *start;
@@ -307,16 +453,21 @@ static size_t whole_pages(size_t size) {
 
 static int reserve(void **out, size_t size, int on_host) {
   *out = NULL;
-  if (!on_host && used + (int64_t)size > capacity) return fail(OUT_OF_MEMORY);
+  pthread_mutex_lock(&lock);
+  int room = on_host || hold(size);
+  pthread_mutex_unlock(&lock);
+  if (!room) return fail(OUT_OF_MEMORY);
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   char *start = mmap(NULL, whole_pages(size), PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (start == MAP_FAILED) return fail(OUT_OF_MEMORY);
-  Block *block = malloc(sizeof *block);
-  *block = (Block){start, size, on_host, NULL};
   pthread_mutex_lock(&lock);
-  block->next = blocks;
+  if (start == MAP_FAILED) {
+    if (!on_host) hold(-(int64_t)size);
+    pthread_mutex_unlock(&lock);
+    return fail(OUT_OF_MEMORY);
+  }
+  Block *block = malloc(sizeof *block);
+  *block = (Block){start, size, on_host, blocks};
   blocks = block;
-  if (!on_host) used += size;
   pthread_mutex_unlock(&lock);
   *out = start;
   return OK;
@@ -328,13 +479,29 @@ static int give_back(void *start) {
     if ((*link)->start == start) {
       Block *block = *link;
       *link = block->next;
-      if (!block->on_host) used -= block->size;
+      if (!block->on_host) hold(-(int64_t)block->size);
       munmap(block->start, whole_pages(block->size));
       free(block);
       break;
     }
   pthread_mutex_unlock(&lock);
   return OK;
+}
+
+/* A fork takes another slot when it allocates. What it inherits is counted in its parent's. */
+static void before_fork(void) { pthread_mutex_lock(&lock); }
+static void after_fork(void) { pthread_mutex_unlock(&lock); }
+static void begin_as_fork(void) {
+  if (held) munmap(held, SLOTS * sizeof *held);
+  if (opened) close(memory_file); /* a fork may close all files, and use their numbers again */
+  held = NULL;
+  blocks = NULL;
+  opened = used = 0;
+  slot = -1;
+  after_fork();
+}
+__attribute__((constructor)) static void follow_forks(void) {
+  pthread_atfork(before_fork, after_fork, begin_as_fork);
 }
 
 static enum cudaMemoryType memory_type(const void *pointer) {
@@ -363,8 +530,11 @@ int cudaFreeAsync(void *pointer, void *stream) { return give_back(pointer); }
 int cudaHostAlloc(void **out, size_t size, unsigned flags) { return reserve(out, size, 1); }
 int cudaFreeHost(void *pointer) { return give_back(pointer); }
 int cudaMemGetInfo(size_t *available, size_t *total) {
+  pthread_mutex_lock(&lock);
   *total = capacity;
-  *available = capacity - used;
+  *available = capacity - used - lock_memory();
+  unlock_memory();
+  pthread_mutex_unlock(&lock);
   return OK;
 }
 int cudaPointerGetAttributes(struct cudaPointerAttributes *out, const void *pointer) {
@@ -562,6 +732,10 @@ const char *cudaGetErrorString(int code) {
   case INVALID_DEVICE: return "invalid device ordinal";
   case CAPTURE_UNSUPPORTED: return "operation not permitted when stream is capturing";
   case CAPTURE_INVALIDATED: return "operation failed due to a previous error during capture";
+  case CAPTURE_MERGE: return "operation would result in a merge of separate capture sequences";
+  case CAPTURE_UNMATCHED: return "capture was not ended in the same stream as it began";
+  case CAPTURE_UNJOINED: return "capturing stream has unjoined work";
+  case CAPTURE_ISOLATION: return "dependency created on uncaptured work in another stream";
   case CAPTURE_IMPLICIT:
     return "operation would make the legacy stream depend on a capturing blocking stream";
   default: return "error of the stand-in CUDA driver";

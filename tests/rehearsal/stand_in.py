@@ -11,17 +11,28 @@ and nm.
 
 It finds errors of Python and of arguments, tensors on the wrong device, kernels that do not compile
 as they are launched, too much shared memory, grids over the limits, memory that does not fit, calls
-that a CUDA graph forbids, waits of the host, and the launches of a step in their order. It cannot
-find wrong numbers, races, hangs or slowness:
+that a CUDA graph forbids, waits of the host, and the launches of a step in their order:
+
+- Memory is that of one card for all processes of a command. What a process holds is free again when
+  it ends, in whatever way. Only bytes are counted: no context (0.5 GB a process on a card), no
+  fragments between allocations, no local memory of kernels.
+- A capture refuses cudaMalloc, cudaFree, the loading of a module, waits of the host, launches on the
+  legacy stream, a wait for an event from outside of it or of another capture, and an end that leaves
+  work of a side stream not joined to the stream on which it began. It then gives no graph. A side
+  stream without work need not be joined; external events order no streams. Which thread captures,
+  and who uses the memory of a graph, is not checked.
+
+It cannot find wrong numbers, races (a wait that is missing, memory that another stream still reads),
+hangs or slowness:
 
 - What is read back is zero, a single byte 1, so that .all() holds, and more than 64 KiB what the
   host had copied there, or zeros. A comparison of two CUDA results passes; a test that wants a value
   fails, which says nothing.
 - Times are invented: 5 us a kernel, matrix products at 600 TFLOP/s. No cache of autotuned choices
   may survive, so the caches of the compilers are new ones; --cache keeps them for other rehearsals.
-- cuDNN's attention is absent, its convolutions take 1 MiB of workspace, and the CUDA context takes
-  no memory (0.5 GB on a card). NVML, NCCL, cuFFT, cuSPARSE, nvJPEG, the profiler's view of the GPU
-  and whatever brings its own CUDA runtime, as DALI does, are absent.
+- cuDNN's attention is absent, and its convolutions take 1 MiB of workspace. NVML, NCCL, cuFFT,
+  cuSPARSE, nvJPEG, the profiler's view of the GPU and whatever brings its own CUDA runtime, as DALI
+  does, are absent.
 
 --trace FILE: every process writes FILE.<process id>, one line a launch: run or captured, kind, and
 for a kernel its grid, block, bytes of shared memory and name.
@@ -124,7 +135,7 @@ def build(folder: Path) -> Path:
 def environment(
     card: Card, cache: Path | None = None, trace: Path | None = None
 ) -> Iterator[dict[str, str]]:
-    """The environment variables under which a process sees `card`, while the context lasts.
+    """The environment variables under which processes share `card`, while the context lasts.
 
     Args:
         cache: keeps what Triton and Inductor compile, for other rehearsals only.
@@ -146,6 +157,7 @@ def environment(
             "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
             "STAND_IN_GIB": str(card.memory_gib),
             "STAND_IN_NAME": card.name,
+            "STAND_IN_MEMORY": str(folder / "memory"),
         }
         if trace is not None:
             variables["STAND_IN_TRACE"] = str(trace.resolve())

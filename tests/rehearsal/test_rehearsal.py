@@ -1,6 +1,7 @@
 """The stand-in CUDA driver and the verdict over a rehearsal."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from rehearsal import __main__ as rehearsal
 from rehearsal import stand_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+OK, INVALID_ARGUMENT, OUT_OF_MEMORY = 0, 1, 2  # of cudaError_t
+CAPTURE_INVALIDATED, CAPTURE_MERGE, CAPTURE_UNMATCHED = 901, 902, 903
+CAPTURE_UNJOINED, CAPTURE_ISOLATION = 904, 905
 
 # Prints what the stand-in does in each of several situations, as one line of JSON.
 PROBE = """
@@ -37,6 +41,24 @@ def captured(body):
         body()
     graph.replay()
 
+side, third = torch.cuda.Stream(), torch.cuda.Stream()
+
+def on_side_streams(joined):
+    main = torch.cuda.current_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        y = x + 1
+        third.wait_stream(side)
+        with torch.cuda.stream(third):
+            y = y * 2
+        side.wait_stream(third)
+    if joined:
+        main.wait_stream(side)
+
+def after_work_that_is_not_captured():
+    main = torch.cuda.current_stream()
+    found["isolation"] = raised(lambda: main.wait_event(before))
+
 gib = 2**30
 x = torch.ones(8, device="cuda")
 found = {
@@ -54,28 +76,226 @@ fill[(1,)](x, 8)
 found["CPU tensor"] = raised(lambda: fill[(1,)](torch.ones(8), 8))
 found["grid"] = raised(lambda: fill[(1, 70_000)](x, 8))
 found["capture"] = raised(lambda: captured(lambda: fill[(1,)](x, 8)))
+found["side streams"] = raised(lambda: captured(lambda: on_side_streams(joined=True)))
+with torch.cuda.stream(side):
+    w = torch.ones(8, device="cuda", requires_grad=True)
+side.synchronize()
+found["backward"] = raised(lambda: captured(lambda: (w * x).sum().backward()))
+before = torch.cuda.current_stream().record_event()
+found["unjoined"] = raised(lambda: captured(lambda: on_side_streams(joined=False)))
+found["invalidated"] = raised(lambda: captured(after_work_that_is_not_captured))
 found["sync in capture"] = raised(lambda: captured(lambda: x.sum().item()))
 print(json.dumps(found), flush=True)
 os._exit(0)  # PyTorch aborts where a graph whose capture failed is destroyed
 """
 
+# Prints {case: [status of the last wait, status of the end of the capture]}.
+CAPTURES = """
+import ctypes, json
+
+cuda = ctypes.CDLL(None)
+
+def made(create, *arguments):
+    handle = ctypes.c_void_p()
+    assert create(ctypes.byref(handle), *arguments) == 0
+    return handle
+
+memory = made(cuda.cudaMalloc, ctypes.c_size_t(8))
+a, b, c, other = (made(cuda.cudaStreamCreate) for _ in range(4))
+
+def work(stream):
+    assert cuda.cudaMemsetAsync(memory, 0, ctypes.c_size_t(8), stream) == 0
+
+def recorded(stream, flags=0):
+    event = made(cuda.cudaEventCreate)
+    assert cuda.cudaEventRecordWithFlags(event, stream, flags) == 0
+    return event
+
+def wait(stream, event, flags=0):
+    return cuda.cudaStreamWaitEvent(stream, event, flags)
+
+def join(stream, other):
+    return wait(stream, recorded(other))
+
+def end(stream):
+    return cuda.cudaStreamEndCapture(stream, ctypes.byref(ctypes.c_void_p()))
+
+def fork_and_join():
+    join(b, a), work(b)
+    return join(a, b)
+
+def through_a_third_stream():
+    join(b, a), join(c, b), work(c), join(b, c)
+    return join(a, b)
+
+def one_by_another():
+    join(b, a), join(c, a), work(b), work(c), join(c, b)
+    return join(a, c)
+
+def fork_without_work():
+    return join(b, a)
+
+def external():
+    outside = recorded(other)
+    recorded(a, EXTERNAL)
+    return wait(a, outside, EXTERNAL)
+
+def external_event_on_a_fork():
+    join(b, a), recorded(b, EXTERNAL)
+    return 0
+
+def never_joined():
+    join(b, a), work(b)
+    return 0
+
+def work_after_the_join():
+    join(b, a), work(b), join(a, b), work(b)
+    return 0
+
+def joined_before_its_last_work():
+    join(b, a)
+    event = recorded(b)
+    work(b)
+    return wait(a, event)
+
+def third_stream_never_joined():
+    join(b, a), join(c, b), work(c)
+    return join(a, b)
+
+def event_from_outside():
+    work(other)
+    return join(a, other)
+
+def event_from_outside_on_a_fork():
+    join(b, a)
+    return join(b, other)
+
+def event_of_a_capture_that_ended():
+    return wait(a, ended)
+
+def event_of_another_capture():
+    assert cuda.cudaStreamBeginCapture(other, 0) == 0
+    status = join(a, other)
+    end(other)
+    return status
+
+def ended_on_a_fork():
+    join(b, a)
+    return end(b)
+
+EXTERNAL = 1
+cases = [fork_and_join, through_a_third_stream, one_by_another, fork_without_work, external,
+         external_event_on_a_fork, never_joined, work_after_the_join, joined_before_its_last_work,
+         third_stream_never_joined, event_from_outside, event_from_outside_on_a_fork,
+         event_of_a_capture_that_ended, event_of_another_capture, ended_on_a_fork]
+found, ended = {}, None
+for case in [*cases, fork_and_join]:
+    assert cuda.cudaStreamBeginCapture(a, 0) == 0
+    work(a)
+    found.setdefault(case.__name__, []).append([case(), end(a)])
+    if case is fork_and_join:
+        cuda.cudaStreamBeginCapture(a, 0)
+        ended = recorded(a)
+        end(a)
+found["outside"] = [wait(b, ended), wait(b, recorded(other), EXTERNAL)]
+print(json.dumps(found))
+"""
+
+# Processes on one card of 79.2 GiB: prints what each of them was answered.
+MEMORY = """
+import ctypes, json, os, subprocess, sys
+
+cuda = ctypes.CDLL(None)
+
+def allocate(gib):
+    pointer = ctypes.c_void_p()
+    return cuda.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(gib << 30)), pointer
+
+def free_gib():
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    return round(free.value / 2**30, 1)
+
+def child():
+    command = [sys.executable, __file__, "child"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, int(process.stdout.readline())
+
+if sys.argv[1:] == ["child"]:
+    status, _ = allocate(70)
+    if os.fork():
+        print(status, flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+def in_a_fork():
+    read, write = os.pipe()
+    if not os.fork():
+        before = free_gib()
+        cuda.cudaFree(mine)
+        answer = {"before": before, "status": allocate(5)[0], "after": free_gib()}
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
+    os.wait()
+    return json.loads(os.read(read, 1000))
+
+found = {"total": free_gib()}
+first, found["child"] = child()
+found["parent beside it"], _ = allocate(70)
+found["left beside it"] = free_gib()
+first.kill()
+first.wait()  # its fork lives on
+found["left when it was killed"] = free_gib()
+first.stdin.close()
+found["parent"], mine = allocate(70)
+second, found["child beside it"] = child()
+second.communicate()
+found["fork"] = in_a_fork()
+found["left after the fork"] = free_gib()
+cuda.cudaFree(mine)
+found["left at the end"] = free_gib()
+print(json.dumps(found))
+"""
+
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """What PROBE printed, and the lines of the trace."""
+def probe(tmp_path_factory):
+    """probe(script) -> what it printed last, decoded, as a process that sees an H100."""
     if reason := stand_in.unavailable():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("rehearsal")
-    script = folder / "probe.py"  # Triton reads the source of a kernel from its file
-    script.write_text(PROBE, encoding="utf-8")
-    trace = folder / "trace"
-    with stand_in.environment(stand_in.CARDS["h100"], folder / "cache", trace) as variables:
-        variables.pop("TRITON_INTERPRET", None)
+
+    def run(source, **more):
+        script = folder / "probe.py"  # Triton reads the source of a kernel from its file
+        script.write_text(source, encoding="utf-8")
         command = [sys.executable, str(script)]
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [line for path in folder.glob("trace.*") for line in path.read_text().splitlines()]
-    return json.loads(done.stdout.splitlines()[-1]), lines
+        options = {"capture_output": True, "text": True, "check": False, "env": variables | more}
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with stand_in.environment(stand_in.CARDS["h100"], folder / "cache") as variables:
+        variables.pop("TRITON_INTERPRET", None)
+        yield run
+
+
+@pytest.fixture(scope="module")
+def seen(probe, tmp_path_factory):
+    """What PROBE printed, and the lines of the trace."""
+    folder = tmp_path_factory.mktemp("trace")
+    found = probe(PROBE, STAND_IN_TRACE=str(folder / "trace"))
+    lines = [line for path in folder.iterdir() for line in path.read_text().splitlines()]
+    return found, lines
+
+
+@pytest.fixture(scope="module")
+def captures(probe):
+    return probe(CAPTURES)
+
+
+@pytest.fixture(scope="module")
+def memory(probe):
+    return probe(MEMORY)
 
 
 def test_pytorch_sees_the_card(seen):
@@ -103,6 +323,97 @@ def test_launches_are_checked(seen):
 def test_captures_refuse_what_cuda_refuses(seen):
     assert seen[0]["capture"] == ""
     assert "captur" in seen[0]["sync in capture"]
+
+
+@pytest.mark.parametrize("body", ["side streams", "backward"])
+def test_pytorch_captures_side_streams(seen, body):
+    assert seen[0][body] == ""
+
+
+def test_pytorch_reports_a_side_stream_that_is_not_joined(seen):
+    assert "unjoined work" in seen[0]["unjoined"]
+
+
+def test_pytorch_reports_a_wait_for_work_that_is_not_captured(seen):
+    assert "dependency created on uncaptured work" in seen[0]["isolation"]
+    assert "previous error during capture" in seen[0]["invalidated"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "fork_and_join",
+        "through_a_third_stream",
+        "one_by_another",
+        "fork_without_work",
+        "external",
+    ],
+)
+def test_joined_forks_are_captured(captures, case):
+    assert captures[case][0] == [OK, OK]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "never_joined",
+        "work_after_the_join",
+        "joined_before_its_last_work",
+        "third_stream_never_joined",
+        "external_event_on_a_fork",
+    ],
+)
+def test_a_capture_needs_its_forks_joined(captures, case):
+    assert captures[case] == [[OK, CAPTURE_UNJOINED]]
+
+
+@pytest.mark.parametrize(
+    ("case", "status"),
+    [
+        ("event_from_outside", CAPTURE_ISOLATION),
+        ("event_from_outside_on_a_fork", CAPTURE_ISOLATION),
+        ("event_of_a_capture_that_ended", CAPTURE_ISOLATION),
+        ("event_of_another_capture", CAPTURE_MERGE),
+        ("ended_on_a_fork", CAPTURE_UNMATCHED),
+    ],
+)
+def test_what_crosses_the_border_of_a_capture_invalidates_it(captures, case, status):
+    assert captures[case] == [[status, CAPTURE_INVALIDATED]]
+
+
+def test_events_of_captures_are_refused_outside(captures):
+    assert captures["outside"] == [INVALID_ARGUMENT, INVALID_ARGUMENT]
+
+
+def test_a_failed_capture_leaves_the_streams_usable(captures):
+    assert captures["fork_and_join"][-1] == [OK, OK]
+
+
+def test_processes_share_the_card(memory):
+    assert memory["total"] == 79.2
+    assert memory["child"] == OK
+    assert memory["parent beside it"] == OUT_OF_MEMORY
+    assert memory["left beside it"] == 9.2
+
+
+def test_a_killed_process_holds_no_memory(memory):
+    assert memory["left when it was killed"] == 79.2
+    assert memory["parent"] == OK
+    assert memory["child beside it"] == OUT_OF_MEMORY
+
+
+def test_a_fork_holds_what_it_allocates_alone(memory):
+    assert memory["fork"] == {"before": 9.2, "status": OK, "after": 4.2}
+    assert memory["left after the fork"] == 9.2
+    assert memory["left at the end"] == 79.2
+
+
+def test_commands_that_run_side_by_side_have_a_card_each(tmp_path):
+    variables = dict(os.environ, STAND_IN_MEMORY=str(tmp_path / "memory"))
+    one = rehearsal.Rehearsal(tmp_path, variables, 1, True, [], "")
+    for name in ("a", "b"):
+        one.call([sys.executable, "-c", "import os; print(os.environ['STAND_IN_MEMORY'])"], name)
+    assert (tmp_path / "a.log").read_text() != (tmp_path / "b.log").read_text()
 
 
 def test_launches_are_traced(seen):
