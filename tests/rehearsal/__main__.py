@@ -36,16 +36,16 @@ ONE_ROUND = ["--rounds", "1", "--case-s", "0.01", "--warmup-s", "0"]
 HOUR = "3600"
 # One of each kind, and what makes it small. Slowest first, for two at a time.
 SHORT = {
-    "step_b_256_ladder": ["--only", "reference eager,ours eager,ours compiled"],
-    "sampling": [],
     "vavae_step": [],
+    "step_b_256_ladder": ["--only", "reference eager,ours eager,ours compiled"],
+    "overlay": [],
+    "sampling": [],
     "growth_depth": [],
+    "images": [],
     "swiglu_1": ["--only", "eager,ours"],
     "latents": [],
-    "ceilings": [],
-    "images": [],
     "gemms": [],
-    "overlay": [],
+    "ceilings": [],
 }
 COMPILED_AHEAD = "swiglu_1"  # as all ops are on a GPU; here it would only take longer
 SUMMARY = "short test summary info"  # pytest's, above the list of what failed
