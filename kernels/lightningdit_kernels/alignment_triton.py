@@ -361,15 +361,22 @@ def audit_cases():
             dict(grad="*fp32", **matrix, grad_z=tokens, **sizes, chunks="i32", scale="fp32", margin="fp32"), "matmul",
             dict(EPS=NORMALIZE_EPS, SPLIT=dtype != "fp32"), group, dtype=dtype)
         add(_project_kernel, PROJECT, dict(x=tokens, q="*fp32", out="*fp32", norm="*fp32", **norms, K="i32"), "matmul", dtype=dtype)
-    add(_marginal_distance_matrix_bwd_kernel, BACKWARD,
-        dict(grad="*fp32", z="*fp32", f="*fp32", z_inverse="*fp32", f_inverse="*fp32", grad_z="*fp32", N="i32", C="i32", E="i32",
-             chunks="i32", scale="fp32", margin="fp32"), "matmul", dict(EPS=NORMALIZE_EPS, SPLIT=True), "narrow", dtype="fp32 narrow")
+    # Latents are fp32 in every run; the features are those of the frozen encoder, bf16 where training is.
+    for features, suffix in (("*fp32", ""), ("*bf16", " bf16 features")):
+        matrix = dict(z="*fp32", f=features, z_inverse="*fp32", f_inverse="*fp32")
+        rest = dict(N="i32", C="i32", E="i32", scale="fp32", margin="fp32")
+        if suffix:
+            add(_marginal_distance_matrix_fwd_kernel, FORWARD, dict(**matrix, partial="*fp32", **rest, pairs="i32"), "matmul", None, "fp32",
+                dtype=f"fp32{suffix}")
+        add(_marginal_distance_matrix_bwd_kernel, BACKWARD, dict(grad="*fp32", **matrix, grad_z="*fp32", **rest, chunks="i32"), "matmul",
+            dict(EPS=NORMALIZE_EPS, SPLIT=True), "narrow", dtype=f"fp32 narrow{suffix}")
     return cases
 
 
 def workloads(images: int = 8):
     """What training the VA-VAE launches, for lightningdit_kernels.traffic: 256 tokens, 32 latent channels, 1024 features. First the
-    low-rank form, which is the usual one, then the losses of projected latents."""
+    low-rank form, which is the usual one, with fp32 features; then the losses of projected latents; then the low-rank form with bf16
+    features, as bf16 training has it. The projection of latents is the same."""
     grad, factor, turn = torch.empty(()), torch.empty(1024, 32), torch.empty(32, 32)
     found = []
 
@@ -392,4 +399,6 @@ def workloads(images: int = 8):
         add(f"cosine loss forward {name}", marginal_cosine_loss_fwd, z, f, margin=(0.5,))
         add(f"cosine loss backward {name}", marginal_cosine_loss_bwd, grad, z, f, margin=(0.5,))
         add_distance(name, z, f)
+    add("projection of bf16 features", project, tokens(1024, torch.bfloat16), factor)
+    add_distance("fp32 narrow bf16 features", tokens(32), tokens(1024, torch.bfloat16))
     return found

@@ -761,6 +761,8 @@ def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
     shared = _constexprs(n, 16, head_dim, present, present, present if norm else None, None, 1e-6, False, config.blocks.values())
     constexprs = {name: value for name, value in (shared | flags | config.blocks).items() if name in kernel.arg_names}
     types = dict.fromkeys(("POSITIONS", "FREQS", "BIAS", "LSE", "DELTA", "PARTIAL"), "*fp32") | dict(TABLE="*fp16", LINES="*i32")
+    if norm:
+        types |= dict(Q_WEIGHT="*fp32", K_WEIGHT="*fp32")  # parameters; without them q stands for them
     if not flags.get("WITH_DELTA", True):
         types["DELTA"] = "*bf16"  # q' and k' stand for it
     signature = {a: "constexpr" if a in constexprs else types.get(a, "*bf16") for a in kernel.arg_names}

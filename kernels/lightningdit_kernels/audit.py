@@ -2,18 +2,20 @@
 
     python -m lightningdit_kernels.audit [--op norm] [--arch 90] [--write]
 
-Each <op>_triton.py lists (kernel, configuration) pairs in audit_cases(), and what training launches in workloads(). The cases are
-compiled and disassembled (lightningdit_kernels.machine_code), the workloads are run and counted in triton's interpreter
-(lightningdit_kernels.traffic, lightningdit_kernels.issue_floor), and a table is printed. The audit fails
+Each <op>_triton.py lists (kernel, configuration) pairs in audit_cases(), and in workloads() what training launches: XL/1 in bf16 with the
+attention backend "triton" (the default, "auto", takes PyTorch's attention until a GPU has been measured), the VA-VAE in bf16 and fp32. The
+cases are compiled and disassembled (lightningdit_kernels.machine_code), the workloads are run and counted in triton's interpreter
+(lightningdit_kernels.traffic, lightningdit_kernels.issue_floor), and a table is printed: the cases, then the workloads. The audit fails
 
 - on a spill: a stack frame, or loads (LDL) or stores (STL) of local memory;
 - on fp64 arithmetic (a Python float that became a double) and on atomics (sums whose order is not fixed);
 - on more shared memory than a block can have;
 - on kind "attention" or "matmul" without HGMMA on sm_90, unless the case says hgmma=False and reason="...";
 - on kind "memory" whose main global loads are not 16 bytes wide, unless the case says wide=False and reason="...";
-- on growth of registers, shared memory, traffic or the issue floor against the committed table kernels/audit.json, which --write
-  replaces, and on what is in one of them only. Traffic and floors are those of the cases that training launches on sm_90; the others
-  have none.
+- on a workload that does not run, or that launches what no case compiles;
+- on growth of registers, shared memory, traffic or floors against the committed table kernels/audit.json, which --write replaces, and
+  on what is in one of them only. Traffic and floors are those of sm_90: of a workload, PyTorch's operators between its kernels included,
+  and of the cases that a workload launches. The other cases, the other presets' widths among them, have none.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,22 +40,29 @@ TABLE = Path(__file__).resolve().parent.parent / "audit.json"  # in a checkout; 
 JOBS = 2  # compilers at work at once: one needs up to 1 GiB
 REGISTER_SLACK = 8  # registers are allocated in eights: less is noise
 SHARED_SLACK = 1024  # bytes
-GROWTH = dict(traffic=1.02, l2=1.02, issue_us=1.05)  # of a column against the table; the rest of Load does not depend on the kernel
+# Of a column against the table. The least bytes, too: with one more result they grow, and the ratios over them do not.
+GROWTH = dict(traffic=1.02, l2=1.02, memory_us=1.02, issue_us=1.05)
+SECTIONS = ("cases", "workloads")  # of the table
+
+Table = dict[str, dict[str, dict[str, dict]]]  # rows by section, name and architecture
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a case does where training launches it. Of several launches of one workload it is the sum; of several workloads, the first."""
+    """What a workload does, or a case in the first workload that launches it, summed over its launches there.
 
-    traffic: float  # distinct sectors read and written, over the least bytes of its op
+    Growth of a case in its other workloads shows in their rows.
+    """
+
+    traffic: float  # distinct sectors read and written, over the least bytes of the workload
     l2: float  # sectors of all accesses, over the same
-    memory_us: float  # least bytes of its op at the rate of a copy
-    issue_us: float | None  # to issue its instructions; None for kind "small"
+    memory_us: float  # least bytes of the workload at the rate of a copy
+    issue_us: float | None  # to issue the instructions; without kernels of kind "small": None if there are no others
 
 
 @dataclass
 class Result:
-    """A case on one architecture, or, without a case, a launch that could not be judged. faults: what is wrong."""
+    """A case on one architecture, or, without a case, a workload. faults: what is wrong."""
 
     name: str
     arch: int
@@ -61,9 +71,14 @@ class Result:
     faults: list[str]
     load: Load | None = None
 
+    @property
+    def section(self) -> str:
+        """Of the table."""
+        return "cases" if self.case else "workloads"
+
     def row(self) -> dict:
         """As the table keeps it."""
-        values = asdict(self.code) | (asdict(self.load) if self.load else {})
+        values = {name: value for part in (self.code, self.load) if part for name, value in asdict(part).items()}
         return {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
 
 
@@ -104,19 +119,30 @@ def load_verdict(load: Load | None, before: dict) -> list[str]:
     return faults
 
 
-def load_of(case: str, measurements: list[Measurement], code: Code, sass: Sass) -> Load | None:
-    """The load of the case of that name, None if no workload launches it.
+def load_of(case: str, measurements: list[Measurement], compiled: dict[str, tuple[Code, Sass]]) -> Load | None:
+    """The load of the case of that name, None if no workload launches it. compiled: by case.
 
     Raises: ValueError if its machine code does not do what the interpreter counted.
     """
     for measurement in measurements:
         if launches := [launch for launch in measurement.launches if launch.case == case]:
             ratios = (sum(getattr(launch, name) for launch in launches) / measurement.least for name in ("dram", "l2"))
-            issue_us = None
-            if not launches[0].small:
-                issue_us = sum(issue_floor.floor_of(launch, code, sass).us["issue"] for launch in launches)
-            return Load(*ratios, issue_floor.memory_us(measurement.least), issue_us)
+            return Load(*ratios, issue_floor.memory_us(measurement.least), issue_us_of(launches, compiled))
     return None
+
+
+def workload_load(measurement: Measurement, compiled: dict[str, tuple[Code, Sass]]) -> Load | None:
+    """The load of a whole workload; None if one of its kernels is not compiled, which is a failure already. Raises: as load_of."""
+    if not {launch.case for launch in measurement.launches} <= compiled.keys():
+        return None
+    ratios = measurement.ratio("dram"), measurement.ratio("l2")
+    return Load(*ratios, issue_floor.memory_us(measurement.least), issue_us_of(measurement.launches, compiled))
+
+
+def issue_us_of(launches: Sequence[traffic.Launch], compiled: dict[str, tuple[Code, Sass]]) -> float | None:
+    """The sum of their issue floors, None if all are small."""
+    floors = [issue_floor.floor_of(launch, *compiled[launch.case]).us["issue"] for launch in launches if not launch.small]
+    return sum(floors) if floors else None
 
 
 def list_cases(op: str) -> list[dict]:
@@ -130,16 +156,17 @@ def compile_named(op: str, name: str, arch: int) -> tuple[Code, Sass]:
 
 
 def audit(ops: list[str], archs: list[int]) -> list[Result]:
-    """Every case in order, compiled by JOBS processes while one more runs the workloads; then what they launch and no case compiles."""
+    """Every case in order, compiled by JOBS processes while one more runs the workloads; then the workloads."""
     os.environ.pop(interpreter.VARIABLE, None)  # interpreted kernels cannot be compiled; the children inherit this
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(JOBS, mp_context=context) as compilers, traffic.pool() as interpreters:
         listed = [(op, case) for op, cases in zip(ops, compilers.map(list_cases, ops), strict=True) for case in cases]
         jobs = [(op, case, arch) for op, case in listed for arch in archs if arch in case.get("archs", ARCHS)]
-        compiled = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]
-        measurements, unjudged = _measure(interpreters, ops) if issue_floor.ARCH in archs else ({}, [])
-        results = []
-        for (op, case, arch), future in zip(jobs, compiled, strict=True):
+        futures = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]
+        measured = _measure(interpreters, ops) if issue_floor.ARCH in archs else []
+        results, launched = [], []
+        compiled: dict[str, dict[str, tuple[Code, Sass]]] = {op: {} for op in ops}  # for issue_floor.ARCH
+        for (op, case, arch), future in zip(jobs, futures, strict=True):
             result = Result(f"{Path(op).stem}: {case['name']}", arch, case, None, [])
             results.append(result)
             if error := future.exception():
@@ -148,28 +175,35 @@ def audit(ops: list[str], archs: list[int]) -> list[Result]:
                 continue
             result.code, sass = future.result()
             if arch == issue_floor.ARCH:
-                try:
-                    result.load = load_of(case["name"], measurements[op], result.code, sass)
-                except ValueError as error:
-                    result.faults.append(f"issue floor: {error}")
-    return results + unjudged
+                compiled[op][case["name"]] = result.code, sass
+                launched.append((result, load_of, (case["name"], [one for of, _, one in measured if of == op and one], compiled[op])))
+    for op, result, measurement in measured:
+        results.append(result)
+        if measurement:
+            launched.append((result, workload_load, (measurement, compiled[op])))
+    for result, load, arguments in launched:
+        try:
+            result.load = load(*arguments)
+        except ValueError as error:
+            result.faults.append(f"issue floor: {error}")
+    return results
 
 
-def _measure(interpreters: concurrent.futures.Executor, ops: list[str]) -> tuple[dict[str, list[Measurement]], list[Result]]:
-    """By op, and what failed: a workload that does not run, a launch that no case compiles."""
+def _measure(interpreters: concurrent.futures.Executor, ops: list[str]) -> list[tuple[str, Result, Measurement | None]]:
+    """Every workload: its op, its result with what failed so far, and what it did if it ran."""
     names = traffic.listed_names(interpreters, ops)
     futures = [(op, name, interpreters.submit(traffic.measure_named, op, name)) for op in ops for name in names[op]]
-    measurements, unjudged = {op: [] for op in ops}, []
+    measured = []
     for op, name, future in futures:
-        if error := future.exception():
+        error = future.exception()
+        measurement = None if error else future.result()
+        if error:
             faults = {_last_line(error)}
         else:
-            measurements[op].append(future.result())
-            alone = {launch.kernel.strip("_") for launch in future.result().launches if launch.case is None}
+            alone = {launch.kernel.strip("_") for launch in measurement.launches if launch.case is None}
             faults = {f"launches {kernel} in a configuration that no case compiles" for kernel in alone}
-        if faults:
-            unjudged.append(Result(f"{Path(op).stem}: {name}", issue_floor.ARCH, None, None, sorted(faults)))
-    return measurements, unjudged
+        measured.append((op, Result(f"{Path(op).stem}: {name}", issue_floor.ARCH, None, None, sorted(faults)), measurement))
+    return measured
 
 
 def _last_line(error: BaseException) -> str:
@@ -177,31 +211,34 @@ def _last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
-def read_table(path: Path) -> dict[str, dict[str, dict]]:
-    """Rows by case and architecture. None of them if the table is missing or was written with another triton, which is printed."""
+def read_table(path: Path) -> Table:
+    """The committed table. It has no rows if it is missing or was written with another triton, which is printed."""
+    empty = {section: {} for section in SECTIONS}
     if not path.is_file():
         print(f"growth is not judged: there is no {path.name}")
-        return {}
+        return empty
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["triton"] != importlib.metadata.version("triton"):
         print(f"growth is not judged: {path.name} was written with triton {content['triton']}")
-        return {}
-    return content["cases"]
+        return empty
+    return {section: content.get(section, {}) for section in SECTIONS}
 
 
-def write_table(path: Path, rows: dict[str, dict[str, dict]]) -> None:
-    """One line per case and architecture, so that a diff shows what changed."""
-    cases = []
-    for name, by_arch in sorted(rows.items()):
-        lines = ",\n".join(f"   {json.dumps(arch)}: {json.dumps(by_arch[arch])}" for arch in sorted(by_arch, key=int))
-        cases.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}")
-    version = json.dumps(importlib.metadata.version("triton"))
-    path.write_text(f'{{\n "triton": {version},\n "cases": {{\n' + ",\n".join(cases) + "\n }\n}\n", encoding="utf-8")
+def write_table(path: Path, table: Table) -> None:
+    """One line per case or workload and architecture, so that a diff shows what changed."""
+    parts = [f' "triton": {json.dumps(importlib.metadata.version("triton"))}']
+    for section in SECTIONS:
+        rows = []
+        for name, by_arch in sorted(table[section].items()):
+            lines = ",\n".join(f"   {json.dumps(arch)}: {json.dumps(by_arch[arch])}" for arch in sorted(by_arch, key=int))
+            rows.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}")
+        parts.append(f" {json.dumps(section)}: {{\n" + ",\n".join(rows) + "\n }")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def print_table(results: list[Result]) -> None:
-    header = ("case", "sm", "regs", "stack", "LDL", "STL", "shared", "warps", "occupancy", "HGMMA", "HMMA", "other", "ld128", "st128")
-    header += ("traffic", "L2", "memory us", "issue us", "")
+    header = ("case or workload", "sm", "regs", "stack", "LDL", "STL", "shared", "warps", "occupancy", "HGMMA", "HMMA", "other")
+    header += ("ld128", "st128", "traffic", "L2", "memory us", "issue us", "")
     rows = [header]
     for result in results:
         said = "FAILS: " + "; ".join(result.faults) if result.faults else "ok"
@@ -212,17 +249,19 @@ def print_table(results: list[Result]) -> None:
 
 
 def _cells(result: Result, columns: int) -> list:
+    """What print_table says of a result in so many columns: the machine code of a case, then its load or a workload's."""
     code, load = result.code, result.load
+    loads = ["" if code is None else "-"] * 4
+    if load is not None:
+        issue = "-" if load.issue_us is None else f"{load.issue_us:.1f}"
+        loads = [f"{load.traffic:.2f}", f"{load.l2:.2f}", f"{load.memory_us:.1f}", issue]
     if code is None:
-        return [""] * columns
+        return [""] * (columns - len(loads)) + loads
     share, limit = occupancy(code, result.arch)
     cells = [code.registers, code.stack, code.local_loads, code.local_stores, code.shared, code.warps, f"{share:.0%} {limit}"]
     cells += [code.hgmma, code.hmma, code.other_mma]
     cells += ["-" if part is None else f"{part:.0%}" for part in (code.wide_loads, code.wide_stores)]
-    if load is None:
-        return cells + ["-"] * (columns - len(cells))
-    issue = "-" if load.issue_us is None else f"{load.issue_us:.1f}"
-    return [*cells, f"{load.traffic:.2f}", f"{load.l2:.2f}", f"{load.memory_us:.1f}", issue]
+    return cells + loads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -241,7 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
     ops = []
     table = read_table(options.table)
     # Where all ops are audited, all of the table: also the rows of an op whose file was removed.
-    stems = {Path(op).stem for op in options.op} if options.op else {name.partition(":")[0] for name in table} | set(OPS)
+    tabled = {name.partition(":")[0] for rows in table.values() for name in rows}
+    stems = {Path(op).stem for op in options.op} if options.op else tabled | set(OPS)
     for op in options.op or OPS:
         if op.endswith(".py") or (Path(__file__).parent / f"{op}_triton.py").is_file():
             ops.append(op)
@@ -250,20 +290,21 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     archs = tuple(options.arch or ARCHS)
     results = audit(ops, list(archs)) if ops else []
-    missing = [] if options.write else no_longer_compiled(table, results, stems, archs)
+    missing = [] if options.write else no_longer_there(table, results, stems, archs)
     if not results and not missing:
         print("no cases")
         return 0
     for result in results:
-        before = table.get(result.name, {}).get(str(result.arch))
+        before = table[result.section].get(result.name, {}).get(str(result.arch))
         judge(result, None if options.write else before)
-        if result.case and table and before is None and not options.write:
+        if tabled and before is None and not options.write and (result.case or not result.faults):
             result.faults.append(f"not in {options.table.name}: add it with --write")
     results += missing
     print_table(results)
     failed = sum(bool(result.faults) for result in results)
-    compiled = sum(result.case is not None for result in results)
-    print(f"{compiled} compiled in {time.perf_counter() - begin:.0f} s, {failed} failed")
+    compiled = sum(result.code is not None for result in results)
+    counted = sum(result.load is not None for result in results if result.case is None)
+    print(f"{compiled} compiled and {counted} workloads counted in {time.perf_counter() - begin:.0f} s, {failed} failed")
     if options.write and failed:
         print(f"{options.table.name} is not written: a kernel that fails is mended first")
     elif options.write:
@@ -275,27 +316,34 @@ def judge(result: Result, before: dict | None) -> None:
     """Adds what is wrong to the faults of a result. before: its row of the committed table."""
     if result.code is not None:
         result.faults += verdict(result.case, result.arch, result.code, before)
-    if result.code is not None and before is not None:
+    if before is not None and (result.code is not None or result.load is not None):
         result.faults += load_verdict(result.load, before)
 
 
-def no_longer_compiled(table: dict, results: list[Result], stems: set[str], archs: tuple[int, ...]) -> list[Result]:
-    """A failure for each row of the table of these ops and architectures that no case compiles any more."""
-    found = {(result.name, result.arch) for result in results}
-    rows = [(name, int(arch)) for name, by_arch in table.items() if name.partition(":")[0] in stems for arch in by_arch]
-    fault = "is in the table, but is not compiled any more: where that is meant, --write"
-    return [Result(*row, None, None, [fault]) for row in rows if row[1] in archs and row not in found]
+def no_longer_there(table: Table, results: list[Result], stems: set[str], archs: tuple[int, ...]) -> list[Result]:
+    """A failure for each row of the table of these ops and architectures that no case and no workload fills any more."""
+    found = {(result.section, result.name, result.arch) for result in results}
+    faults = dict(zip(SECTIONS, ("is not compiled", "is not listed"), strict=True))
+    missing = []
+    for section, rows in table.items():
+        fault = f"is in the table, but {faults[section]} any more: where that is meant, --write"
+        for name, arch in ((name, int(arch)) for name, by_arch in rows.items() for arch in by_arch):
+            if name.partition(":")[0] in stems and arch in archs and (section, name, arch) not in found:
+                missing.append(Result(name, arch, None, None, [fault]))
+    return missing
 
 
-def renew_table(path: Path, table: dict, results: list[Result], stems: set[str], archs: tuple[int, ...]) -> None:
+def renew_table(path: Path, table: Table, results: list[Result], stems: set[str], archs: tuple[int, ...]) -> None:
     """Writes the table with the rows of these ops and architectures replaced by the results."""
-    rows = {
-        name: {arch: row for arch, row in by_arch.items() if name.partition(":")[0] not in stems or int(arch) not in archs}
-        for name, by_arch in table.items()
-    }
+    renewed = {section: {} for section in SECTIONS}
+    for section, rows in table.items():
+        for name, by_arch in rows.items():
+            kept = {arch: row for arch, row in by_arch.items() if name.partition(":")[0] not in stems or int(arch) not in archs}
+            if kept:
+                renewed[section][name] = kept
     for result in results:
-        rows.setdefault(result.name, {})[str(result.arch)] = result.row()
-    write_table(path, {name: by_arch for name, by_arch in rows.items() if by_arch})
+        renewed[result.section].setdefault(result.name, {})[str(result.arch)] = result.row()
+    write_table(path, renewed)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,8 @@ def group_norm_silu_bwd(grad, x, weight, bias, mean, rstd, num_groups, channels_
 
 
 def audit_cases():
-    """Every kernel and configuration at the VA-VAE's widest image: 128 channels in 32 groups, 256 x 256 pixels."""
+    """Every kernel and configuration at the VA-VAE's widest image: 128 channels in 32 groups, 256 x 256 pixels. Only the merging kernels
+    are compiled for the channels of a group: also for the 256 and 512 channels of its narrower images."""
     cases = []
     sizes = dict(C="i32", P="i32")
     for dtype in ("fp32", "bf16"):
@@ -261,12 +262,13 @@ def audit_cases():
                     label = f"{kernel.fn.__name__.strip('_')} {dtype} {name} {','.join(map(str, config.blocks.values()))}"
                     cases.append(_case(label, kernel, signature, constants, config, "memory", arch))
     merge = dict(C="i32", P="i32", groups="i32", chunks="i32")
-    constants = dict(GROUP=4, **MERGE.blocks)
-    signature = dict(part_mean="*fp32", part_square="*fp32", mean="*fp32", rstd="*fp32", **merge, size="i32", eps="fp32")
-    cases.append(_case("merge_moments_kernel", _merge_moments_kernel, signature, constants, MERGE, "small", 80))
+    moments = dict(part_mean="*fp32", part_square="*fp32", mean="*fp32", rstd="*fp32", **merge, size="i32", eps="fp32")
     names = ("d_sum", "dx_sum", "weight", "grad_bias", "grad_weight", "offset", "slope")
-    signature = {**{name: "*fp32" for name in names}, **merge}
-    cases.append(_case("merge_grad_sums_kernel", _merge_grad_sums_kernel, signature, constants, MERGE, "small", 80))
+    sums = {**{name: "*fp32" for name in names}, **merge}
+    for group in (4, 8, 16):
+        constants, suffix = dict(GROUP=group, **MERGE.blocks), "" if group == 4 else f" GROUP={group}"
+        cases.append(_case(f"merge_moments_kernel{suffix}", _merge_moments_kernel, moments, constants, MERGE, "small", 80))
+        cases.append(_case(f"merge_grad_sums_kernel{suffix}", _merge_grad_sums_kernel, sums, constants, MERGE, "small", 80))
     return cases
 
 

@@ -120,6 +120,12 @@ class Measurement:
     launches: tuple[Launch, ...]
     torch: dict[str, tuple[int, int]]  # PyTorch's operators: calls, bytes
 
+    def ratio(self, name: str) -> float:
+        """All of name ("dram" or "l2") of the kernels, and all of PyTorch's operators, over least."""
+        operators = sum(size for _, size in self.torch.values())
+        kernels = sum(getattr(launch, name) for launch in self.launches)
+        return (kernels + operators) / self.least
+
 
 class _Operand:
     """A tensor argument as addresses."""
@@ -213,11 +219,10 @@ class _Counter:
             touched = np.unique(np.concatenate(parts)).size
             sectors += min(touched * share, self.operands[name].sectors())
         kinds = {case["kind"] for case in self.cases if case["kernel"] is self.kernel}
-        fitting = (case["name"] for case in self.cases if _fits(case, self.kernel, self.spec))
         blocks = self.configs[-1].blocks if self.configs else {}
         launch = Launch(
             kernel=self.kernel.fn.__name__,
-            case=next(fitting, None),
+            case=case_of(self.cases, self.kernel, self.spec),
             small="small" in kinds,
             **self.spec,
             blocks={name: size for name, size in blocks.items() if name in self.spec["constexprs"]},
@@ -269,6 +274,13 @@ def specification(
     return dict(
         signature=signature, constexprs=constexprs, divisible=tuple(divisible), options=launch
     )
+
+
+def case_of(cases: Iterable[dict[str, Any]], kernel: Any, spec: dict[str, Any]) -> str | None:
+    """Name of the audit case that compiles what a launch needs, by specification(); None if there
+    is none.
+    """
+    return next((case["name"] for case in cases if _fits(case, kernel, spec)), None)
 
 
 def _fits(case: dict[str, Any], kernel: Any, spec: dict[str, Any]) -> bool:

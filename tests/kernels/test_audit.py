@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightningdit_kernels import audit
-from lightningdit_kernels.audit import Load, Result, judge, no_longer_compiled, verdict
+from lightningdit_kernels.audit import Load, Result, judge, no_longer_there, verdict
 from lightningdit_kernels.machine_code import Code, access_bytes, check_case, describe, occupancy, read_sass, wide_share
 
 PROBES = Path(__file__).with_name("probes_triton.py")
@@ -105,7 +105,7 @@ def workloads():
 
     def launch():
         _twice_kernel[(16,)](x, out, 4096, REPEAT=LAUNCHED, BLOCK=256, num_warps=4, num_stages=1)
-        return out
+        return out.clone() if CLONED else out
 
     return [dict(name="twice", launch=launch, reads=(x,))]
 '''
@@ -113,20 +113,24 @@ def workloads():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_kernel_that_reads_twice_fails_against_the_table(tmp_path):
-    """L2 sees both reads; a second launch that the audit does not compile is a fault too."""
+    """L2 sees both reads; PyTorch's copy of the result shows in the workload; a launch that the audit does not compile is a fault too."""
     table, file = tmp_path / "audit.json", tmp_path / "planted.py"
     imports = "import triton\nimport triton.language as tl\n"
-    file.write_text(f"{imports}REPEAT = LAUNCHED = 1\n{TWICE}")
+    file.write_text(f"{imports}REPEAT, LAUNCHED, CLONED = 1, 1, False\n{TWICE}")
     assert run_audit("--op", file, "--table", table, "--write").returncode == 0
-    row = json.loads(table.read_text())["cases"]["planted: twice"]["90"]
+    content = json.loads(table.read_text())
+    row = content["cases"]["planted: twice"]["90"]
     assert (row["traffic"], row["l2"]) == (1.0, 1.0)
+    assert content["workloads"]["planted: twice"]["90"] == dict(traffic=1.0, l2=1.0, memory_us=row["memory_us"], issue_us=None)
 
-    file.write_text(f"{imports}REPEAT = LAUNCHED = 3\n{TWICE}")
+    file.write_text(f"{imports}REPEAT, LAUNCHED, CLONED = 3, 3, True\n{TWICE}")
     done = run_audit("--op", file, "--table", table)
     assert done.returncode == 1
-    assert "l2 grew from 1.0 to 2.000" in done.stdout
+    of_case, of_workload = re.findall(r"^planted: twice .*FAILS: (.*)$", done.stdout, re.M)
+    assert of_case == "l2 grew from 1.0 to 2.000"
+    assert of_workload == "traffic grew from 1.0 to 2.000; l2 grew from 1.0 to 3.000"
 
-    file.write_text(f"{imports}REPEAT, LAUNCHED = 1, 3\n{TWICE}")
+    file.write_text(f"{imports}REPEAT, LAUNCHED, CLONED = 1, 3, False\n{TWICE}")
     done = run_audit("--op", file, "--table", table)
     assert done.returncode == 1
     assert "launches twice_kernel in a configuration that no case compiles" in done.stdout
@@ -225,7 +229,8 @@ ROW = dict(registers=64, shared=0, traffic=1.0, l2=2.0, memory_us=10.0, issue_us
         (dict(l2=2.05), dict(), ["l2 grew from 2.0 to 2.050"]),
         (dict(issue_us=5.2), dict(), []),
         (dict(issue_us=5.3), dict(), ["issue_us grew from 5.0 to 5.300"]),
-        (dict(memory_us=20.0), dict(), []),
+        (dict(memory_us=10.2), dict(), []),
+        (dict(memory_us=20.0), dict(), ["memory_us grew from 10.0 to 20.000"]),
         (dict(traffic=0.5, l2=0.5, issue_us=1.0), dict(), []),
         (dict(issue_us=None), dict(issue_us=None), []),
         (dict(traffic=0.0004), dict(traffic=0.0), []),
@@ -234,10 +239,17 @@ ROW = dict(registers=64, shared=0, traffic=1.0, l2=2.0, memory_us=10.0, issue_us
         (dict(traffic=2.0, l2=4.0), dict(), ["traffic grew from 1.0 to 2.000", "l2 grew from 2.0 to 4.000"]),
     ],
 )
-def test_growth_of_traffic_and_issue_floor_fails(load, row, faults):
-    result = Result("op: case", 90, dict(kind="small"), GOOD, [], replace(LOAD, **load))
+@pytest.mark.parametrize("case, code", [(dict(kind="small"), GOOD), (None, None)], ids=["case", "workload"])
+def test_growth_of_traffic_and_floors_fails(case, code, load, row, faults):
+    result = Result("op: case", 90, case, code, [], replace(LOAD, **load))
     judge(result, ROW | row)
     assert result.faults == faults
+
+
+def test_a_workload_that_failed_is_not_judged_by_its_load():
+    result = Result("op: workload", 90, None, None, ["does not run"])
+    judge(result, ROW)
+    assert result.faults == ["does not run"]
 
 
 def test_a_case_that_training_does_not_launch_is_not_judged_by_its_load():
@@ -245,14 +257,21 @@ def test_a_case_that_training_does_not_launch_is_not_judged_by_its_load():
     judge(result, dict(registers=64, shared=0))
     assert result.faults == []
     judge(result, ROW)
-    assert [fault.partition(",")[0] for fault in result.faults] == [f"{name} is in the table" for name in ("traffic", "l2", "issue_us")]
+    assert [fault.partition(",")[0] for fault in result.faults] == [f"{name} is in the table" for name in audit.GROWTH]
 
 
-def test_a_case_that_is_no_longer_compiled_fails_until_the_table_is_written():
-    results = [Result("norm: here", 90, dict(kind="small"), GOOD, [])]
-    table = {"norm: here": {"90": ROW, "100": ROW}, "norm: away": {"90": ROW, "80": ROW}, "swiglu: not audited": {"90": ROW}}
-    missing = no_longer_compiled(table, results, {"norm"}, (90, 100))
-    assert [(result.name, result.arch) for result in missing] == [("norm: here", 100), ("norm: away", 90)]
+def test_what_is_no_longer_there_fails_until_the_table_is_written():
+    results = [Result("norm: here", 90, dict(kind="small"), GOOD, []), Result("norm: launched", 90, None, None, [], LOAD)]
+    table = dict(
+        cases={"norm: here": {"90": ROW, "100": ROW}, "norm: away": {"90": ROW, "80": ROW}, "swiglu: not audited": {"90": ROW}},
+        workloads={"norm: launched": {"90": ROW}, "norm: here": {"90": ROW}, "swiglu: not audited": {"90": ROW}},
+    )
+    missing = no_longer_there(table, results, {"norm"}, (90, 100))
+    assert [(result.name, result.arch, result.faults[0].partition(" any more")[0]) for result in missing] == [
+        ("norm: here", 100, "is in the table, but is not compiled"),
+        ("norm: away", 90, "is in the table, but is not compiled"),
+        ("norm: here", 90, "is in the table, but is not listed"),
+    ]
 
 
 class Kernel:
@@ -286,7 +305,7 @@ def test_nothing_to_audit_is_no_failure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(audit, "__file__", str(tmp_path / "audit.py"))
     assert audit.main(["--table", str(tmp_path / "none.json")]) == 0
     assert "norm: has no Triton kernel yet" in capsys.readouterr().out
-    monkeypatch.setattr(audit, "read_table", lambda path: {"norm: fwd": {"90": ROW}})
+    monkeypatch.setattr(audit, "read_table", lambda path: dict(cases={"norm: fwd": {"90": ROW}}, workloads={}))
     assert audit.main([]) == 1  # the file of the kernel was removed, its row was not
     assert "norm: fwd" in capsys.readouterr().out
     with pytest.raises(SystemExit):
