@@ -38,6 +38,7 @@ from lightningdit_kernels.traffic import Measurement
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).resolve().parent.parent / "audit.json"  # in a checkout; an installed package has none
 JOBS = 2  # compilers at work at once: one needs up to 1 GiB
+PROGRESS_S = 15  # between lines that say how many are compiled
 REGISTER_SLACK = 8  # registers are allocated in eights: less is noise
 SHARED_SLACK = 1024  # bytes
 # Of a column against the table. The least bytes, too: with one more result they grow, and the ratios over them do not.
@@ -164,6 +165,8 @@ def audit(ops: list[str], archs: list[int]) -> list[Result]:
         jobs = [(op, case, arch) for op, case in listed for arch in archs if arch in case.get("archs", ARCHS)]
         futures = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]
         measured = _measure(interpreters, ops) if issue_floor.ARCH in archs else []
+        while left := concurrent.futures.wait(futures, timeout=PROGRESS_S).not_done:
+            print(f"{len(jobs) - len(left)} of {len(jobs)} compiled", file=sys.stderr, flush=True)
         results, launched = [], []
         compiled: dict[str, dict[str, tuple[Code, Sass]]] = {op: {} for op in ops}  # for issue_floor.ARCH
         for (op, case, arch), future in zip(jobs, futures, strict=True):
@@ -212,14 +215,21 @@ def _last_line(error: BaseException) -> str:
 
 
 def read_table(path: Path) -> Table:
-    """The committed table. It has no rows if it is missing or was written with another triton, which is printed."""
+    """The committed table. It has no rows if it is missing or was written with another triton, which is printed.
+
+    Raises: ValueError if the file is something else.
+    """
     empty = {section: {} for section in SECTIONS}
     if not path.is_file():
         print(f"growth is not judged: there is no {path.name}")
         return empty
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["triton"] != importlib.metadata.version("triton"):
-        print(f"growth is not judged: {path.name} was written with triton {content['triton']}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        written_with, _ = content["triton"], content["cases"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of the audit: {error!r}") from error
+    if written_with != importlib.metadata.version("triton"):
+        print(f"growth is not judged: {path.name} was written with triton {written_with}")
         return empty
     return {section: content.get(section, {}) for section in SECTIONS}
 
@@ -277,8 +287,14 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ImportError("the audit needs triton: pip install triton (Linux only)")
 
+    if options.table != TABLE and not options.table.is_file() and not options.write:
+        parser.error(f"--table is {options.table}, expected a file, or --write to make it")
+
     ops = []
-    table = read_table(options.table)
+    try:
+        table = read_table(options.table)
+    except ValueError as error:
+        parser.error(f"--table: {error}")
     # Where all ops are audited, all of the table: also the rows of an op whose file was removed.
     tabled = {name.partition(":")[0] for rows in table.values() for name in rows}
     stems = {Path(op).stem for op in options.op} if options.op else tabled | set(OPS)

@@ -303,10 +303,20 @@ def test_a_malformed_case_is_refused(change, message):
 
 def test_nothing_to_audit_is_no_failure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(audit, "__file__", str(tmp_path / "audit.py"))
-    assert audit.main(["--table", str(tmp_path / "none.json")]) == 0
+    monkeypatch.setattr(audit, "TABLE", tmp_path / "none.json")
+    assert audit.main([]) == 0
     assert "norm: has no Triton kernel yet" in capsys.readouterr().out
     monkeypatch.setattr(audit, "read_table", lambda path: dict(cases={"norm: fwd": {"90": ROW}}, workloads={}))
     assert audit.main([]) == 1  # the file of the kernel was removed, its row was not
     assert "norm: fwd" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         audit.main(["--op", "nrom"])
+
+
+def test_a_table_that_is_none_is_named(tmp_path, capsys):
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"triton": "3.6.0", "cas')
+    for path, said in ((tmp_path / "mistyped.json", "expected a file, or --write"), (damaged, "is no table of the audit")):
+        with pytest.raises(SystemExit):
+            audit.main(["--op", "swiglu", "--table", str(path)])
+        assert said in (error := capsys.readouterr().err) and str(path) in error
