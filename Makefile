@@ -69,11 +69,16 @@ test-newest: .venv-newest/.installed
 	OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
 	PYTHONPATH=kernels $(NEWEST) -m lightningdit_kernels.audit $(AUDIT)
 
-# Editable as .venv is: both build the same native library into the source tree, whose C interface knows nothing of torch.
-.venv-newest/.installed: setup.py constraints-newest.txt pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+# Editable as .venv is: both build the same native library into the source tree, whose C interface knows nothing of torch. So they do not
+# install the project side by side, but torch, which takes most of the time, of one core each: make -j2 setup .venv-newest/.torch
+.venv-newest/.installed: .venv-newest/.torch setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+	$(NEWEST) -m pip install --no-compile --constraint constraints-newest.txt --editable '.[test]'
+	@touch $@
+
+.venv-newest/.torch: constraints-newest.txt
 	@echo "Packages go into .venv-newest: minutes, and 6 GB"
 	$(PYTHON) -m venv --clear .venv-newest
-	$(NEWEST) -m pip install --no-compile --constraint constraints-newest.txt --editable '.[test]'
+	$(NEWEST) -m pip install --no-compile --constraint constraints-newest.txt torch
 	@touch $@
 
 newest:
@@ -82,7 +87,7 @@ newest:
 	$(NEWEST) -m pip freeze --exclude-editable > .venv-newest/frozen.txt
 	{ sed '/^[^#]/,$$d' constraints-newest.txt; cat .venv-newest/frozen.txt; } > .venv-newest/constraints.txt
 	mv .venv-newest/constraints.txt constraints-newest.txt
-	@touch .venv-newest/.installed
+	@touch .venv-newest/.torch .venv-newest/.installed
 
 lint: $(READY)
 	$(PY) -m ruff check .
