@@ -9,13 +9,12 @@ contestant must draw the latents of the official way: in fp32 to 1e-3 of their s
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import os
 
 import torch
 
-from bench.harness import Timer, gpu_state, interleave, make_timers, model_config, reason_of, rounds_for, summary, synchronize
+from bench.harness import Timer, gpu_state, interleave, make_timers, model_arguments, reason_of, rounds_for, summary, synchronize
 from lightningdit.generation import Decoder
 from lightningdit.model import SIZES, LightningDiT
 from lightningdit.sampler import Prepared, initial_noise, sample, time_grid
@@ -58,10 +57,9 @@ def build(shapes, device):
     torch.manual_seed(0)
     tiny, xl = shapes == "tiny", shapes in ("xl", "b")
     latent_shape = (32, 16, 16) if xl else (4, 4, 4)
-    arguments = dataclasses.asdict(model_config(shapes)) | dict(
+    arguments = model_arguments(shapes) | dict(
         depth=1 if tiny else 4 if device == "cpu" else SIZES[shapes.upper()][0],
         input_size=latent_shape[1], in_channels=latent_shape[0], num_classes=1000 if xl else 10)
-    del arguments["size"]
     model = LightningDiT(**arguments).to(device).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:

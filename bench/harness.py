@@ -53,11 +53,15 @@ def model_config(preset: str) -> ModelConfig:
     return config
 
 
+def model_arguments(preset: str) -> dict:
+    """Of model_config, for LightningDiT."""
+    return {name: value for name, value in dataclasses.asdict(model_config(preset)).items() if name != "size"}
+
+
 def model_of(preset: str) -> LightningDiT:
     """Of model_config, on no device."""
-    arguments = {name: value for name, value in dataclasses.asdict(model_config(preset)).items() if name != "size"}
     with torch.device("meta"):
-        return LightningDiT(**arguments)
+        return LightningDiT(**model_arguments(preset))
 
 
 def _preset(preset):
@@ -567,7 +571,7 @@ def run_case(benchmark, case: Case, settings) -> dict:
     halved = [gate_sizes["batch"] >> halving for halving in range(gate_sizes["batch"].bit_length())]
     assert largest_by_trial(halved, gated, case.device, 0), "out of memory: the truth of not even one image fits"
     if settings.compile_only:
-        # Beside others that compile: what will be timed is not compiled, and whoever asked has to try again.
+        # Other processes may compile on the same GPU. What will be timed is then not compiled, and the caller has to try again.
         assert gate_sizes["batch"] == halved[0], f"out of memory: {case} was compiled for {gate_sizes['batch']} images, not {halved[0]}"
         missing = [row["name"] for *_, row in contestants if row["status"] == "too large"]
         assert not missing, f"out of memory: {', '.join(missing)} not compiled for {case}"

@@ -165,6 +165,7 @@ def audit(ops: list[str], archs: list[int]) -> list[Result]:
         jobs = [(op, case, arch) for op, case in listed for arch in archs if arch in case.get("archs", ARCHS)]
         futures = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]
         measured = _measure(interpreters, ops) if issue_floor.ARCH in archs else []
+        measurements = {op: [one for of, _, one in measured if of == op and one] for op in ops}
         while left := concurrent.futures.wait(futures, timeout=PROGRESS_S).not_done:
             print(f"{len(jobs) - len(left)} of {len(jobs)} compiled", file=sys.stderr, flush=True)
         results, launched = [], []
@@ -179,7 +180,7 @@ def audit(ops: list[str], archs: list[int]) -> list[Result]:
             result.code, sass = future.result()
             if arch == issue_floor.ARCH:
                 compiled[op][case["name"]] = result.code, sass
-                launched.append((result, load_of, (case["name"], [one for of, _, one in measured if of == op and one], compiled[op])))
+                launched.append((result, load_of, (case["name"], measurements[op], compiled[op])))
     for op, result, measurement in measured:
         results.append(result)
         if measurement:
