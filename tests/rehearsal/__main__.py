@@ -7,7 +7,7 @@ once as an 80 GB and once as a 141 GB card, and prints what went wrong. Exit sta
 that is not in NEEDS_NUMBERS, the list of what cannot work where nothing is computed. One round of
 each case is enough, since the times are invented.
 
---short is for CI: one kernel test an op and one stage of each kind, at tiny sizes, as an 80 GB card.
+--short is for CI: one kernel test an op and one stage of most kinds, at tiny sizes, as an 80 GB card.
 The folder DIR keeps the results of both commands for each card, and what they printed; with the same
 DIR a second run resumes with the stages that are not done.
 """
@@ -34,10 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ONE_ROUND = ["--rounds", "1", "--case-s", "0.01", "--warmup-s", "0"]
 # The limits of time are those of a GPU's machine. An hour of a hang is too much here as well.
 HOUR = "3600"
-# One of each kind, and what makes it small. Slowest first, for two at a time. The tokenizer's step
-# and sampling are what is compiled. For time are left out
-# "overlay", whose trainer is that of the steps, the products of "gemms", beside those of
-# "ceilings", and "images", of which most needs real numbers.
+# One of most kinds, and what makes it small. Slowest first, for two at a time. Left out for time:
+# "overlay" (its trainer is that of the steps), "gemms" (products, as in "ceilings"), "images" (most
+# of it needs real numbers), and the compiled step of the diffusion model: torch.compile is met in
+# the tokenizer's step and in sampling.
 SHORT = {
     "vavae_step": [],
     "step_b_256_ladder": ["--only", "reference eager,ours eager"],

@@ -2,8 +2,8 @@
 
    It stands for one Hopper card. Memory is address space that is reserved and never touched, so
    hundreds of GiB can be allocated, up to the card's size. Launches are checked and counted, and not
-   run. stand_in.py builds it: it adds an alias of stand_in_ok, which returns success, for every other
-   symbol of these libraries that PyTorch or Triton asks for.
+   run. stand_in.py builds it: it adds a function that returns success for every other symbol of these
+   libraries that PyTorch or Triton asks for.
 
    STAND_IN_GIB, STAND_IN_NAME: memory and name of the card. STAND_IN_MEMORY: a file in which the
    processes that share the card count what each of them holds; without it a process has the card for
@@ -31,6 +31,7 @@ enum {
   OUT_OF_MEMORY = 2,
   INVALID_LAUNCH = 9,
   INVALID_DEVICE = 101,
+  ILLEGAL_STATE = 401,
   NOT_SUPPORTED = 801,
   CAPTURE_UNSUPPORTED = 900,
   CAPTURE_INVALIDATED = 901,
@@ -39,6 +40,8 @@ enum {
   CAPTURE_UNJOINED = 904,
   CAPTURE_ISOLATION = 905,
   CAPTURE_IMPLICIT = 906,
+  CAPTURED_EVENT = 907,
+  CAPTURE_WRONG_THREAD = 908,
 };
 enum { CUDNN_NOT_SUPPORTED = 3000, CUPTI_MAX_LIMIT_REACHED = 12 };
 enum { CUDA_VERSION = 13000, CUBLAS_VERSION = 130000, CUPTI_VERSION = 130000 };
@@ -90,16 +93,17 @@ typedef struct {
 
 typedef struct Stream {
   int priority, invalid;
-  int number;      /* of the stream in the capture; 0: the origin, where the capture began */
-  Point end;       /* after all that was launched on it */
-  double clock_us; /* invented time, for events */
+  int number;       /* of the stream in the capture; 0: the origin, where the capture began */
+  int mode;         /* of the origin: cudaStreamCaptureMode */
+  pthread_t thread; /* of the origin: which began the capture */
+  Point end;        /* after all that was launched on it */
+  double clock_us;  /* invented time, for events */
   struct Stream *next;
 } Stream;
 
 static Stream legacy; /* the default stream */
 static Stream *streams = &legacy;
-static int global_captures; /* in progress, of the strict mode: they forbid some calls of any thread */
-static __thread int capture_mode; /* of this thread: 0 global, 1 thread local, 2 relaxed */
+static __thread int thread_mode = cudaStreamCaptureModeGlobal;
 static unsigned long long next_capture = 1;
 
 static Stream *stream_of(void *handle) {
@@ -127,21 +131,36 @@ static FILE *trace(void) {
   return file;
 }
 
+/* An unsafe call: invalidates the captures that forbid it to this thread, and returns how many there
+   are: its own that are not relaxed and, where the thread is in global mode, global ones of others. */
+static int invalidate_captures(void) {
+  if (thread_mode == cudaStreamCaptureModeRelaxed) return 0;
+  int found = 0;
+  for (Stream *one = streams; one; one = one->next) {
+    if (!capturing(one) || one->number || one->mode == cudaStreamCaptureModeRelaxed) continue;
+    int global = one->mode == cudaStreamCaptureModeGlobal && thread_mode == one->mode;
+    if (!global && !pthread_equal(one->thread, pthread_self())) continue;
+    invalidate(one->end.capture);
+    found++;
+  }
+  return found;
+}
+
 static int forbidden_in_capture(const char *what) {
-  if (!global_captures || capture_mode == 2) return OK;
+  if (!invalidate_captures()) return OK;
   return complain(CAPTURE_UNSUPPORTED, "%s during a capture", what);
 }
 
 static int wait_for(Stream *stream, const char *what) {
   if (!capturing(stream)) return forbidden_in_capture(what);
-  stream->invalid = 1;
+  invalidate(stream->end.capture);
   return complain(CAPTURE_UNSUPPORTED, "%s on a stream that is being captured", what);
 }
 
 /* Counts a launch that takes this many (invented) microseconds. */
 static int launch(void *handle, double us, const char *kind, const char *format, ...) {
   Stream *stream = stream_of(handle);
-  if (stream == &legacy && global_captures && capture_mode != 2)
+  if (stream == &legacy && invalidate_captures())
     return complain(CAPTURE_IMPLICIT, "%s on the legacy stream during a capture", kind);
   pthread_mutex_lock(&lock);
   stream->end.work[stream->number]++;
@@ -200,8 +219,8 @@ typedef struct {
 } Graph;
 
 int cudaThreadExchangeStreamCaptureMode(int *mode) {
-  int before = capture_mode;
-  capture_mode = *mode;
+  int before = thread_mode;
+  thread_mode = *mode;
   *mode = before;
   return OK;
 }
@@ -215,9 +234,14 @@ static Stream *origin_of(unsigned long long capture) {
 int cudaStreamBeginCapture(void *handle, int mode) {
   Stream *stream = stream_of(handle);
   if (stream == &legacy) return complain(CAPTURE_UNSUPPORTED, "a capture of the legacy stream");
+  if (capturing(stream)) {
+    invalidate(stream->end.capture);
+    return complain(ILLEGAL_STATE, "a capture of a stream that is being captured");
+  }
   stream->end = (Point){.capture = next_capture++};
   stream->number = stream->invalid = 0;
-  global_captures += mode == 0;
+  stream->mode = mode;
+  stream->thread = pthread_self();
   return OK;
 }
 
@@ -242,7 +266,8 @@ int cudaStreamEndCapture(void *handle, void **out) {
     invalidate(capture);
     return complain(CAPTURE_UNMATCHED, "the end of a capture on a stream that it did not begin on");
   }
-  if (global_captures) global_captures--;
+  if (origin->mode != cudaStreamCaptureModeRelaxed && !pthread_equal(origin->thread, pthread_self()))
+    return complain(CAPTURE_WRONG_THREAD, "the end of a capture in another thread than its begin");
   int invalid = 0, unjoined = 0;
   int64_t launches = 0;
   for (Stream *one = streams; one; one = one->next)
@@ -322,13 +347,13 @@ int cudaEventRecordWithFlags(void *handle, void *stream, unsigned flags) {
   return OK;
 }
 int cudaEventRecord(void *event, void *stream) { return cudaEventRecordWithFlags(event, stream, 0); }
-int cudaEventQuery(void *event) {
-  if (((Event *)event)->point.capture) return fail(CAPTURE_UNSUPPORTED);
-  return forbidden_in_capture("cudaEventQuery");
+static int wait_for_event(const Event *event, const char *what) {
+  if (!event->point.capture) return forbidden_in_capture(what);
+  invalidate(event->point.capture);
+  return complain(CAPTURED_EVENT, "%s on an event of a capture", what);
 }
-int cudaEventSynchronize(void *event) {
-  return ((Event *)event)->point.capture ? fail(CAPTURE_UNSUPPORTED) : OK;
-}
+int cudaEventQuery(void *event) { return wait_for_event(event, "cudaEventQuery"); }
+int cudaEventSynchronize(void *event) { return wait_for_event(event, "cudaEventSynchronize"); }
 int cudaEventElapsedTime(float *ms, void *start, void *end) {
   *ms = (float)((((Event *)end)->clock_us - ((Event *)start)->clock_us) / 1e3);
   return OK;
@@ -738,6 +763,9 @@ const char *cudaGetErrorString(int code) {
   case CAPTURE_ISOLATION: return "dependency created on uncaptured work in another stream";
   case CAPTURE_IMPLICIT:
     return "operation would make the legacy stream depend on a capturing blocking stream";
+  case CAPTURED_EVENT: return "operation not permitted on an event last recorded in a capturing stream";
+  case CAPTURE_WRONG_THREAD:
+    return "attempt to terminate a thread-local capture sequence from another thread";
   default: return "error of the stand-in CUDA driver";
   }
 }

@@ -15,7 +15,8 @@ from rehearsal import stand_in
 ROOT = Path(__file__).resolve().parent.parent.parent
 OK, INVALID_ARGUMENT, OUT_OF_MEMORY = 0, 1, 2  # of cudaError_t
 CAPTURE_INVALIDATED, CAPTURE_MERGE, CAPTURE_UNMATCHED = 901, 902, 903
-CAPTURE_UNJOINED, CAPTURE_ISOLATION = 904, 905
+CAPTURE_UNJOINED, CAPTURE_ISOLATION, CAPTURE_IMPLICIT = 904, 905, 906
+ILLEGAL_STATE, CAPTURE_UNSUPPORTED, CAPTURED_EVENT, CAPTURE_WRONG_THREAD = 401, 900, 907, 908
 
 # Prints what the stand-in does in each of several situations, as one line of JSON.
 PROBE = """
@@ -92,8 +93,10 @@ os._exit(0)  # PyTorch aborts where a graph whose capture failed is destroyed
 # Prints {case: [status of the last wait, status of the end of the capture]}.
 CAPTURES = """
 import ctypes, json
+from concurrent.futures import ThreadPoolExecutor
 
 cuda = ctypes.CDLL(None)
+thread = ThreadPoolExecutor(1)
 
 def made(create, *arguments):
     handle = ctypes.c_void_p()
@@ -183,20 +186,54 @@ def ended_on_a_fork():
     join(b, a)
     return end(b)
 
+def ended_in_another_thread():
+    return thread.submit(end, a).result()
+
+def begun_again():
+    return cuda.cudaStreamBeginCapture(a, GLOBAL)
+
+def allocation():
+    return cuda.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(8))
+
+def allocation_in_another_thread():
+    return thread.submit(allocation).result()
+
+def wait_of_the_host():
+    return cuda.cudaDeviceSynchronize()
+
+def wait_of_the_host_for_a_fork():
+    join(b, a)
+    return cuda.cudaStreamSynchronize(b)
+
+def wait_of_the_host_for_an_event():
+    return cuda.cudaEventQuery(recorded(a))
+
+def launch_on_the_legacy_stream():
+    return cuda.cudaMemsetAsync(memory, 0, ctypes.c_size_t(8), None)
+
 EXTERNAL = 1
+GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2
 cases = [fork_and_join, through_a_third_stream, one_by_another, fork_without_work, external,
          external_event_on_a_fork, never_joined, work_after_the_join, joined_before_its_last_work,
          third_stream_never_joined, event_from_outside, event_from_outside_on_a_fork,
-         event_of_a_capture_that_ended, event_of_another_capture, ended_on_a_fork]
+         event_of_a_capture_that_ended, event_of_another_capture, ended_on_a_fork, begun_again,
+         ended_in_another_thread, allocation, allocation_in_another_thread, wait_of_the_host,
+         wait_of_the_host_for_a_fork, wait_of_the_host_for_an_event, launch_on_the_legacy_stream]
 found, ended = {}, None
-for case in [*cases, fork_and_join]:
-    assert cuda.cudaStreamBeginCapture(a, 0) == 0
+
+def captured(case, mode):
+    assert cuda.cudaStreamBeginCapture(a, mode) == 0
     work(a)
-    found.setdefault(case.__name__, []).append([case(), end(a)])
+    return [case(), end(a)]
+
+for case in [*cases, fork_and_join]:
+    found.setdefault(case.__name__, []).append(captured(case, GLOBAL))
     if case is fork_and_join:
         cuda.cudaStreamBeginCapture(a, 0)
         ended = recorded(a)
         end(a)
+for case in [allocation, allocation_in_another_thread]:
+    found[case.__name__ + " in other modes"] = [captured(case, m) for m in (THREAD_LOCAL, RELAXED)]
 found["outside"] = [wait(b, ended), wait(b, recorded(other), EXTERNAL)]
 print(json.dumps(found))
 """
@@ -381,6 +418,32 @@ def test_what_crosses_the_border_of_a_capture_invalidates_it(captures, case, sta
     assert captures[case] == [[status, CAPTURE_INVALIDATED]]
 
 
+@pytest.mark.parametrize(
+    ("case", "status"),
+    [
+        ("begun_again", ILLEGAL_STATE),
+        ("allocation", CAPTURE_UNSUPPORTED),
+        ("allocation_in_another_thread", CAPTURE_UNSUPPORTED),
+        ("wait_of_the_host", CAPTURE_UNSUPPORTED),
+        ("wait_of_the_host_for_a_fork", CAPTURE_UNSUPPORTED),
+        ("wait_of_the_host_for_an_event", CAPTURED_EVENT),
+        ("launch_on_the_legacy_stream", CAPTURE_IMPLICIT),
+    ],
+)
+def test_a_call_that_a_capture_forbids_invalidates_it(captures, case, status):
+    assert captures[case] == [[status, CAPTURE_INVALIDATED]]
+
+
+def test_the_mode_of_a_capture_says_which_threads_it_forbids_to_allocate(captures):
+    refused = [CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED]
+    assert captures["allocation in other modes"] == [refused, [OK, OK]]
+    assert captures["allocation_in_another_thread in other modes"] == [[OK, OK], [OK, OK]]
+
+
+def test_a_capture_ends_in_the_thread_that_began_it(captures):
+    assert captures["ended_in_another_thread"] == [[CAPTURE_WRONG_THREAD, OK]]
+
+
 def test_events_of_captures_are_refused_outside(captures):
     assert captures["outside"] == [INVALID_ARGUMENT, INVALID_ARGUMENT]
 
@@ -552,7 +615,7 @@ def test_only_what_is_listed_needs_numbers(monkeypatch, capsys):
     assert capsys.readouterr().out.count("FAULT") == 2
 
 
-def test_a_short_rehearsal_has_a_stage_of_each_kind():
+def test_a_short_rehearsal_has_a_stage_of_each_kind_but_three():
     """Of the ops one, whose files all come to harness.run_case; of a file's several benchmarks each; of one's cases any."""
 
     def kind(name):
