@@ -164,10 +164,13 @@ def audit(ops: list[str], archs: list[int]) -> list[Result]:
         listed = [(op, case) for op, cases in zip(ops, compilers.map(list_cases, ops), strict=True) for case in cases]
         jobs = [(op, case, arch) for op, case in listed for arch in archs if arch in case.get("archs", ARCHS)]
         futures = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]
-        measured = _measure(interpreters, ops) if issue_floor.ARCH in archs else []
+        workloads = _submit_workloads(interpreters, ops) if issue_floor.ARCH in archs else []
+        counted = [future for _, _, future in workloads]
+        while left := concurrent.futures.wait([*futures, *counted], timeout=PROGRESS_S).not_done:
+            done = [sum(future not in left for future in some) for some in (futures, counted)]
+            print(f"{done[0]} of {len(futures)} compiled, {done[1]} of {len(counted)} workloads counted", file=sys.stderr, flush=True)
+        measured = [(op, *_measured(op, name, future)) for op, name, future in workloads]
         measurements = {op: [one for of, _, one in measured if of == op and one] for op in ops}
-        while left := concurrent.futures.wait(futures, timeout=PROGRESS_S).not_done:
-            print(f"{len(jobs) - len(left)} of {len(jobs)} compiled", file=sys.stderr, flush=True)
         results, launched = [], []
         compiled: dict[str, dict[str, tuple[Code, Sass]]] = {op: {} for op in ops}  # for issue_floor.ARCH
         for (op, case, arch), future in zip(jobs, futures, strict=True):
@@ -193,21 +196,22 @@ def audit(ops: list[str], archs: list[int]) -> list[Result]:
     return results
 
 
-def _measure(interpreters: concurrent.futures.Executor, ops: list[str]) -> list[tuple[str, Result, Measurement | None]]:
-    """Every workload: its op, its result with what failed so far, and what it did if it ran."""
+def _submit_workloads(interpreters: concurrent.futures.Executor, ops: list[str]) -> list[tuple[str, str, concurrent.futures.Future]]:
+    """Every workload: its op, its name, its measurement to come."""
     names = traffic.listed_names(interpreters, ops)
-    futures = [(op, name, interpreters.submit(traffic.measure_named, op, name)) for op in ops for name in names[op]]
-    measured = []
-    for op, name, future in futures:
-        error = future.exception()
-        measurement = None if error else future.result()
-        if error:
-            faults = {_last_line(error)}
-        else:
-            alone = {launch.kernel.strip("_") for launch in measurement.launches if launch.case is None}
-            faults = {f"launches {kernel} in a configuration that no case compiles" for kernel in alone}
-        measured.append((op, Result(f"{Path(op).stem}: {name}", issue_floor.ARCH, None, None, sorted(faults)), measurement))
-    return measured
+    return [(op, name, interpreters.submit(traffic.measure_named, op, name)) for op in ops for name in names[op]]
+
+
+def _measured(op: str, name: str, future: concurrent.futures.Future) -> tuple[Result, Measurement | None]:
+    """The result of a workload, with what failed so far, and what it did if it ran."""
+    measurement = None
+    if error := future.exception():
+        faults = {_last_line(error)}
+    else:
+        measurement = future.result()
+        alone = {launch.kernel.strip("_") for launch in measurement.launches if launch.case is None}
+        faults = {f"launches {kernel} in a configuration that no case compiles" for kernel in alone}
+    return Result(f"{Path(op).stem}: {name}", issue_floor.ARCH, None, None, sorted(faults)), measurement
 
 
 def _last_line(error: BaseException) -> str:
@@ -228,7 +232,7 @@ def read_table(path: Path) -> Table:
         content = json.loads(path.read_text(encoding="utf-8"))
         written_with, _ = content["triton"], content["cases"].items()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no table of the audit: {error!r}") from error
+        raise ValueError(f"{path} is not an audit table: {error!r}") from error
     if written_with != importlib.metadata.version("triton"):
         print(f"growth is not judged: {path.name} was written with triton {written_with}")
         return empty
@@ -296,6 +300,8 @@ def main(arguments: list[str] | None = None) -> int:
         table = read_table(options.table)
     except ValueError as error:
         parser.error(f"--table: {error}")
+    if options.write and (options.op or options.arch) and options.table.is_file() and not any(table.values()):
+        parser.error(f"--write with --op or --arch keeps the rest of {options.table}, which is of another triton: --write alone renews it")
     # Where all ops are audited, all of the table: also the rows of an op whose file was removed.
     tabled = {name.partition(":")[0] for rows in table.values() for name in rows}
     stems = {Path(op).stem for op in options.op} if options.op else tabled | set(OPS)

@@ -121,7 +121,7 @@ class Measurement:
     torch: dict[str, tuple[int, int]]  # PyTorch's operators: calls, bytes
 
     def ratio(self, name: str) -> float:
-        """All of name ("dram" or "l2") of the kernels, and all of PyTorch's operators, over least."""
+        """Bytes `name` ("dram" or "l2") of the kernels, and those of PyTorch's operators, over least."""
         operators = sum(size for _, size in self.torch.values())
         kernels = sum(getattr(launch, name) for launch in self.launches)
         return (kernels + operators) / self.least

@@ -313,10 +313,18 @@ def test_nothing_to_audit_is_no_failure(monkeypatch, tmp_path, capsys):
         audit.main(["--op", "nrom"])
 
 
-def test_a_table_that_is_none_is_named(tmp_path, capsys):
+def test_a_file_that_is_not_a_table_is_named(tmp_path, capsys):
     damaged = tmp_path / "damaged.json"
     damaged.write_text('{"triton": "3.6.0", "cas')
-    for path, said in ((tmp_path / "mistyped.json", "expected a file, or --write"), (damaged, "is no table of the audit")):
+    for path, said in ((tmp_path / "mistyped.json", "expected a file, or --write"), (damaged, "is not an audit table")):
         with pytest.raises(SystemExit):
             audit.main(["--op", "swiglu", "--table", str(path)])
         assert said in (error := capsys.readouterr().err) and str(path) in error
+
+
+def test_a_part_of_a_table_of_another_triton_is_not_written(tmp_path, capsys):
+    table = tmp_path / "audit.json"
+    table.write_text('{"triton": "1.0", "cases": {"norm: fwd": {}}}')
+    with pytest.raises(SystemExit):
+        audit.main(["--op", "swiglu", "--table", str(table), "--write"])
+    assert "is of another triton" in capsys.readouterr().err and "1.0" in table.read_text()
