@@ -450,8 +450,6 @@ def main(argv=None):
     except OutOfTime as where:
         print(f"out of time at {where}; the same command again goes on from there")
         return UNFINISHED
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; --data and --val name the images, by default Tiny-ImageNet's in {DATA}") from error
     print("\n".join(report(found)))
     print(f"report   {study.out / 'report.json'}")
     for name, figure in figures(found).items():

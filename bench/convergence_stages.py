@@ -156,8 +156,11 @@ class Convergence(Stages):
     def training_images(self):
         s = self.settings
         if self.images is None:
-            self.images = TokenizerImages(self.data, val_path=self.val, image_size=s["image_size"], channels=s["channels"], crop="center",
-                                          in_memory=True, progress=True)
+            try:
+                self.images = TokenizerImages(self.data, val_path=self.val, image_size=s["image_size"], channels=s["channels"],
+                                              crop="center", in_memory=True, progress=True)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}; --data and --val name the images, by default Tiny-ImageNet's") from error
         return self.images
 
     def train_on_classes(self, name, classifier, seed, steps, lr):

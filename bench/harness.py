@@ -54,7 +54,7 @@ def model_config(preset: str) -> ModelConfig:
 
 
 def model_arguments(preset: str) -> dict:
-    """Of model_config, for LightningDiT."""
+    """Arguments of LightningDiT for the model of model_config."""
     return {name: value for name, value in dataclasses.asdict(model_config(preset)).items() if name != "size"}
 
 

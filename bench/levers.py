@@ -435,12 +435,13 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         # As the program began: its source may change while it runs.
         done, about = {}, environment(device) | dict(cpu=cpu_name(), cores=os.cpu_count())
-        files = {stage: folder / f"{stage}.json" for stage in stages(device)}
+        work_of = stages(device)
+        files = {stage: folder / f"{stage}.json" for stage in work_of}
         for stage, file in files.items():
             if file.is_file():
                 done[stage] = json.loads(file.read_text())
                 check_same(done[stage]["environment"], about, file)
-        for stage, (work, arguments) in stages(device).items():
+        for stage, (work, arguments) in work_of.items():
             if stage in done:
                 continue
             elapsed = time.perf_counter() - begin

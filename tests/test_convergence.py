@@ -262,3 +262,8 @@ def test_every_stage_and_a_restart(tmp_path, monkeypatch, capsys):
 def test_data_that_does_not_fit_the_size(tmp_path):
     with pytest.raises(ValueError, match="data: got 'x.tar', expected None"):
         Convergence("smoke", "x.tar", None, tmp_path, "cpu")
+
+
+def test_images_that_are_absent_are_named_with_their_options(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.*--data and --val name the images"):
+        Convergence("full", str(tmp_path / "absent"), None, tmp_path, "cpu").training_images()

@@ -156,6 +156,7 @@ def test_no_stage_loses_another(tmp_path, monkeypatch, run_stages):
 
     def until_it_hangs(command, log, limit_s):
         """A limit that is long enough for the others on a busy machine would be waited for."""
+        assert limit_s == gpu.STAGE_S
         if "hang" not in command:
             return run_limited(command, log, limit_s)
         hung = threading.Event()
