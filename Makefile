@@ -62,23 +62,20 @@ test: $(READY)
 # The newest stack: what `pip install` gives a newcomer today. Only what depends on torch's and triton's versions is run again.
 # AUDIT='--arch 90' audits for Hopper only, as CI does to save time.
 NEWEST := .venv-newest/bin/python
+NEWEST_PATH = PYTHONPATH=$(CURDIR):$(CURDIR)/kernels
 NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing)) \
   $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)
 
-test-newest: .venv-newest/.installed
-	OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
-	PYTHONPATH=kernels $(NEWEST) -m lightningdit_kernels.audit $(AUDIT)
+test-newest: $(STAMP) .venv-newest/.installed
+	$(NEWEST_PATH) OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
+	$(NEWEST_PATH) $(NEWEST) -m lightningdit_kernels.audit $(AUDIT)
 
-# Editable as .venv is: both build the same native library into the source tree, whose C interface knows nothing of torch. So they do not
-# install the project side by side, but torch, which takes most of the time, of one core each: make -j2 setup .venv-newest/.torch
-.venv-newest/.installed: .venv-newest/.torch setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
-	$(NEWEST) -m pip install --no-compile --constraint constraints-newest.txt --editable '.[test]'
-	@touch $@
-
-.venv-newest/.torch: constraints-newest.txt
+# The project need not be installed here: it runs from the source tree, with the native library that .venv's installation built there,
+# whose C interface knows nothing of torch.
+.venv-newest/.installed: constraints-newest.txt
 	@echo "Packages go into .venv-newest: minutes, and 6 GB"
 	$(PYTHON) -m venv --clear .venv-newest
-	$(NEWEST) -m pip install --no-compile --constraint constraints-newest.txt torch
+	$(NEWEST) -m pip install --no-compile --requirement constraints-newest.txt
 	@touch $@
 
 newest:
@@ -87,7 +84,7 @@ newest:
 	$(NEWEST) -m pip freeze --exclude-editable > .venv-newest/frozen.txt
 	{ sed '/^[^#]/,$$d' constraints-newest.txt; cat .venv-newest/frozen.txt; } > .venv-newest/constraints.txt
 	mv .venv-newest/constraints.txt constraints-newest.txt
-	@touch .venv-newest/.torch .venv-newest/.installed
+	@touch .venv-newest/.installed
 
 lint: $(READY)
 	$(PY) -m ruff check .
