@@ -23,7 +23,6 @@ import concurrent.futures
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -152,15 +151,18 @@ def list_cases(op: str) -> list[dict]:
 
 
 def compile_named(op: str, name: str, arch: int) -> tuple[Code, Sass]:
-    """compile_case of one case. For a process in which TRITON_INTERPRET is not set."""
+    """compile_case of one case. For a process of prepare_compiler."""
     return compile_case(next(case for case in cases_of(op) if case["name"] == name), arch)
+
+
+def prepare_compiler() -> None:
+    """Initialises a process for compile_named: kernels that are interpreted cannot be compiled."""
+    os.environ.pop(interpreter.VARIABLE, None)
 
 
 def audit(ops: list[str], archs: list[int]) -> list[Result]:
     """Every case in order, compiled by JOBS processes while one more runs the workloads; then the workloads."""
-    os.environ.pop(interpreter.VARIABLE, None)  # interpreted kernels cannot be compiled; the children inherit this
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(JOBS, mp_context=context) as compilers, traffic.pool() as interpreters:
+    with traffic.forked(JOBS, prepare_compiler) as compilers, traffic.pool() as interpreters:
         listed = [(op, case) for op, cases in zip(ops, compilers.map(list_cases, ops), strict=True) for case in cases]
         jobs = [(op, case, arch) for op, case in listed for arch in archs if arch in case.get("archs", ARCHS)]
         futures = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]

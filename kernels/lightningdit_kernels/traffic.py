@@ -295,6 +295,8 @@ def _fits(case: dict[str, Any], kernel: Any, spec: dict[str, Any]) -> bool:
         is_one = constexprs.get(name) == 1
         if name not in case["constexprs"] and signature.get(name) != kind and not is_one:
             return False
+    if not set(case["divisible"]) & signature.keys() <= set(spec["divisible"]):
+        return False  # narrower loads than those of the case
     return all(constexprs.get(name, kernel) == value for name, value in case["constexprs"].items())
 
 
@@ -437,11 +439,19 @@ def prepare_process() -> None:
 
 def pool(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:
     """Processes in which kernels are interpreted, each on one thread, whatever this one does."""
-    # numpy reads it when it is imported, before prepare_process.
+    return forked(workers, prepare_process)
+
+
+def forked(workers: int, initializer: Callable[[], None]) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes forked from one that has imported torch, which takes seconds, but not triton, which
+    interprets or compiles as the environment says when it is imported.
+    """
+    # numpy reads it when it is imported, before any initializer runs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
     return concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=prepare_process
+        workers, mp_context=context, initializer=initializer
     )
 
 
