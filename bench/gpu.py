@@ -34,7 +34,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
@@ -42,6 +41,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder al
 from bench.harness import SAME, commit, merge, write  # noqa: E402
 from bench.step import CACHES  # noqa: E402
 
+# Of its plugins only this one (run_limited): others that are installed cost seconds a process.
+PYTEST = (sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin")
 STAGE_S = 9 * 60
 LEAST_S = 45  # no stage is begun with less: imports and the first compilation would be all
 UNFINISHED = 3
@@ -101,7 +102,8 @@ def run_limited(command: list, log: Path, limit_s: float, watched: Path | None =
         stop: ends the command when it is set. Threads need it: a signal reaches the main thread only, and not the command's group.
     """
     before = os.environ.get("PYTHONPATH")  # packages that a machine without a registry was brought
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([before] if before else [])])}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([before] if before else [])])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     begin, seen = time.monotonic(), None
 
     def overdue():
@@ -117,7 +119,7 @@ def run_limited(command: list, log: Path, limit_s: float, watched: Path | None =
 
     begin_of_silence = begin
     with log.open("a", encoding="utf-8") as output:
-        child = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | paths, stdout=output, stderr=subprocess.STDOUT,
+        child = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
                                  process_group=0)
         try:
             while True:
@@ -155,7 +157,7 @@ def run_stage(name: str, out: Path, limit_s: float, extra: list[str]) -> dict:
     """
     partial, log = out / PARTIAL, out / "gpu.log"
     partial.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", *STAGES[name], "--benchmark-only", "--results", partial, "-q", "-rfEs",
+    command = [*PYTEST, *STAGES[name], "--benchmark-only", "--results", partial, "-q", "-rfEs",
                "--benchmark-columns=median", *extra]
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n==== stage {name}\n")
@@ -181,6 +183,8 @@ def no_choices_kept() -> Iterator[None]:
     Our kernels take the first of their table. Inductor chooses, and its choices are removed afterwards: there is no environment variable
     for it, and the option is a part of the key of the compiled graphs. What was compiled stays.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # with it comes all of torch.compile, which takes a second
+
     folder = Path(cache_dir())
     before = set(folder.rglob("*.best_config"))
     try:
@@ -218,7 +222,7 @@ def compile_ahead(names: list[str], out: Path, limit_s: float, extra: list[str])
 
     def first_calls(name):
         left_s = 0 if stop.is_set() else end - time.monotonic()
-        command = [sys.executable, "-m", "pytest", *STAGES[name], "--benchmark-only", "--compile-only", "-q", *extra]
+        command = [*PYTEST, *STAGES[name], "--benchmark-only", "--compile-only", "-q", *extra]
         return str(run_limited(command, out / "gpu.log", left_s, stop=stop)) if left_s > 0 else "not begun"
 
     with no_choices_kept(), concurrent.futures.ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:

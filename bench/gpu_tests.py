@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
 
-from bench.gpu import LEAST_S, UNFINISHED, no_choices_kept, open_folder, run_limited, seconds  # noqa: E402
+from bench.gpu import LEAST_S, PYTEST, UNFINISHED, no_choices_kept, open_folder, run_limited, seconds  # noqa: E402
 from bench.harness import write  # noqa: E402
 from bench.journal import read_journal  # noqa: E402
 
@@ -59,7 +59,7 @@ class Job:
         known, code = -1, "no time was left"
         while not stop.is_set() and (left_s := end - time.monotonic()) > 0 and (before := len(read_journal(self.journal))) > known:
             known = before  # a process that adds nothing to the journal is the last one
-            command = [sys.executable, "-m", "pytest", *self.files, "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "bench.journal",
+            command = [*PYTEST, *self.files, "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "bench.journal",
                        "--journal", self.journal, "--journal-part", self.part, "--continue-on-collection-errors",
                        *(argument for plugin in self.plugins for argument in ("-p", plugin))]
             code = run_limited(command, self.log, left_s, self.journal, self.test_s, stop)

@@ -286,7 +286,7 @@ def test_no_test_loses_another(tmp_path):
     (tests / "test_other.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_other(): pass\n")
     (tests / "test_imports.py").write_text("import pytest, no_such_package\n@pytest.mark.gpu\ndef test_imports(): pass\n")
     (tests / "test_cpu.py").write_text("assert False, 'a file without CUDA tests is not imported'\n")
-    summary = gpu_tests.run(tests, out, 2, time.monotonic() + 240, test_s=30, compile_s=0)
+    summary = gpu_tests.run(tests, out, 2, time.monotonic() + 240, test_s=20, compile_s=0)
     found = json.loads((out / "test_gpu.json").read_text())
     outcomes = {test.rpartition("::")[2] or test: line for test, line in found["tests"].items()}
     assert found["summary"] == summary
@@ -294,7 +294,7 @@ def test_no_test_loses_another(tmp_path):
                   test_skips="skipped", test_other="passed") | {f"test_after[{n}]": "passed" for n in range(3)}
     assert {name: outcomes[name]["outcome"] for name in wanted} == wanted
     assert "one is not two" in outcomes["test_fails"]["message"] and "exit status 9" in outcomes["test_crashes"]["message"]
-    assert "30 s of silence" in outcomes["test_hangs"]["message"] and "illegal memory" in outcomes["test_takes_the_gpu_along"]["message"]
+    assert "20 s of silence" in outcomes["test_hangs"]["message"] and "illegal memory" in outcomes["test_takes_the_gpu_along"]["message"]
     (absent,) = [line for test, line in found["tests"].items() if "test_imports" in test]
     assert absent["outcome"] == "failed" and "no_such_package" in absent["message"]
     assert len(found["tests"]) == len(wanted) + 1 and (summary["passed"], summary["failed"], summary["lost"]) == (5, 3, 2)
@@ -362,8 +362,8 @@ def test_ops_are_compiled_ahead_once_on_a_machine(tmp_path, monkeypatch):
     ran, repeated = [], [name for name in gpu.STAGES if re.fullmatch(r"(norm|swiglu)_[123]", name)]
 
     def run_limited(command, log, limit_s, stop):
-        ran.append((command[3], "--compile-only" in command, limit_s))
-        return codes.get(command[3], 0)
+        ran.append((command[len(gpu.PYTEST)], "--compile-only" in command, limit_s))
+        return codes.get(command[len(gpu.PYTEST)], 0)
 
     codes = {"bench/bench_swiglu.py": "stopped after 5 s"}
     monkeypatch.setattr(gpu, "run_limited", run_limited)
