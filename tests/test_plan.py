@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +47,13 @@ class LiveBytes(TorchDispatchMode):
         return sum(size for _, size in self.made.values())
 
 
+@pytest.fixture
+def uncomputed():
+    """Inside, tensors have storages and no values."""
+    with FakeTensorMode():
+        yield
+
+
 def live_bytes(model, count, bf16):
     """(after the forward pass, at the peak of forward and backward)."""
     x, t, y = torch.randn(count, model.in_channels, model.input_size, model.input_size), torch.rand(count), torch.zeros(count).long()
@@ -65,7 +73,7 @@ def live_bytes(model, count, bf16):
     dict(hidden_size=64, num_heads=4, depth=8, use_rope=True, wo_shift=True),  # the plain DiT
     dict(hidden_size=64, num_heads=4, depth=8, bf16_residual=True, **LIGHTNING),
 ])
-def test_activations_are_those_that_autograd_keeps(shape, bf16, checkpointing):
+def test_activations_are_those_that_autograd_keeps(uncomputed, shape, bf16, checkpointing):
     """The slope over the number of images: weights, their bf16 copies and gradients do not depend on it."""
     options = dict(use_checkpoint=checkpointing != "none", checkpoint_policy="selective" if checkpointing == "selective" else "full")
     model = LightningDiT(**SMALL, **shape, **options).train()
@@ -75,7 +83,7 @@ def test_activations_are_those_that_autograd_keeps(shape, bf16, checkpointing):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_selective_checkpointing_keeps_as_much_with_the_attention_of_pytorch(monkeypatch, bf16):
+def test_selective_checkpointing_keeps_as_much_with_the_attention_of_pytorch(uncomputed, monkeypatch, bf16):
     monkeypatch.setattr(lightningdit.model, "rope_attention", functools.partial(rope_attention, backend="sdpa"))
     shape = dict(hidden_size=128, num_heads=4, depth=8, **LIGHTNING)
     model = LightningDiT(**SMALL, **shape, use_checkpoint=True, checkpoint_policy="selective").train()

@@ -55,8 +55,12 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape, num_groups", [((1, 12, 7, 9), 3), ((2, 6, 5, 3), 6)], ids=str)
+@pytest.mark.parametrize("shape, num_groups, dtype", [
+    ((1, 12, 7, 9), 3, torch.float32),
+    ((2, 6, 5, 3), 6, torch.float32),
+    ((2, 6, 5, 3), 6, torch.bfloat16),
+    ((2, 6, 5, 3), 6, torch.float16),
+], ids=str)
 def test_matches_truth_in_small_blocks(shape, num_groups, dtype, layout, small_blocks):
     assert_matches_truth(kernels, group_norm_silu_ref, inputs(shape, num_groups, dtype, layout))
 

@@ -260,3 +260,13 @@ def test_the_command_prints_each_argument():
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["load", "packed", "12.58"] in rows
     assert ["store", "out", "6.29"] in rows
+
+
+def test_a_case_compiles_no_launch_that_is_less_divisible():
+    cases = traffic.cases_of("swiglu")
+    case = next(case for case in cases if traffic.ARCH in case.get("archs", (traffic.ARCH,)))
+    spec = {name: case[name] for name in ("signature", "constexprs", "divisible")}
+    spec["options"] = {name: case[name] for name in ("num_warps", "num_stages")}
+    assert traffic.case_of(cases, case["kernel"], spec) == case["name"]
+    less = spec | dict(divisible=case["divisible"][1:])  # its first pointer
+    assert traffic.case_of(cases, case["kernel"], less) is None
