@@ -25,7 +25,7 @@ help:
 	@echo "setup      .venv with the exact versions of constraints.txt"
 	@echo "demo       train on the bundled digits and draw some; ARGS='--steps 100' adds flags"
 	@echo "test       all tests, JOBS=2 at a time; ARGS='-n 0 -x -k name' adds flags"
-	@echo "test-newest    the tests of kernels, model and training, and the audit, with the newest torch and triton: constraints-newest.txt"
+	@echo "test-newest    the tests of kernels, model and training, and the audit, with the newest torch and triton: constraints-newest.txt; sets up .venv too"
 	@echo "newest     moves constraints-newest.txt up to what pip installs today"
 	@echo "lint       ruff      audit   the machine code of the Triton kernels, without a GPU"
 	@echo "bench      microbenchmarks on this machine      report   tables and plots from bench/results"
@@ -62,7 +62,7 @@ test: $(READY)
 # The newest stack: what `pip install` gives a newcomer today. Only what depends on torch's and triton's versions is run again.
 # AUDIT='--arch 90' audits for Hopper only, as CI does to save time.
 NEWEST := .venv-newest/bin/python
-NEWEST_PATH = PYTHONPATH=$(CURDIR):$(CURDIR)/kernels
+NEWEST_PATH = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}"
 NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing)) \
   $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)
 
@@ -71,7 +71,7 @@ test-newest: $(STAMP) .venv-newest/.installed
 	$(NEWEST_PATH) $(NEWEST) -m lightningdit_kernels.audit $(AUDIT)
 
 # The project need not be installed here: it runs from the source tree, with the native library that .venv's installation built there,
-# whose C interface knows nothing of torch.
+# whose C interface knows nothing of torch. So that one is set up first, also where PY names another Python.
 .venv-newest/.installed: constraints-newest.txt
 	@echo "Packages go into .venv-newest: minutes, and 6 GB"
 	$(PYTHON) -m venv --clear .venv-newest

@@ -313,7 +313,7 @@ def main() -> int:
     parser.add_argument("--compile-s", type=seconds(), default=COMPILE_S, help="at most, to compile ahead of the ops; 0: do not")
     parser.add_argument("--list", action="store_true", help="what every stage has come to, and nothing else")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest, such as --shapes all")
+    parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest, as --shapes all; plugins by name: -p xdist")
     options = parser.parse_args()
     end = time.monotonic() + options.budget_s
     kept = options.out.resolve() / "stages.json"

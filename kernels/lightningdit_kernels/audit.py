@@ -303,7 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--table: {error}")
     if options.write and (options.op or options.arch) and options.table.is_file() and not any(table.values()):
-        parser.error(f"--write with --op or --arch keeps the rest of {options.table}, which is of another triton: --write alone renews it")
+        kept = f"keeps the rest of {options.table}, which has no rows of this triton"
+        parser.error(f"--write with --op or --arch {kept}: --write alone renews it")
     # Where all ops are audited, all of the table: also the rows of an op whose file was removed.
     tabled = {name.partition(":")[0] for rows in table.values() for name in rows}
     stems = {Path(op).stem for op in options.op} if options.op else tabled | set(OPS)

@@ -445,6 +445,9 @@ def pool(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:
 def forked(workers: int, initializer: Callable[[], None]) -> concurrent.futures.ProcessPoolExecutor:
     """Processes forked from one that has imported torch, which takes seconds, but not triton, which
     interprets or compiles as the environment says when it is imported.
+
+    All of them have the environment of this process as it was at the first call. A script that asks
+    for them must not import kernels before its `if __name__ == "__main__"`: they import it, too.
     """
     # numpy reads it when it is imported, before any initializer runs.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -93,6 +93,7 @@ typedef struct {
 
 typedef struct Stream {
   int priority, invalid;
+  unsigned flags;   /* cudaStreamNonBlocking: PyTorch's are */
   int number;       /* of the stream in the capture; 0: the origin, where the capture began */
   int mode;         /* of the origin: cudaStreamCaptureMode */
   pthread_t thread; /* of the origin: which began the capture */
@@ -146,6 +147,18 @@ static int invalidate_captures(void) {
   return found;
 }
 
+/* What waits for all streams, or is waited for by the blocking ones, in whatever mode and thread:
+   invalidates the captures concerned and returns whether there are any. */
+static int invalidate_all(int blocking_only) {
+  int found = 0;
+  for (Stream *one = streams; one; one = one->next) {
+    if (!capturing(one) || (blocking_only && one->flags & cudaStreamNonBlocking)) continue;
+    invalidate(one->end.capture);
+    found = 1;
+  }
+  return found;
+}
+
 static int forbidden_in_capture(const char *what) {
   if (!invalidate_captures()) return OK;
   return complain(CAPTURE_UNSUPPORTED, "%s during a capture", what);
@@ -160,7 +173,7 @@ static int wait_for(Stream *stream, const char *what) {
 /* Counts a launch that takes this many (invented) microseconds. */
 static int launch(void *handle, double us, const char *kind, const char *format, ...) {
   Stream *stream = stream_of(handle);
-  if (stream == &legacy && invalidate_captures())
+  if (stream == &legacy && invalidate_all(1))
     return complain(CAPTURE_IMPLICIT, "%s on the legacy stream during a capture", kind);
   pthread_mutex_lock(&lock);
   stream->end.work[stream->number]++;
@@ -181,6 +194,7 @@ static int launch(void *handle, double us, const char *kind, const char *format,
 int cudaStreamCreateWithPriority(void **out, unsigned flags, int priority) {
   Stream *stream = calloc(1, sizeof *stream);
   stream->priority = priority;
+  stream->flags = flags;
   pthread_mutex_lock(&lock);
   stream->next = streams->next;
   streams->next = stream;
@@ -188,7 +202,10 @@ int cudaStreamCreateWithPriority(void **out, unsigned flags, int priority) {
   *out = stream;
   return OK;
 }
-int cudaStreamCreate(void **out) { return cudaStreamCreateWithPriority(out, 0, 0); }
+int cudaStreamCreateWithFlags(void **out, unsigned flags) {
+  return cudaStreamCreateWithPriority(out, flags, 0);
+}
+int cudaStreamCreate(void **out) { return cudaStreamCreateWithFlags(out, 0); }
 int cudaStreamGetPriority(void *stream, int *priority) {
   *priority = stream_of(stream)->priority;
   return OK;
@@ -197,7 +214,10 @@ int cudaStreamSynchronize(void *stream) {
   return wait_for(stream_of(stream), "cudaStreamSynchronize");
 }
 int cudaStreamQuery(void *stream) { return wait_for(stream_of(stream), "cudaStreamQuery"); }
-int cudaDeviceSynchronize(void) { return forbidden_in_capture("cudaDeviceSynchronize"); }
+int cudaDeviceSynchronize(void) {
+  if (!invalidate_all(0)) return OK;
+  return complain(CAPTURE_UNSUPPORTED, "cudaDeviceSynchronize during a capture");
+}
 int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *data) {
   Stream *where = stream_of(stream);
   if (capturing(where))

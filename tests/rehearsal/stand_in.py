@@ -17,11 +17,11 @@ that a CUDA graph forbids, waits of the host, and the launches of a step in thei
   it ends, in whatever way. Only bytes are counted: no context (0.5 GB a process on a card), no
   fragments between allocations, no local memory of kernels.
 - A capture refuses cudaMalloc, cudaFree, the loading of a module, waits of the host, launches on the
-  legacy stream, a wait for an event from outside of it or of another capture, a second begin, an end
-  in another thread, and one that leaves work of a side stream not joined to the stream on which it
-  began. It then gives no graph. Its mode says which threads it forbids the unsafe calls. A side
-  stream without work need not be joined; external events order no streams. Who uses the memory of a
-  graph is not checked.
+  legacy stream if it is of a blocking stream (PyTorch's are not), a wait for an event from outside
+  of it or of another capture, a second begin, an end in another thread, and one that leaves work of
+  a side stream not joined to the stream on which it began. It then gives no graph. Its mode says
+  which threads it forbids the unsafe calls. A side stream without work need not be joined; external
+  events order no streams. Who uses the memory of a graph is not checked.
 
 It cannot find wrong numbers, races (a wait that is missing, memory that another stream still reads),
 hangs or slowness:

@@ -211,7 +211,7 @@ def wait_of_the_host_for_an_event():
 def launch_on_the_legacy_stream():
     return cuda.cudaMemsetAsync(memory, 0, ctypes.c_size_t(8), None)
 
-EXTERNAL = 1
+EXTERNAL = NON_BLOCKING = 1
 GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2
 cases = [fork_and_join, through_a_third_stream, one_by_another, fork_without_work, external,
          external_event_on_a_fork, never_joined, work_after_the_join, joined_before_its_last_work,
@@ -232,8 +232,10 @@ for case in [*cases, fork_and_join]:
         cuda.cudaStreamBeginCapture(a, 0)
         ended = recorded(a)
         end(a)
-for case in [allocation, allocation_in_another_thread]:
+for case in [allocation, allocation_in_another_thread, wait_of_the_host]:
     found[case.__name__ + " in other modes"] = [captured(case, m) for m in (THREAD_LOCAL, RELAXED)]
+a = made(cuda.cudaStreamCreateWithFlags, NON_BLOCKING)
+found["non-blocking"] = captured(launch_on_the_legacy_stream, GLOBAL)
 found["outside"] = [wait(b, ended), wait(b, recorded(other), EXTERNAL)]
 print(json.dumps(found))
 """
@@ -438,6 +440,11 @@ def test_the_mode_of_a_capture_says_which_threads_it_forbids_to_allocate(capture
     refused = [CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED]
     assert captures["allocation in other modes"] == [refused, [OK, OK]]
     assert captures["allocation_in_another_thread in other modes"] == [[OK, OK], [OK, OK]]
+    assert captures["wait_of_the_host in other modes"] == [refused, refused]
+
+
+def test_the_legacy_stream_waits_for_blocking_streams_only(captures):
+    assert captures["non-blocking"] == [OK, OK]
 
 
 def test_a_capture_ends_in_the_thread_that_began_it(captures):
