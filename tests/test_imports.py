@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest", "pytest-benchmark")
 BENCHMARKS = sorted({arguments[0] for arguments in gpu.STAGES.values()})
 OWN = {"lightningdit", "lightningdit_kernels", "bench", "train", "tests"}
-PYTEST = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin")
+PYTEST = ("-q", "--device", "cpu", "-p", "no:cacheprovider")
 needs_kernels = pytest.mark.skipif(not native.available, reason=native.about)
 # As sitecustomize.py it is the first thing that a process imports, and every process that it starts.
 BLOCKER = """
@@ -153,14 +153,14 @@ def collected_files(printed: str) -> set[str]:
 def test_cuda_tests_are_collected(blocked):
     files = gpu_tests.files_of(ROOT / "tests")
     options = ("-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider")
-    result = blocked("-m", "pytest", *files, *options)
+    result = blocked(*gpu.PYTEST[1:], *files, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     # test_gpu_runs.py has its CUDA tests in strings.
     assert {path.name for path in files} - collected_files(result.stdout) <= {"test_gpu_runs.py"}
 
 
 def test_benchmarks_are_collected(blocked):
-    result = blocked("-m", "pytest", *BENCHMARKS, "--collect-only", *PYTEST)
+    result = blocked(*gpu.PYTEST[1:], *BENCHMARKS, "--collect-only", *PYTEST)
     assert result.returncode == 0, result.stdout + result.stderr
     assert collected_files(result.stdout) == {Path(file).name for file in BENCHMARKS}
 
@@ -173,7 +173,7 @@ def test_training_steps_are_measured_and_digits_are_skipped_without_scikit_learn
     )
     options += ["--only", "reference eager,ours eager", *PYTEST]
     growth = "bench/bench_growth.py::bench_growth[depth]"  # its fits, not its points, need scipy
-    result = blocked("-m", "pytest", "bench/bench_step.py", growth, *options)
+    result = blocked(*gpu.PYTEST[1:], "bench/bench_step.py", growth, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     records = json.loads((tmp_path / "step.json").read_text())["results"]
     *steps, grown = records

@@ -132,35 +132,31 @@ static FILE *trace(void) {
   return file;
 }
 
-/* An unsafe call: invalidates the captures that forbid it to this thread, and returns how many there
-   are: its own that are not relaxed and, where the thread is in global mode, global ones of others. */
-static int invalidate_captures(void) {
-  if (thread_mode == cudaStreamCaptureModeRelaxed) return 0;
+/* Invalidates the captures of streams for which `concerned` holds; returns whether there are any. */
+static int invalidate_where(int (*concerned)(const Stream *)) {
   int found = 0;
   for (Stream *one = streams; one; one = one->next) {
-    if (!capturing(one) || one->number || one->mode == cudaStreamCaptureModeRelaxed) continue;
-    int global = one->mode == cudaStreamCaptureModeGlobal && thread_mode == one->mode;
-    if (!global && !pthread_equal(one->thread, pthread_self())) continue;
-    invalidate(one->end.capture);
-    found++;
-  }
-  return found;
-}
-
-/* What waits for all streams, or is waited for by the blocking ones, in whatever mode and thread:
-   invalidates the captures concerned and returns whether there are any. */
-static int invalidate_all(int blocking_only) {
-  int found = 0;
-  for (Stream *one = streams; one; one = one->next) {
-    if (!capturing(one) || (blocking_only && one->flags & cudaStreamNonBlocking)) continue;
+    if (!capturing(one) || !concerned(one)) continue;
     invalidate(one->end.capture);
     found = 1;
   }
   return found;
 }
 
+static int is_any(const Stream *stream) { return 1; }
+static int is_blocking(const Stream *stream) { return !(stream->flags & cudaStreamNonBlocking); }
+
+/* Whether its capture forbids unsafe calls to this thread: its own that are not relaxed do and, where
+   the thread is in global mode, global ones of others. */
+static int forbids_unsafe_calls(const Stream *stream) {
+  int relaxed = cudaStreamCaptureModeRelaxed, global = cudaStreamCaptureModeGlobal;
+  if (stream->number || stream->mode == relaxed || thread_mode == relaxed) return 0;
+  if (stream->mode == global && thread_mode == global) return 1;
+  return pthread_equal(stream->thread, pthread_self());
+}
+
 static int forbidden_in_capture(const char *what) {
-  if (!invalidate_captures()) return OK;
+  if (!invalidate_where(forbids_unsafe_calls)) return OK;
   return complain(CAPTURE_UNSUPPORTED, "%s during a capture", what);
 }
 
@@ -173,7 +169,7 @@ static int wait_for(Stream *stream, const char *what) {
 /* Counts a launch that takes this many (invented) microseconds. */
 static int launch(void *handle, double us, const char *kind, const char *format, ...) {
   Stream *stream = stream_of(handle);
-  if (stream == &legacy && invalidate_all(1))
+  if (stream == &legacy && invalidate_where(is_blocking))
     return complain(CAPTURE_IMPLICIT, "%s on the legacy stream during a capture", kind);
   pthread_mutex_lock(&lock);
   stream->end.work[stream->number]++;
@@ -215,7 +211,7 @@ int cudaStreamSynchronize(void *stream) {
 }
 int cudaStreamQuery(void *stream) { return wait_for(stream_of(stream), "cudaStreamQuery"); }
 int cudaDeviceSynchronize(void) {
-  if (!invalidate_all(0)) return OK;
+  if (!invalidate_where(is_any)) return OK;
   return complain(CAPTURE_UNSUPPORTED, "cudaDeviceSynchronize during a capture");
 }
 int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *data) {

@@ -414,15 +414,6 @@ def test_a_capture_needs_its_forks_joined(captures, case):
         ("event_of_a_capture_that_ended", CAPTURE_ISOLATION),
         ("event_of_another_capture", CAPTURE_MERGE),
         ("ended_on_a_fork", CAPTURE_UNMATCHED),
-    ],
-)
-def test_what_crosses_the_border_of_a_capture_invalidates_it(captures, case, status):
-    assert captures[case] == [[status, CAPTURE_INVALIDATED]]
-
-
-@pytest.mark.parametrize(
-    ("case", "status"),
-    [
         ("begun_again", ILLEGAL_STATE),
         ("allocation", CAPTURE_UNSUPPORTED),
         ("allocation_in_another_thread", CAPTURE_UNSUPPORTED),
@@ -432,7 +423,7 @@ def test_what_crosses_the_border_of_a_capture_invalidates_it(captures, case, sta
         ("launch_on_the_legacy_stream", CAPTURE_IMPLICIT),
     ],
 )
-def test_a_call_that_a_capture_forbids_invalidates_it(captures, case, status):
+def test_what_a_capture_forbids_invalidates_it(captures, case, status):
     assert captures[case] == [[status, CAPTURE_INVALIDATED]]
 
 
