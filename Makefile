@@ -16,8 +16,10 @@ READY = $(if $(filter .venv/bin/python,$(PY)),$(STAMP))
 JOBS ?= 2
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(JOBS) --dist=worksteal)
 
+# The source tree before what PYTHONPATH has: for a Python in which the project is not installed.
+ON_PATH = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}"
 # On a GPU machine whose own Python has torch and triton, no set-up (and so no network) is needed.
-GPU_PY = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
+GPU_PY = $(ON_PATH) $(if $(filter-out .venv/bin/python,$(PY)),$(PY),$(if $(wildcard .venv/bin/python),.venv/bin/python,python3))
 
 .PHONY: help setup demo test test-newest newest lint audit bench bench-check growth chaos levers fuzz convergence convergence-smoke report assets test-gpu bench-gpu rehearse clean
 
@@ -62,13 +64,12 @@ test: $(READY)
 # The newest stack: what `pip install` gives a newcomer today. Only what depends on torch's and triton's versions is run again.
 # AUDIT='--arch 90' audits for Hopper only, as CI does to save time.
 NEWEST := .venv-newest/bin/python
-NEWEST_PATH = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}"
 NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing)) \
   $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)
 
 test-newest: $(STAMP) .venv-newest/.installed
-	$(NEWEST_PATH) OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
-	$(NEWEST_PATH) $(NEWEST) -m lightningdit_kernels.audit $(AUDIT)
+	$(ON_PATH) OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
+	$(ON_PATH) $(NEWEST) -m lightningdit_kernels.audit $(AUDIT)
 
 # The project need not be installed here: it runs from the source tree, with the native library that .venv's installation built there,
 # whose C interface knows nothing of torch. So that one is set up first, also where PY names another Python.

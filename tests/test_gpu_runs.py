@@ -362,8 +362,9 @@ def test_ops_are_compiled_ahead_once_on_a_machine(tmp_path, monkeypatch):
     ran, repeated = [], [name for name in gpu.STAGES if re.fullmatch(r"(norm|swiglu)_[123]", name)]
 
     def run_limited(command, log, limit_s, stop):
-        ran.append((command[len(gpu.PYTEST)], "--compile-only" in command, limit_s))
-        return codes.get(command[len(gpu.PYTEST)], 0)
+        file = command[len(gpu.PYTEST)]
+        ran.append((file, "--compile-only" in command, limit_s))
+        return codes.get(file, 0)
 
     codes = {"bench/bench_swiglu.py": "stopped after 5 s"}
     monkeypatch.setattr(gpu, "run_limited", run_limited)
