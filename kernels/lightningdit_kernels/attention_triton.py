@@ -8,8 +8,8 @@ which Triton can prove only of constants. A number of tokens is compiled once; n
 
 Two ways to the rotated q and k. Up to RESIDENT_TOKENS each program of the forward makes its own from raw qkv: at 256 tokens a key is used
 by one or two programs, and a kernel of its own would move 8 more bytes per element. Beyond, every block of keys would be remade by
-N / BLOCK_M programs, so one prologue writes q' and k' and the loops load only matrix operands. The backward always has this prologue, which
-then also writes delta = rowsum(dO * O): rotating next to its accumulators spills, and takes more instructions even at 256 tokens.
+N / BLOCK_M programs, so one prologue writes q' and k' and the loops load only matrix operands. The backward has this prologue, too, which
+then also writes what each query subtracts: rotating next to its accumulators spills, and takes more instructions even at 256 tokens.
 
 cos and sin lie in one table (N, D/2, 2), interleaved so that a tile of it lies in registers just as the tile that it turns; for bf16 it is
 fp16, with an eighth of bf16's error. One small kernel makes it from positions and frequencies, along with the first token that has the same
@@ -22,16 +22,19 @@ The bias of the linear layer before is added where q and k are made. v's is adde
 taken out of delta again. All its gradients are column sums of what the backward writes anyway.
 
 The backward is one kernel of two passes, dK and dV of a block of keys, then dQ of the same block of queries: seven products instead of
-five, for which no sum crosses programs. P is recomputed from lse. Gradients of the QK-norm and of the bias are sums per program, added
-in a fixed order.
+five, for which no sum crosses programs. On sm_90, at 256 tokens and without QK-norm, one program holds a whole head instead: it rotates
+once, takes five products, and moves the op's own bytes only. P is recomputed from lse. Gradients of the QK-norm and of the bias are sums
+per program, added in a fixed order.
 """
 
 import functools
 import math
+import weakref
 
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightningdit_kernels.attention import own
 from lightningdit_kernels.tuning import Config, pick
@@ -292,15 +295,20 @@ def _rowsum_product(a0, a1, b0, b1, D1: tl.constexpr):
 
 
 @triton.jit
-def _delta(out, bias, rows, g0, g1, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-           BIASED: tl.constexpr, EVEN_N: tl.constexpr):  # fmt: skip
-    """rowsum(dO * (O - b)), b the bias of v: dO . b is in every dO . v too, and what the softmax passes back is their difference."""
+def _store_row_terms(
+    ROWS, LSE, out, bias, line, rows, g0, g1,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
+    BIASED: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """ROWS (B, H, 2, N): what each query subtracts, lse in base 2, and delta = rowsum(dO * (O - b)) times SCALE, b the bias of v: dO . b is
+    in every dO . v too, and what the softmax passes back is their difference."""
     o0, o1 = _load_pair(out, rows, N, H * D, D, D0, D1, EVEN_N)
     if BIASED:
         o0, o1 = o0.to(tl.float32) - _vector(bias, 0, D0, D)[None, :], o1.to(tl.float32)
         if D1 > 0:
             o1 = o1 - _vector(bias, D0, D1, D)[None, :]
-    return _rowsum_product(o0, o1, g0, g1, D1)
+    tl.store(ROWS + 2 * line + rows, _load_rows(LSE + line, rows, N, 0.0, EVEN_N) * LOG2E, mask=rows < N)
+    tl.store(ROWS + 2 * line + N + rows, _rowsum_product(o0, o1, g0, g1, D1) * SCALE, mask=rows < N)
 
 
 @triton.jit
@@ -333,12 +341,13 @@ def _rope_table_kernel(
 
 @triton.jit
 def _rope_attention_prologue_kernel(
-    QKV, BIAS, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, PREPARED, DELTA,
+    QKV, BIAS, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, LSE, PREPARED, ROWS,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
     EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr, CENTER: tl.constexpr, ROPE: tl.constexpr,
-    WITH_DELTA: tl.constexpr, EVEN_N: tl.constexpr,
+    WITH_ROWS: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """PREPARED (B, N, 2, H, D) = q', k'; in the backward also DELTA (B, H, N) = rowsum(GRAD * OUT). A program: BLOCK tokens of a head."""
+    """PREPARED (B, N, 2, H, D) = q', k'; in the backward also ROWS, see _store_row_terms. A program: BLOCK tokens of a head."""
     pid = tl.program_id(0)
     head, blocks = pid % H, tl.cdiv(N, BLOCK)  # neighbours share the tokens, whose heads lie side by side in memory
     block, sample = (pid // H) % blocks, (pid // H // blocks).to(tl.int64)
@@ -356,11 +365,11 @@ def _rope_attention_prologue_kernel(
         N, 3 * H * D, D, D0, D1, EPS, NORM, NORM_BIAS, BIASED, CENTER, ROPE, EVEN_N,
     )  # fmt: skip
     _store_pair(prepared + H * D, rows, N, k0, k1, 2 * H * D, D, D0, D1, EVEN_N)
-    if WITH_DELTA:
+    if WITH_ROWS:
         offset = sample * N * (H * D) + head * D
         g0, g1 = _load_pair(GRAD + offset, rows, N, H * D, D, D0, D1, EVEN_N)
-        delta = _delta(OUT + offset, bias + 2 * H * D, rows, g0, g1, N, H, D, D0, D1, BIASED, EVEN_N)
-        tl.store(DELTA + (sample * H + head) * N + rows, delta, mask=rows < N)
+        line = (sample * H + head) * N
+        _store_row_terms(ROWS, LSE, OUT + offset, bias + 2 * H * D, line, rows, g0, g1, N, H, D, D0, D1, SCALE, BIASED, EVEN_N)
 
 
 @triton.jit
@@ -471,7 +480,7 @@ def _store_raw_gradient(
 
 @triton.jit
 def _rope_attention_bwd_kernel(
-    QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, GRAD, LSE, DELTA, GRAD_QKV, PARTIAL,
+    QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, GRAD, ROWS, GRAD_QKV, PARTIAL,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
     SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIASED: tl.constexpr,
     CENTER: tl.constexpr, ROPE: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -482,7 +491,7 @@ def _rope_attention_bwd_kernel(
     qkv, bias = QKV + sample * N * (3 * H * D) + head * D, BIAS + head * D
     prepared = PREPARED_QK + sample * N * (2 * H * D) + head * D
     grad_qkv = GRAD_QKV + sample * N * (3 * H * D) + head * D
-    offset, line = sample * N * (H * D) + head * D, (sample * H + head) * N
+    offset, line = sample * N * (H * D) + head * D, (sample * H + head) * 2 * N
     norm_partial = PARTIAL + tl.program_id(0).to(tl.int64) * ((4 * NORM + 3 * BIASED) * D)
     partial = norm_partial + 4 * NORM * D
 
@@ -497,8 +506,8 @@ def _rope_attention_bwd_kernel(
         queries = start + tl.arange(0, INNER)
         q0, q1 = _load_pair(prepared, queries, N, 2 * H * D, D, D0, D1, EVEN_N)
         g0, g1 = _load_pair(GRAD + offset, queries, N, H * D, D, D0, D1, EVEN_N)
-        delta = _load_rows(DELTA + line, queries, N, 0.0, EVEN_N)
-        lse = _load_rows(LSE + line, queries, N, float("inf"), EVEN_N) * LOG2E  # inf: queries of padding weigh exp2(-inf) = 0
+        lse = _load_rows(ROWS + line, queries, N, float("inf"), EVEN_N)  # inf: queries of padding weigh exp2(-inf) = 0
+        delta = _load_rows(ROWS + line + N, queries, N, 0.0, EVEN_N)
         s = _scores(k0, k1, q0, q1, D1, PRECISION)  # transposed: keys x queries
         p = tl.exp2(s * LOG2_SCALE - lse[None, :])
         weights = p.to(dtype)
@@ -506,7 +515,7 @@ def _rope_attention_bwd_kernel(
         if D1 > 0:
             dv1 = _dot(weights, g1, dv1, PRECISION)
         dp = _scores(v0, v1, g0, g1, D1, PRECISION)
-        ds = (p * (dp - delta[None, :])).to(dtype)
+        ds = (p * (dp * SCALE - delta[None, :])).to(dtype)
         dk0 = _dot(ds, q0, dk0, PRECISION)
         if D1 > 0:
             dk1 = _dot(ds, q1, dk1, PRECISION)
@@ -515,15 +524,15 @@ def _rope_attention_bwd_kernel(
         H, D, D0, D1, EPS, False, BIASED, CENTER, False, EVEN_N,
     )  # fmt: skip
     _store_raw_gradient(
-        dk0 * SCALE, dk1 * SCALE, qkv + H * D, grad_qkv + H * D, bias + H * D, LINES, TABLE, K_WEIGHT, norm_partial + 2 * D, partial + D,
+        dk0, dk1, qkv + H * D, grad_qkv + H * D, bias + H * D, LINES, TABLE, K_WEIGHT, norm_partial + 2 * D, partial + D,
         rows, N, H, D, D0, D1, EPS, NORM, BIASED, CENTER, ROPE, EVEN_N,
     )  # fmt: skip
 
     # Names of their own: a name keeps its shape through a loop.
     own_q0, own_q1 = _load_pair(prepared, rows, N, 2 * H * D, D, D0, D1, EVEN_N)
     own_g0, own_g1 = _load_pair(GRAD + offset, rows, N, H * D, D, D0, D1, EVEN_N)
-    own_delta = _load_rows(DELTA + line, rows, N, 0.0, EVEN_N)
-    own_lse = _load_rows(LSE + line, rows, N, float("inf"), EVEN_N) * LOG2E
+    own_lse = _load_rows(ROWS + line, rows, N, float("inf"), EVEN_N)
+    own_delta = _load_rows(ROWS + line + N, rows, N, 0.0, EVEN_N)
     dq0 = tl.zeros([BLOCK, D0], tl.float32)
     dq1 = dq0
     if D1 > 0:
@@ -537,14 +546,103 @@ def _rope_attention_bwd_kernel(
             s = tl.where((keys < N)[None, :], s, -float("inf"))
         p = tl.exp2(s * LOG2_SCALE - own_lse[:, None])
         dp = _scores(own_g0, own_g1, vj0.to(dtype), vj1.to(dtype), D1, PRECISION)
-        ds = (p * (dp - own_delta[:, None])).to(dtype)
+        ds = (p * (dp * SCALE - own_delta[:, None])).to(dtype)
         dq0 = _dot(ds, kj0, dq0, PRECISION)
         if D1 > 0:
             dq1 = _dot(ds, kj1, dq1, PRECISION)
     _store_raw_gradient(
-        dq0 * SCALE, dq1 * SCALE, qkv, grad_qkv, bias, LINES, TABLE, Q_WEIGHT, norm_partial, partial,
+        dq0, dq1, qkv, grad_qkv, bias, LINES, TABLE, Q_WEIGHT, norm_partial, partial,
         rows, N, H, D, D0, D1, EPS, NORM, BIASED, CENTER, ROPE, EVEN_N,
     )  # fmt: skip
+
+
+@triton.jit
+def _rope_attention_bwd_head_kernel(
+    QKV, BIAS, TABLE, OUT, GRAD, LSE, ROWS, GRAD_QKV, PARTIAL,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr, EPS: tl.constexpr, BIASED: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a whole head, without QK-norm. Its queries and dO stay in shared memory, dQ in registers; keys pass by, KEYS at a time.
+
+    What keeps all that in 255 registers of 256 threads: q' goes through memory, into the place of its gradient, because only what is
+    loaded can be multiplied out of shared memory; ROWS, too, go through memory; and nothing moves out of the loop.
+    """
+    sample, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    dtype: tl.constexpr = GRAD_QKV.dtype.element_ty
+    qkv, bias = QKV + sample * N * (3 * H * D) + head * D, BIAS + head * D
+    grad_qkv = GRAD_QKV + sample * N * (3 * H * D) + head * D
+    offset, line = sample * N * (H * D) + head * D, (sample * H + head) * N
+    queries = tl.arange(0, N)
+    g0, g1 = _load_pair(GRAD + offset, queries, N, H * D, D, D0, D1, True)
+    _store_row_terms(ROWS, LSE, OUT + offset, bias + 2 * H * D, line, queries, g0, g1, N, H, D, D0, D1, SCALE, BIASED, True)
+    x0, x1 = _rotated(
+        qkv, bias, None, TABLE, bias, bias, queries, N, 3 * H * D, D, D0, D1, EPS, False, False, BIASED, False, ROPE, True
+    )
+    _store_pair(grad_qkv, queries, N, x0, x1, 3 * H * D, D, D0, D1, True)
+    tl.debug_barrier()  # what this program wrote, its other threads read
+    q0, q1 = _load_pair(grad_qkv, queries, N, 3 * H * D, D, D0, D1, True)
+    dq0 = tl.zeros([N, D0], tl.float32)
+    dq1 = dq0
+    if D1 > 0:
+        dq1 = tl.zeros([N, D1], tl.float32)
+    keys = tl.arange(0, KEYS)
+    # The second index of a program is 0, which the compiler does not know. Of a known number of passes it keeps more addresses in
+    # registers; and rows that seem to be others it addresses again after the loop, in place of keeping the addresses of q' through it.
+    zero = tl.program_id(1)
+    for block in tl.range(0, N // KEYS + zero, disable_licm=True):
+        first = block * KEYS
+        raw, grad, table = qkv + first * (3 * H * D), grad_qkv + first * (3 * H * D), TABLE + first * D
+        y0, y1 = _rotated(
+            raw + H * D, bias + H * D, None, table, bias, bias, keys,
+            N, 3 * H * D, D, D0, D1, EPS, False, False, BIASED, False, ROPE, True,
+        )  # fmt: skip
+        k0, k1 = y0.to(dtype), y1.to(dtype)
+        v0, v1 = _load_pair(raw + 2 * H * D, keys, N, 3 * H * D, D, D0, D1, True)
+        dp = _scores(g0, g1, v0, v1, D1, PRECISION) * SCALE - tl.load(ROWS + 2 * line + N + queries)[:, None]
+        p = tl.exp2(_scores(q0, q1, k0, k1, D1, PRECISION) * LOG2_SCALE - tl.load(ROWS + 2 * line + queries)[:, None])
+        ds = (p * dp).to(dtype)
+        weights = tl.trans(p.to(dtype))
+        dq0 = _dot(ds, k0, dq0, PRECISION)
+        dv0 = _dot(weights, g0, None, PRECISION)
+        dv1 = dv0
+        if D1 > 0:
+            dq1 = _dot(ds, k1, dq1, PRECISION)
+            dv1 = _dot(weights, g1, None, PRECISION)
+        _store_pair(grad + 2 * H * D, keys, N, dv0, dv1, 3 * H * D, D, D0, D1, True)
+        ds_t = tl.trans(ds)
+        dk0 = _dot(ds_t, q0, None, PRECISION)
+        dk1 = dk0
+        if D1 > 0:
+            dk1 = _dot(ds_t, q1, None, PRECISION)
+        _store_turned_back(grad + H * D, table, keys, dk0, dk1, N, H, D, D0, D1, ROPE)
+    _store_turned_back(grad_qkv, TABLE, zero + queries, dq0, dq1, N, H, D, D0, D1, ROPE)
+    if BIASED:  # Column sums of the gradients as stored, by tensor cores: sums of registers took a quarter of all instructions.
+        tl.debug_barrier()
+        ones = tl.full([KEYS, KEYS], 1.0, tl.float32).to(dtype)
+        for which in range(3 + zero):
+            sum0 = tl.zeros([KEYS, D0], tl.float32)
+            sum1 = sum0
+            if D1 > 0:
+                sum1 = tl.zeros([KEYS, D1], tl.float32)
+            for start in tl.static_range(0, N, KEYS):
+                z0, z1 = _load_pair(grad_qkv + which * H * D, start + keys, N, 3 * H * D, D, D0, D1, True)
+                sum0 = _dot(ones, z0, sum0, PRECISION)
+                if D1 > 0:
+                    sum1 = _dot(ones, z1, sum1, PRECISION)
+            partial = PARTIAL + (tl.program_id(0).to(tl.int64) * 3 + which) * D
+            _store_pair(partial, keys, 1, sum0, sum1, D, D, D0, D1, False)  # every row is the sum: one is stored
+
+
+@triton.jit
+def _store_turned_back(
+    grad, table, rows, g0, g1, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROPE: tl.constexpr
+):
+    """The gradient of raw q or k from that of q' or k'."""
+    if ROPE:
+        g0 = _rotate(g0, None, table, rows, N, -1, 0, D, True)
+        if D1 > 0:
+            g1 = _rotate(g1, None, table, rows, N, -1, D0, D, True)
+    _store_pair(grad, rows, N, g0, g1, 3 * H * D, D, D0, D1, True)
 
 
 def head_split(head_dim: int) -> tuple[int, int]:
@@ -554,12 +652,16 @@ def head_split(head_dim: int) -> tuple[int, int]:
 
 
 def _shape_class(step: str, n: int, head_dim: int, dtype: torch.dtype, norm: bool) -> str:
-    """Row of the tables: which way ("short" and "resident" rotate inside the kernel), "norm" where that costs registers, channels."""
+    """Row of the tables: which way ("short" and "resident" rotate inside the kernel, "head" is what one program can hold of a backward),
+    "norm" where that costs registers, channels."""
     width = sum(head_split(head_dim))
     bound = next(bound for bound in (80, 128, 256) if width <= bound)
     if dtype == torch.float32:
         return f"fp32 {bound}"
-    way = "flash" if step == "backward" or n > RESIDENT_TOKENS else "short" if n <= SHORT_TOKENS and bound == 80 else "resident"
+    if step == "backward":
+        way = "head" if n == RESIDENT_TOKENS and bound == 80 and not norm else "flash"
+    else:
+        way = "flash" if n > RESIDENT_TOKENS else "short" if n <= SHORT_TOKENS and bound == 80 else "resident"
     return f"{way} {'norm ' if norm and (way == 'resident' or step == 'backward') and bound == 80 else ''}{bound}"
 
 
@@ -575,7 +677,13 @@ def _forward(m: int, n: int, warps: int, stages: int = 1) -> Config:
 
 
 def _backward(block: int, inner: int, warps: int, stages: int = 1) -> Config:
+    """The prologue, then two passes."""
     return Config(dict(BLOCK=block, INNER=inner), warps, stages)
+
+
+def _backward_head(keys: int, warps: int) -> Config:
+    """One program a head."""
+    return Config(dict(KEYS=keys), warps)
 
 
 FORWARD = {
@@ -591,14 +699,15 @@ FORWARD = {
     (80, "fp32 128"): [_forward(64, 32, 8)],
     (80, "fp32 256"): [_forward(32, 32, 8)],
     (90, "short 80"): [_forward(64, 64, 4), _forward(64, 32, 4), _forward(128, 64, 8)],
-    (90, "resident 80"): [_forward(256, 64, 8), _forward(128, 64, 8), _forward(128, 128, 8), _forward(128, 64, 4)],
+    (90, "resident 80"): [_forward(256, 64, 16), _forward(256, 64, 8), _forward(128, 64, 8), _forward(128, 64, 4)],
     (90, "resident norm 80"): [_forward(128, 64, 8), _forward(128, 128, 8)],
     (90, "resident 128"): [_forward(128, 64, 8), _forward(128, 128, 8)],
-    (90, "flash 80"): [_forward(128, 64, 8, 3), _forward(128, 128, 8, 2), _forward(128, 64, 4, 2)],
+    (90, "flash 80"): [_forward(128, 128, 8, 2), _forward(128, 64, 8, 3), _forward(128, 64, 4, 2)],
     (90, "flash 128"): [_forward(128, 64, 8, 2)],
     (100, "resident 80"): [_forward(128, 64, 8), _forward(128, 64, 4), _forward(128, 128, 8)],
 }
 BACKWARD = {
+    (80, "head 80"): [_backward(128, 32, 8, 2), _backward(64, 32, 8, 2)],
     (80, "flash 80"): [_backward(128, 32, 8, 2), _backward(64, 32, 8, 2)],
     (80, "flash norm 80"): [_backward(64, 32, 8, 2)],
     (80, "flash 128"): [_backward(64, 32, 8)],
@@ -606,11 +715,14 @@ BACKWARD = {
     (80, "fp32 80"): [_backward(32, 16, 4)],
     (80, "fp32 128"): [_backward(32, 16, 4)],
     (80, "fp32 256"): [_backward(32, 16, 8)],
+    (90, "head 80"): [_backward_head(64, 8), _backward(128, 64, 8, 2)],
     (90, "flash 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash norm 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (90, "flash 128"): [_backward(64, 64, 8)],
+    (100, "head 80"): [_backward(128, 64, 8, 2), _backward(128, 32, 8, 2)],
     (100, "flash norm 80"): [_backward(128, 32, 8), _backward(64, 32, 8, 2)],
 }
+HEAD_CONSTANTS = ("N", "H", "D", "D0", "D1", "EPS", "BIASED", "ROPE")  # of _constexprs, those of one program a head
 PROLOGUE = Config(dict(BLOCK=64), 4, 1)  # the tail, 64 x 16, is then 16 bytes a thread too
 ROPE_TABLE = Config(dict(BLOCK=16, CHUNK=256), 4, 1)
 
@@ -628,7 +740,32 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
+# By positions, whose death ends it; then by what else a table depends on: freqs, and the number of writes to both.
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def _rope_table(positions, freqs, head_dim, dtype):
+    """_new_rope_table, kept for the next call: a model's positions and frequencies are constant.
+
+    A CUDA graph makes its own: it may be replayed after positions were written to. Each stream has its own: it is not waited for.
+    """
+    stream = 0
+    if positions.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return _new_rope_table(positions, freqs, head_dim, dtype)
+        stream = torch.cuda.current_stream().cuda_stream
+    if positions.is_inference() or freqs.is_inference():  # they do not count writes
+        return _new_rope_table(positions, freqs, head_dim, dtype)
+    kept = _tables.setdefault(positions, {})
+    key = (dtype, stream)
+    found = kept.get(key)
+    versions = positions._version, freqs._version
+    if found is None or found[0]() is not freqs or found[1] != versions:
+        found = kept[key] = weakref.ref(freqs), versions, _new_rope_table(positions, freqs, head_dim, dtype)
+    return found[2]
+
+
+def _new_rope_table(positions, freqs, head_dim, dtype):
     """Lines (N, 2) and table (N, D) of _rope_table_kernel. For bf16 the table is fp16, with an eighth of bf16's rounding error."""
     n, (main, tail) = len(positions), head_split(head_dim)
     table = torch.empty((n, head_dim), dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32, device=positions.device)
@@ -641,18 +778,18 @@ def _rope_table(positions, freqs, head_dim, dtype):
     return lines, table
 
 
-def _prologue(qkv, pointers, constexprs, dtype, out=None, grad=None):
-    """q', k' as (B, N, 2, H, D) in dtype, and, given out and grad, delta (B, H, N)."""
+def _prologue(qkv, pointers, constexprs, dtype, out=None, grad=None, lse=None):
+    """q', k' as (B, N, 2, H, D) in dtype, and, given out, grad and lse, what _store_row_terms writes, (B, H, 2, N)."""
     batch, n, _, heads, head_dim = qkv.shape
     prepared = torch.empty((batch, n, 2, heads, head_dim), dtype=dtype, device=qkv.device)
-    delta = None if out is None else torch.empty((batch, heads, n), dtype=torch.float32, device=qkv.device)
+    rows = None if out is None else torch.empty((batch, heads, 2, n), dtype=torch.float32, device=qkv.device)
     grid = (batch * heads * triton.cdiv(n, PROLOGUE.blocks["BLOCK"]),)
     bias, _, *pointers = pointers
     _rope_attention_prologue_kernel[grid](
-        qkv, bias, *pointers, *(qkv if a is None else a for a in (out, grad)), prepared, prepared if delta is None else delta,
-        WITH_DELTA=delta is not None, **constexprs(PROLOGUE), **PROLOGUE.launch(),
+        qkv, bias, *pointers, *(qkv if a is None else a for a in (out, grad, lse)), prepared, prepared if rows is None else rows,
+        SCALE=1 / math.sqrt(head_dim), WITH_ROWS=rows is not None, **constexprs(PROLOGUE), **PROLOGUE.launch(),
     )  # fmt: skip
-    return prepared, delta
+    return prepared, rows
 
 
 def _operands(qkv, positions, freqs, parameters, eps, center, dtype):
@@ -699,20 +836,29 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
     grad, qkv, parameters = grad.contiguous(), qkv.contiguous(), (q_weight, k_weight, q_bias, k_bias, bias)
     grad_qkv = torch.empty_like(qkv)
     shape_class = _shape_class("backward", n, head_dim, out.dtype, q_weight is not None)
+    if qkv.dtype != out.dtype:
+        shape_class = shape_class.replace("head", "flash")  # one program a head keeps q' in grad_qkv
     sums = 4 * (q_weight is not None) + 3 * (bias is not None)  # rows of every program: q_weight, q_bias, k_weight, k_bias; q, k, v of bias
     partial = qkv.new_zeros((batch, heads, 0, sums, head_dim), dtype=torch.float32)
     if out.numel():
         pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out.dtype)
-        prepared, delta = _prologue(qkv, pointers, constexprs, out.dtype, out, grad)
+        scales = dict(SCALE=1 / math.sqrt(head_dim), LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PRECISION=_precision(out.dtype))
 
         def launch(config):
+            if "KEYS" in config.blocks:
+                partial = torch.empty((batch, heads, 1, sums, head_dim), dtype=torch.float32, device=qkv.device)
+                rows = torch.empty((batch, heads, 2, n), dtype=torch.float32, device=qkv.device)
+                constants = {name: value for name, value in constexprs(config).items() if name in HEAD_CONSTANTS}
+                _rope_attention_bwd_head_kernel[(batch * heads,)](
+                    qkv, pointers[0], pointers[2], out, grad, lse, rows, grad_qkv, partial, **scales, **constants, **config.launch()
+                )
+                return partial
+            prepared, rows = _prologue(qkv, pointers, constexprs, out.dtype, out, grad, lse)
             blocks = triton.cdiv(n, config.blocks["BLOCK"])
             partial = torch.empty((batch, heads, blocks, sums, head_dim), dtype=torch.float32, device=qkv.device)
             _rope_attention_bwd_kernel[(batch * heads * blocks,)](
-                qkv, prepared, *pointers[:5], grad, lse, delta, grad_qkv, partial, SCALE=1 / math.sqrt(head_dim),
-                LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PRECISION=_precision(out.dtype),
-                **constexprs(config), **config.launch(),
-            )  # fmt: skip
+                qkv, prepared, *pointers[:5], grad, rows, grad_qkv, partial, **scales, **constexprs(config), **config.launch()
+            )
             return partial
 
         partial = launch(pick("rope_attention_bwd", BACKWARD, qkv.device, shape_class, (n, heads, head_dim, str(out.dtype)), launch))
@@ -745,11 +891,13 @@ def audit_cases() -> list[dict]:
                 if large or step == "forward":
                     shape_class = _shape_class(step, n, head_dim, torch.bfloat16, norm)
                     config = table[max(known for known, name in table if name == shape_class and known <= arch), shape_class][0]
+                    if "KEYS" in config.blocks:
+                        kernel = _rope_attention_bwd_head_kernel
                     name = f"rope_attention_{step} {label}"
                     cases.append(_case(name, kernel, config, n, head_dim, norm, flags | precision, "attention", (arch,)))
         for step, delta in (("forward", False), ("backward", True)):
             if large and (delta or n > RESIDENT_TOKENS):
-                name, flags = f"rope_attention_prologue_{step} {label}", dict(WITH_DELTA=delta)
+                name, flags = f"rope_attention_prologue_{step} {label}", dict(WITH_ROWS=delta, SCALE=1 / math.sqrt(head_dim))
                 cases.append(_case(name, _rope_attention_prologue_kernel, PROLOGUE, n, head_dim, norm, flags, "memory", archs))
         if large and not norm:
             cases.append(_case(f"rope_table {label}", _rope_table_kernel, ROPE_TABLE, n, head_dim, norm, {}, "small", archs))
@@ -760,11 +908,11 @@ def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
     present = "present"  # stands for a tensor: only whether it is None matters
     shared = _constexprs(n, 16, head_dim, present, present, present if norm else None, None, 1e-6, False, config.blocks.values())
     constexprs = {name: value for name, value in (shared | flags | config.blocks).items() if name in kernel.arg_names}
-    types = dict.fromkeys(("POSITIONS", "FREQS", "BIAS", "LSE", "DELTA", "PARTIAL"), "*fp32") | dict(TABLE="*fp16", LINES="*i32")
+    types = dict.fromkeys(("POSITIONS", "FREQS", "BIAS", "LSE", "ROWS", "PARTIAL"), "*fp32") | dict(TABLE="*fp16", LINES="*i32")
     if norm:
         types |= dict(Q_WEIGHT="*fp32", K_WEIGHT="*fp32")  # parameters; without them q stands for them
-    if not flags.get("WITH_DELTA", True):
-        types["DELTA"] = "*bf16"  # q' and k' stand for it
+    if not flags.get("WITH_ROWS", True):
+        types |= dict(LSE="*bf16", ROWS="*bf16")  # qkv, q' and k' stand for them
     signature = {a: "constexpr" if a in constexprs else types.get(a, "*bf16") for a in kernel.arg_names}
     return dict(
         name=f"{name} sm_{archs[0]}" if len(archs) == 1 else name, kernel=kernel, signature=signature, constexprs=constexprs,

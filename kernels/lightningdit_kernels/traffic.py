@@ -11,7 +11,8 @@ asked   bytes of the unmasked elements of all loads and stores: what the multipr
 L2      32-byte sectors that each load or store of a program touches, summed: what caches above L2
         cannot merge inside one instruction. Over about 5.5 TB/s (H100, H200) that is a second floor
         of time; L1 may do better.
-DRAM    distinct sectors read, plus distinct sectors written: what moves if L2 were infinite.
+DRAM    distinct sectors read, but for those that the launch has written before, plus distinct
+        sectors written: what moves if L2 were infinite.
 of least, L2/least    DRAM and L2 over the least bytes of the op: every input, saved tensor and
         result once (group norm: its inputs twice, for statistics come first).
 
@@ -192,9 +193,11 @@ class _Counter:
         first, last = at // SECTOR, (at + size - 1) // SECTOR
         sectors = np.unique(first if np.array_equal(first, last) else np.concatenate([first, last]))
         name = self._argument(kind, int(at.min()), int(at.max()))
-        self.touched[kind, name].append(sectors)
         self.arguments[kind, name] += at.size * size
         self.totals.update(asked=at.size * size, l2=sectors.size * SECTOR)
+        if kind == "load" and ("store", name) in self.touched:  # what was written is in L2
+            sectors = np.setdiff1d(sectors, np.concatenate(self.touched["store", name]))
+        self.touched[kind, name].append(sectors)
 
     def _argument(self, kind: str, lowest: int, highest: int) -> str:
         for name, operand in self.operands.items():

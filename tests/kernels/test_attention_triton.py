@@ -1,5 +1,7 @@
 """The Triton kernels of rope_attention, through the operator: in triton's interpreter, and on CUDA where there is one."""
 
+import gc
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -48,6 +50,21 @@ def inputs_of(rows, columns, heads, head_dim, dtype, norm="none", rope=True, bia
     if bias:
         inputs |= dict(bias=random_tensor(3, heads, head_dim, dtype=dtype, seed=5) / 2)
     return inputs | (dict(positions=grid(rows, columns), freqs=frequencies(head_dim)) if rope else {})
+
+
+class recorded:
+    """A kernel that notes in `launches` what it is compiled for: its name, the dtypes of its arguments, all tensors, and constants."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            assert all(isinstance(arg, torch.Tensor) for arg in args)
+            self.launches.append((self.kernel.fn.__name__, [arg.dtype for arg in args], constants))
+            self.kernel[grid](*args, **constants)
+
+        return launch
 
 
 # Rows, columns, heads, Dh: N = 16, 63, 64; main part with padding (8), with tail (24, 40, 72), without either (64, 128).
@@ -115,6 +132,64 @@ def test_scores_far_below_zero(way):
         assert_within(values_and_gradients(fused, dict(qkv=qkv)), truth, bounds)
 
 
+# Heads, Dh: with a padded tail (40, 72), with a full one (48), with none (64).
+@interpreted
+@pytest.mark.parametrize("heads, head_dim", [(2, 40), (1, 48), (1, 64), (1, 72)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rope, bias", [(True, True), (True, False), (False, True)], ids=["both", "rope", "bias"])
+def test_backward_of_one_program_a_head(heads, head_dim, dtype, rope, bias, monkeypatch):
+    """256 tokens: the backward that holds a whole head. More than one head and sample: offsets, and what goes through grad_qkv."""
+    launched = []
+    kernel = attention_triton._rope_attention_bwd_head_kernel
+    monkeypatch.setattr(attention_triton, "_rope_attention_bwd_head_kernel", recorded(kernel, launched))
+    inputs = inputs_of(16, 16, heads, head_dim, dtype, rope=rope, bias=bias, batch=heads)
+    # Without RoPE, softmax is blind to the key's bias: that part of its gradient is zero, and what is computed is rounding noise.
+    frozen = ("freqs",) if rope else ("bias",)
+    assert_matches_truth(fused, eager, inputs, frozen=frozen)
+    assert launched
+
+
+@interpreted
+def test_one_program_a_head_needs_gradients_in_the_operands_dtype(monkeypatch):
+    """It keeps q' in the gradient's place: with an fp32 qkv under autocast that place is of another dtype, and the prologue serves."""
+    launched = []
+    kernel = attention_triton._rope_attention_bwd_head_kernel
+    monkeypatch.setattr(attention_triton, "_rope_attention_bwd_head_kernel", recorded(kernel, launched))
+    inputs = inputs_of(16, 16, 1, 24, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = values_and_gradients(fused, inputs, frozen=("freqs",))
+    assert values["grad.qkv"].dtype == torch.float32 and not launched
+
+
+@interpreted
+def test_the_rope_table_is_made_once(monkeypatch):
+    """One table serves all calls with the same positions and frequencies, until one of them is written to, and as long as they live."""
+    made = []
+    monkeypatch.setattr(attention_triton, "_new_rope_table", lambda *inputs: made.append(inputs) or (made, made))
+    positions, freqs = grid(4, 4), frequencies(24)
+    before = len(attention_triton._tables)
+
+    def make(*dtypes, positions=positions, freqs=freqs):
+        for dtype in dtypes:
+            attention_triton._rope_table(positions, freqs, 24, dtype)
+        return len(made)
+
+    assert make(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16) == 2
+    assert make(torch.float32, freqs=freqs.clone()) == 3  # the same values in another tensor: nobody compares
+    freqs.mul_(2)
+    assert make(torch.float32, torch.float32) == 4
+    positions.add_(1)
+    assert make(torch.float32, torch.float32) == 5
+    with torch.inference_mode():  # tensors made here do not count writes
+        constants = positions.clone(), freqs.clone()
+    assert make(torch.float32, torch.float32, positions=constants[0], freqs=constants[1]) == 7
+    assert len(attention_triton._tables) == before + 1
+    made.clear()
+    del positions, make
+    gc.collect()
+    assert len(attention_triton._tables) == before
+
+
 @interpreted
 def test_empty_batch_and_strided_input():
     inputs = inputs_of(2, 3, 2, 8, torch.float32, "rms")
@@ -164,27 +239,16 @@ def test_opcheck():
 def test_nothing_is_specialised_on_the_batch(monkeypatch, way):
     """What triton compiles for is the same for every batch: constexprs, launch options, and no number among the arguments."""
     launches = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **constexprs):
-                assert all(isinstance(arg, torch.Tensor) for arg in args)
-                launches[-1].append((self.kernel.fn.__name__, [arg.dtype for arg in args], constexprs))
-                self.kernel[grid](*args, **constexprs)
-
-            return launch
-
-    for name in ("prologue", "fwd", "bwd"):
+    for name in ("prologue", "fwd", "bwd", "bwd_head"):
         name = f"_rope_attention_{name}_kernel"
-        monkeypatch.setattr(attention_triton, name, Recorder(getattr(attention_triton, name)))
+        monkeypatch.setattr(attention_triton, name, recorded(getattr(attention_triton, name), launches))
+    seen = []
     for batch in (1, 3):
-        launches.append([])
-        inputs = inputs_of(2, 3, 1, 8, torch.float32, "rms", batch=batch)
-        fused(**inputs | dict(qkv=inputs["qkv"].requires_grad_())).sum().backward()
-    assert len(launches[0]) >= 2 and launches[0] == launches[1]
+        launches.clear()
+        for inputs in (inputs_of(2, 3, 1, 8, torch.float32, "rms", batch=batch), inputs_of(16, 16, 1, 8, torch.bfloat16, batch=batch)):
+            fused(**inputs | dict(qkv=inputs["qkv"].requires_grad_())).sum().backward()
+        seen.append(list(launches))
+    assert len(seen[0]) >= 4 and seen[0] == seen[1]
 
 
 def test_audit_cases_name_every_argument():
