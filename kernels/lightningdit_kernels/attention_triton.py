@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightningdit_kernels.attention import own
+from lightningdit_kernels.sums_triton import sum_case, sum_partials
 from lightningdit_kernels.tuning import Config, pick
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -830,6 +830,16 @@ def rope_attention_fwd(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias
     return out, lse
 
 
+def _norm_sums(partial):
+    """Of partial sums (B, H, blocks, rows, D), those of the norm as sum_partials takes them: over heads, too."""
+    return partial.flatten(0, 2)[:, None, None, :4]
+
+
+def _bias_sums(partial):
+    """Those of the linear layer's bias: each head has its own."""
+    return partial[:, :, :, -3:]
+
+
 def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center):
     """Gradients of qkv, q_weight, k_weight, q_bias, k_bias and bias, each in its dtype; empty for what is None."""
     batch, n, _, heads, head_dim = qkv.shape
@@ -862,12 +872,13 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
             return partial
 
         partial = launch(pick("rope_attention_bwd", BACKWARD, qkv.device, shape_class, (n, heads, head_dim, str(out.dtype)), launch))
-    by_head = partial.sum((0, 2))  # (H, sums, D), in PyTorch's fixed order
-    of_norm = by_head.sum(0)
-    of_bias = None if bias is None else by_head[:, -3:].transpose(0, 1)
-    gradients = [None if a is None else of_norm[i] for i, a in zip((0, 2, 1, 3), parameters[:4], strict=True)]
-    pairs = zip(parameters, (*gradients, of_bias), strict=True)
-    return grad_qkv, *(qkv.new_empty(0) if a is None else own(gradient, a.dtype) for a, gradient in pairs)
+    gradients = [None if a is None else torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in parameters]
+    if q_weight is not None:  # over heads as well
+        of_q, of_k, of_q_bias, of_k_bias = gradients[:4]
+        sum_partials(_norm_sums(partial), of_q, of_q_bias, of_k, of_k_bias)
+    if bias is not None:
+        sum_partials(_bias_sums(partial), *gradients[4])
+    return grad_qkv, *(qkv.new_empty(0) if a is None else a for a in gradients)
 
 
 def audit_cases() -> list[dict]:
@@ -895,6 +906,13 @@ def audit_cases() -> list[dict]:
                         kernel = _rope_attention_bwd_head_kernel
                     name = f"rope_attention_{step} {label}"
                     cases.append(_case(name, kernel, config, n, head_dim, norm, flags | precision, "attention", (arch,)))
+                if large and step == "backward":
+                    shape = (2, 16, triton.cdiv(n, config.blocks["BLOCK"]), 7 if norm else 3, head_dim)
+                    partial = _bias_sums(torch.empty(shape, device="meta"))
+                    cases.append(sum_case(f"sum_bias {label} sm_{arch}", partial, ("*fp32",) * 3, (arch,)))
+        if large and norm:
+            partial = _norm_sums(torch.empty((2, 16, 1, 7, head_dim), device="meta"))
+            cases.append(sum_case(f"sum_norm {label}", partial, ("*fp32", None, "*fp32", None)))
         for step, delta in (("forward", False), ("backward", True)):
             if large and (delta or n > RESIDENT_TOKENS):
                 name, flags = f"rope_attention_prologue_{step} {label}", dict(WITH_ROWS=delta, SCALE=1 / math.sqrt(head_dim))

@@ -3,7 +3,7 @@
 B samples, N tokens a sample, D width. A program owns some rows (tokens) of one sample, so that gate, scale, shift and weight are
 loaded once, and holds whole rows in registers. D is cut into power-of-two pieces, 1152 = 1024 + 128: one block of 2048 would leave 44 %
 of the lanes idle. The backward also sums over tokens; each program writes the partial sums of its rows, and a second kernel adds
-them in fixed order. No atomics: equal inputs give equal bits.
+them over tokens and over samples, in fixed order. No atomics: equal inputs give equal bits.
 """
 
 import functools
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightningdit_kernels.sums_triton import SUMS, add_rows
 from lightningdit_kernels.tuning import Config, pick
 
 # Shape class: the largest power of two in D, at 256 columns a warp: a lane then holds one 16-byte vector of bf16 in a row, and keeps
@@ -23,7 +24,6 @@ CONFIGS = {
     (80, str(width)): [Config(dict(ROWS=1), warps), Config(dict(ROWS=1), min(2 * warps, 32)), Config(dict(ROWS=2), warps)]
     for width, warps in _WARPS.items()
 }
-SUMS = Config(dict(COLUMNS=128), num_warps=1)  # of _norm_sums_kernel
 
 
 def pieces(width: int) -> tuple[int, ...]:
@@ -222,46 +222,64 @@ def _norm_bwd_kernel(
         _store_sums(sum_branch + offset, branch_totals, columns, D)
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def _norm_sums_kernel(
-    sum_scale, sum_shift, sum_gate, sum_branch, gate, scale, weight, bias, dscale, dshift, dgate, for_weight, for_bias,
-    chunks, gate_stride, scale_stride, D: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Adds the partial sums (B, chunks, D) of one sample: dscale, dshift, dgate, and its share of dweight and of dbias.
+@triton.jit
+def _sum_tokens(partial, samples, B, chunks, columns, D: tl.constexpr, UNROLL: tl.constexpr):
+    """Partial sums (B, chunks, D) of these samples [ROWS, 1] and columns [1, COLUMNS], added over their chunks."""
+    end = tl.where(samples < B, (samples + 1) * chunks, 0)
+    return add_rows(partial, samples * chunks, 1, end, chunks, columns, columns < D, 1, D, 0, UNROLL)
 
-    dgate = sum dx * y + bias * sum dx, dbias = sum over samples of gate * sum dx: one sum for both. sum_branch comes with bias.
+
+@triton.jit
+def _load_vectors(pointer, samples, B, stride, columns, default: tl.constexpr, D: tl.constexpr):
+    """Rows of a (B, D) tensor in fp32; without a pointer, the constant `default`."""
+    if pointer is None:
+        tile = tl.full([1, 1], default, tl.float32)
+    else:
+        tile = tl.load(pointer + samples.to(tl.int64) * stride + columns, mask=(samples < B) & (columns < D), other=0.0).to(tl.float32)
+    return tile
+
+
+@triton.jit(do_not_specialize=["B", "chunks"])
+def _norm_sums_kernel(
+    sum_scale, sum_shift, sum_gate, sum_branch, gate, scale, weight, bias, dscale, dshift, dgate, dweight, dbias,
+    B, chunks, gate_stride, scale_stride, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums (B, chunks, D): over the chunks of a sample for dscale, dshift, dgate, then over samples for dweight, dbias.
+
+    A program owns columns of all samples, so that nothing is left for a second launch: one of scale and weight, one of shift, one of gate
+    and bias. dgate = sum dx * y + bias * sum dx, dbias = sum over samples of gate * sum dx: one sum for both, which comes with bias.
+    dweight = sum over samples of (1 + scale) * sum dh * x_hat, dscale = weight * sum dh * x_hat: one sum for both, again.
     """
-    sample = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = columns < D
-    total_scale, total_shift = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    total_gate, total_branch = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    for chunk in range(chunks):
-        offset = (sample * chunks + chunk) * D
-        total_scale += tl.load(sum_scale + offset + columns, mask=mask, other=0.0)
-        if sum_shift is not None:
-            total_shift += tl.load(sum_shift + offset + columns, mask=mask, other=0.0)
-        if sum_gate is not None:
-            total_gate += tl.load(sum_gate + offset + columns, mask=mask, other=0.0)
-        if sum_branch is not None:
-            total_branch += tl.load(sum_branch + offset + columns, mask=mask, other=0.0)
-    own = sample * D + columns
-    by_scale = total_scale
-    if weight is not None:  # dweight = sum over samples of (1 + scale) * sum dh * x_hat, dscale = weight * sum dh * x_hat: one sum for both
-        factor = 1.0 + tl.load(scale + sample * scale_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        tl.store(for_weight + own, factor * total_scale, mask=mask)
-        by_scale *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dscale + own, by_scale.to(dscale.dtype.element_ty), mask=mask)
-    if sum_shift is not None:
-        tl.store(dshift + own, total_shift.to(dshift.dtype.element_ty), mask=mask)
-    if sum_gate is not None:
-        if bias is not None:
-            total_gate += total_branch * tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dgate + own, total_gate.to(dgate.dtype.element_ty), mask=mask)
-    if bias is not None:
-        if gate is not None:
-            total_branch *= tl.load(gate + sample * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        tl.store(for_bias + own, total_branch, mask=mask)
+    which = tl.program_id(1)
+    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    weights, biases = _load_modulation(weight, (columns,), 0.0, 1.0, D)[0], _load_modulation(bias, (columns,), 0.0, 0.0, D)[0]
+    over_samples = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, B, ROWS):
+        samples = first + tl.arange(0, ROWS)[:, None]
+        own, mask = samples.to(tl.int64) * D + columns, (samples < B) & (columns < D)
+        if which == 0:
+            total = _sum_tokens(sum_scale, samples, B, chunks, columns, D, UNROLL)
+            tl.store(dscale + own, (weights * total).to(dscale.dtype.element_ty), mask=mask)
+            if dweight is not None:
+                over_samples += (1.0 + _load_vectors(scale, samples, B, scale_stride, columns, 0.0, D)) * total
+        elif which == 1:
+            if sum_shift is not None:
+                total = _sum_tokens(sum_shift, samples, B, chunks, columns, D, UNROLL)
+                tl.store(dshift + own, total.to(dshift.dtype.element_ty), mask=mask)
+        else:
+            branch = 0.0
+            if sum_branch is not None:
+                branch = _sum_tokens(sum_branch, samples, B, chunks, columns, D, UNROLL)
+                over_samples += _load_vectors(gate, samples, B, gate_stride, columns, 1.0, D) * branch
+            if sum_gate is not None:
+                total = _sum_tokens(sum_gate, samples, B, chunks, columns, D, UNROLL) + biases * branch
+                tl.store(dgate + own, total.to(dgate.dtype.element_ty), mask=mask)
+    if which == 0:
+        if dweight is not None:
+            tl.store(dweight + columns, tl.sum(over_samples, 0, keep_dims=True).to(dweight.dtype.element_ty), mask=columns < D)
+    elif which == 2:
+        if dbias is not None:
+            tl.store(dbias + columns, tl.sum(over_samples, 0, keep_dims=True).to(dbias.dtype.element_ty), mask=columns < D)
 
 
 def _chunks(batch: int, tokens: int, programs: int, least: int) -> tuple[int, int]:
@@ -340,7 +358,7 @@ def norm_bwd(
     dscale = new((B, D), dtype=scale.dtype)
     dshift = new((B, D), dtype=shift_dtype) if shift_dtype is not None else None
     dgate = new((B, D), dtype=gate.dtype) if y is not None else None
-    for_weight, for_bias = (None if vector is None else new((B, D)) for vector in (weight, bias))
+    dweight, dbias = (None if vector is None else torch.empty_like(vector) for vector in (weight, bias))
 
     def launch(config):
         _norm_bwd_kernel[(B * chunks,)](
@@ -348,14 +366,14 @@ def norm_bwd(
             N, chunks, chunk_rows, gate_stride, scale_stride, **_constants(D, config), **config.launch(),
         )  # fmt: skip
 
-    if B * D:
-        if N:
-            _configured("norm_bwd", launch, residual, (str(residual.dtype), str(grad_h.dtype), str(branch_dtype), *wanted))
-        _norm_sums_kernel[(triton.cdiv(D, SUMS.blocks["COLUMNS"]), B)](
-            *sums, gate, scale, weight, bias, dscale, dshift, dgate, for_weight, for_bias, chunks if N else 0, gate_stride, scale_stride,
+    if B * N * D:
+        _configured("norm_bwd", launch, residual, (str(residual.dtype), str(grad_h.dtype), str(branch_dtype), *wanted))
+    if D:
+        kinds = 3 if y is not None or bias is not None else 2
+        _norm_sums_kernel[(triton.cdiv(D, SUMS.blocks["COLUMNS"]), kinds)](
+            *sums, gate, scale, weight, bias, dscale, dshift, dgate, dweight, dbias, B, chunks if N else 0, gate_stride, scale_stride,
             D=D, **SUMS.launch(),
         )  # fmt: skip
-    dweight, dbias = (None if v is None else part.sum(0).to(v.dtype) for v, part in ((weight, for_weight), (bias, for_bias)))
     return dx, dy, dgate, dscale, dshift, dweight, dbias
 
 
@@ -394,10 +412,11 @@ def audit_cases() -> list[dict]:
             ):
                 title = f"norm_{name} D={width} residual {stream}"
                 case(title, kernel, signature, constants | rest | dict(mean=None), sizes, num_warps=config.num_warps)
-        gradients = dict(dscale="*bf16", dshift="*bf16", dgate="*bf16", for_weight="*fp32", for_bias="*fp32")
-        signature = vectors | sums | gradients | dict(sum_branch="*fp32", bias="*fp32", chunks="i32")
+        gradients = dict(dscale="*bf16", dshift="*bf16", dgate="*bf16", dweight="*fp32", dbias="*fp32")
+        sizes = dict(B="i32", chunks="i32")
+        signature = vectors | sums | gradients | dict(sum_branch="*fp32", bias="*fp32") | sizes
         constants = dict(D=width, **SUMS.blocks)
-        rest = dict(gate=None, bias=None, sum_gate=None, sum_branch=None, dgate=None, for_bias=None)
+        rest = dict(gate=None, bias=None, sum_gate=None, sum_branch=None, dgate=None, dbias=None)
         for name, constexprs in (("norm_sums", constants), ("norm_sums without branch", constants | rest)):
             case(f"{name} D={width}", _norm_sums_kernel, signature, constexprs, sizes, num_warps=SUMS.num_warps, kind="small")
     return cases

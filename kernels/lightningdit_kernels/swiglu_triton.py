@@ -1,8 +1,8 @@
 """swiglu on CUDA: one pass over memory each way, the activation recomputed in the backward.
 
 M rows (tokens of all samples), F hidden size. packed is (M, 2F), [gate | up], and may lack the bias (2F,) of the linear
-layer that made it. The backward then also sums the gradient to packed over its rows: each program adds its own rows, a second pass
-adds the programs in fixed order.
+layer that made it. The backward then also sums the gradient to packed over its rows: each program adds its own rows, a second kernel
+(sums_triton) adds the programs in fixed order.
 """
 
 import math
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightningdit_kernels.sums_triton import sum_case, sum_partials
 from lightningdit_kernels.tuning import Config, pick
 
 # Shape class: columns of a program, 256 a warp, so that a lane holds one 16-byte vector of bf16 in each of its rows and the sums over rows
@@ -144,7 +145,11 @@ def swiglu_bwd(grad: Tensor, packed: Tensor, bias: Tensor | None) -> tuple[Tenso
 
     if grad.numel():
         _launch("swiglu_bwd", launch, packed, F, (str(packed.dtype), str(grad.dtype), bias is None))
-    return grad_packed, None if bias is None else partial.sum(0).to(bias.dtype)
+    if bias is None:
+        return grad_packed, None
+    grad_bias = torch.empty_like(bias)
+    sum_partials(partial.view(chunks, 1, 1, 1, 2 * F), grad_bias)
+    return grad_packed, grad_bias
 
 
 def audit_cases() -> list[dict]:
@@ -168,6 +173,8 @@ def audit_cases() -> list[dict]:
             divisible = [argument for argument, kind in signature.items() if kind.startswith("*")]
             case = dict(name=f"swiglu_{name} F={hidden}", kernel=kernel, signature=signature, constexprs=constants | rest)
             cases.append(case | dict(divisible=divisible) | common)
+        partial = torch.empty(1, 1, 1, 1, 2 * hidden, device="meta")
+        cases.append(sum_case(f"swiglu_sum F={hidden}", partial, ("*fp32",)))
     return cases
 
 

@@ -30,7 +30,8 @@ def sizes_of(preset):
 
 
 def audited(module, constexpr):
-    return {case["constexprs"][constexpr] for case in module.audit_cases()}
+    """Values of a size in the kernels that have it: the sum over partial results has another."""
+    return {case["constexprs"][constexpr] for case in module.audit_cases() if constexpr in case["constexprs"]}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -107,7 +108,7 @@ def test_a_training_step_launches_what_the_audit_compiles(launches, use_qknorm, 
     with torch.autocast("cpu", torch.bfloat16):
         velocity = model(torch.zeros(2, 32, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
     velocity.sum().backward()
-    kernels = {f"_{name}_kernel" for name in ("norm_fwd", "norm_bwd", "norm_sums", "swiglu_fwd", "swiglu_bwd", "rope_table")}
+    kernels = {f"_{name}_kernel" for name in ("norm_fwd", "norm_bwd", "norm_sums", "swiglu_fwd", "swiglu_bwd", "sum", "rope_table")}
     attention_kernels = {f"_rope_attention_{name}_kernel" for name in ("fwd", "prologue", "bwd")}
     assert_compiled(launches, kernels | attention_kernels)
 
