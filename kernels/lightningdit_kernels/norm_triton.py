@@ -24,6 +24,26 @@ CONFIGS = {
     (80, str(width)): [Config(dict(ROWS=1), warps), Config(dict(ROWS=1), min(2 * warps, 32)), Config(dict(ROWS=2), warps)]
     for width, warps in _WARPS.items()
 }
+# Of the backward, with or without the next row's x and grad_h on their way while this row is reduced (AHEAD). With a stream of 16 bits they
+# take 10 registers at D = 1152, 112 become 127, and four programs share a multiprocessor as before; with fp32 they take 22, 125 become 147,
+# and three are left. An fp32 stream also needs it least: four programs that wait 0.9 us for a row and work on it for 0.5 ask for 1.8 times
+# what memory delivers, of a 16-bit stream for 1.2 times. Neither do rows below 512 columns, whose 128 registers become 151, nor those
+# without grad_residual (127 become 166), once in a model.
+_AHEAD = " 16-bit stream"
+BACKWARD = {
+    (80, f"{width}{stream}"): [
+        Config(dict(ROWS=rows, AHEAD=ahead), num_warps)
+        for rows, ahead, num_warps in (
+            (1, int(stream == _AHEAD), warps),
+            (1, int(stream != _AHEAD), warps),
+            (1, 0, min(2 * warps, 32)),
+            (2, 0, warps),
+        )
+    ]
+    for width, warps in _WARPS.items()
+    for stream in ("", _AHEAD)
+    if width >= 512 or not stream
+}
 
 
 def pieces(width: int) -> tuple[int, ...]:
@@ -148,10 +168,22 @@ def _store_sums(partial, totals, columns, D: tl.constexpr):
         tl.store(partial + columns[i], tl.sum(totals[i], 0, keep_dims=True), mask=columns[i] < D)
 
 
+@triton.jit
+def _load_reduced(residual, grad_h, rstd, mean, rows, count, columns, D: tl.constexpr):
+    """What the reductions of these rows need: tiles of x' and dh, rstd, and the mean, or again rstd where there is none."""
+    valid = rows < count
+    r = tl.load(rstd + rows, mask=valid, other=0.0)
+    average = r
+    if mean is not None:
+        average = tl.load(mean + rows, mask=valid, other=0.0)
+    return _load(residual, rows, valid, columns, D), _load(grad_h, rows, valid, columns, D), r, average
+
+
 @triton.jit(do_not_specialize=["N", "chunks", "chunk_rows"])
 def _norm_bwd_kernel(
     grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, sum_scale, sum_shift, sum_gate, sum_branch,
     N, chunks, chunk_rows, gate_stride, scale_stride, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Writes dx, dy and the sums over this program's rows of dh * x_hat, dh, dx * y and dx. What is None is neither read nor written.
 
@@ -169,14 +201,25 @@ def _norm_bwd_kernel(
     LANES: tl.constexpr = min(THREADS, PIECES[len(PIECES) - 1])
     base = (sample * N + first) * D
     count = min(chunk_rows, N - first)
+    first_row = sample * N + first
+    mean = None if mean is None else mean + first_row
+    if AHEAD:
+        next_xs, next_grads, next_r, next_average = _load_reduced(
+            residual + base, grad_h + base, rstd + first_row, mean, tl.arange(0, ROWS)[:, None], count, columns, D
+        )
     for start in tl.range(0, count, ROWS, disable_licm=y is None and len(PIECES) == 1):
         rows = start + tl.arange(0, ROWS)[:, None]
         valid = rows < count
-        r = tl.load(rstd + sample * N + first + rows, mask=valid, other=0.0)
-        if mean is not None:
-            average = tl.load(mean + sample * N + first + rows, mask=valid, other=0.0)
         # Everything is loaded before the reductions, whose barriers no load can pass.
-        xs, grads = _load(residual + base, rows, valid, columns, D), _load(grad_h + base, rows, valid, columns, D)
+        if AHEAD:
+            xs, grads, r, average = next_xs, next_grads, next_r, next_average
+            next_xs, next_grads, next_r, next_average = _load_reduced(
+                residual + base, grad_h + base, rstd + first_row, mean, rows + ROWS, count, columns, D
+            )
+        else:
+            xs, grads, r, average = _load_reduced(
+                residual + base, grad_h + base, rstd + first_row, mean, rows, count, columns, D
+            )
         if grad_residual is not None:
             incoming = _load(grad_residual + base, rows, valid, columns, D)
         if sum_gate is not None:
@@ -250,8 +293,8 @@ def _norm_sums_kernel(
     and bias. dgate = sum dx * y + bias * sum dx, dbias = sum over samples of gate * sum dx: one sum for both, which comes with bias.
     dweight = sum over samples of (1 + scale) * sum dh * x_hat, dscale = weight * sum dh * x_hat: one sum for both, again.
     """
-    which = tl.program_id(1)
-    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    which = tl.program_id(0)
+    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     weights, biases = _load_modulation(weight, (columns,), 0.0, 1.0, D)[0], _load_modulation(bias, (columns,), 0.0, 0.0, D)[0]
     over_samples = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, B, ROWS):
@@ -305,10 +348,10 @@ def _constants(width: int, config: Config) -> dict:
     return dict(D=width, PIECES=pieces(width), THREADS=32 * config.num_warps)
 
 
-def _configured(op: str, launch, like: Tensor, key: tuple):
-    """Calls launch with the configuration for this width; launching twice is harmless, since every output is overwritten."""
-    width = like.shape[-1]
-    launch(pick(op, CONFIGS, like.device, str(pieces(width)[0]), (width, *key), launch))
+def _backward_class(width: int, stream: torch.dtype, with_grad_residual: bool) -> str:
+    """Row of BACKWARD."""
+    shape_class = f"{pieces(width)[0]}{_AHEAD if stream.itemsize == 2 and with_grad_residual else ''}"
+    return shape_class if (80, shape_class) in BACKWARD else str(pieces(width)[0])
 
 
 def norm_fwd(x, y, gate, scale, shift, weight, bias, eps: float, center: bool, out_dtype: torch.dtype):
@@ -329,7 +372,8 @@ def norm_fwd(x, y, gate, scale, shift, weight, bias, eps: float, center: bool, o
         )  # fmt: skip
 
     if x.numel():
-        _configured("norm_fwd", launch, x, (str(x.dtype), str(out_dtype), y is None, bias is None))
+        key = D, str(x.dtype), str(out_dtype), y is None, bias is None
+        launch(pick("norm_fwd", CONFIGS, x.device, str(pieces(D)[0]), key, launch))
     return residual, h, mean, rstd
 
 
@@ -367,10 +411,12 @@ def norm_bwd(
         )  # fmt: skip
 
     if B * N * D:
-        _configured("norm_bwd", launch, residual, (str(residual.dtype), str(grad_h.dtype), str(branch_dtype), *wanted))
+        shape_class = _backward_class(D, residual.dtype, grad_residual is not None)
+        key = D, str(residual.dtype), str(grad_h.dtype), str(branch_dtype), grad_residual is None, *wanted
+        launch(pick("norm_bwd", BACKWARD, residual.device, shape_class, key, launch))  # overwrites all: launching again is harmless
     if D:
         kinds = 3 if y is not None or bias is not None else 2
-        _norm_sums_kernel[(triton.cdiv(D, SUMS.blocks["COLUMNS"]), kinds)](
+        _norm_sums_kernel[(kinds, triton.cdiv(D, SUMS.blocks["COLUMNS"]))](
             *sums, gate, scale, weight, bias, dscale, dshift, dgate, dweight, dbias, B, chunks if N else 0, gate_stride, scale_stride,
             D=D, **SUMS.launch(),
         )  # fmt: skip
@@ -391,8 +437,6 @@ def audit_cases() -> list[dict]:
         cases.append(dict(name=name, kernel=kernel, signature=signature, constexprs=constexprs, divisible=divisible, **options))
 
     for width in (384, 768, 1024, 1152, 1536, 1792):
-        config = CONFIGS[80, str(pieces(width)[0])][0]
-        constants = dict(**_constants(width, config), **config.blocks)
         sizes = dict(N="i32", chunks="i32", chunk_rows="i32")
         vectors = dict(gate="*bf16", scale="*bf16", weight="*fp32", gate_stride="i32", scale_stride="i32")
         sums = dict(sum_scale="*fp32", sum_shift="*fp32", sum_gate="*fp32")
@@ -410,8 +454,13 @@ def audit_cases() -> list[dict]:
                 ("bwd+bias without grad_residual", _norm_bwd_kernel, backward, dict(grad_residual=None)),
                 ("bwd without branch", _norm_bwd_kernel, backward, no_branch | dict(grad_residual=None, dy=None)),
             ):
-                title = f"norm_{name} D={width} residual {stream}"
-                case(title, kernel, signature, constants | rest | dict(mean=None), sizes, num_warps=config.num_warps)
+                if kernel is _norm_fwd_kernel:
+                    config = CONFIGS[80, str(pieces(width)[0])][0]
+                else:
+                    dtype = torch.float32 if stream == "fp32" else torch.bfloat16
+                    config = BACKWARD[80, _backward_class(width, dtype, "grad_residual" not in rest)][0]
+                constants = _constants(width, config) | config.blocks | rest | dict(mean=None)
+                case(f"norm_{name} D={width} residual {stream}", kernel, signature, constants, sizes, num_warps=config.num_warps)
         gradients = dict(dscale="*bf16", dshift="*bf16", dgate="*bf16", dweight="*fp32", dbias="*fp32")
         sizes = dict(B="i32", chunks="i32")
         signature = vectors | sums | gradients | dict(sum_branch="*fp32", bias="*fp32") | sizes
@@ -434,7 +483,8 @@ def workloads(tokens: int = 32768, width: int = 1152) -> list[dict]:
     found = []
 
     def add(name, function, reads, *rest):
-        found.append(dict(name=f"norm {name}", launch=functools.partial(function, *reads, *rest), reads=reads, programs=2))
+        programs = 2 if "without branch" in name else 3  # one of each kind of _norm_sums_kernel
+        found.append(dict(name=f"norm {name}", launch=functools.partial(function, *reads, *rest), reads=reads, programs=programs))
 
     streams = {"fp32": torch.float32, "bf16": bf16}
     for name, stream in streams.items():

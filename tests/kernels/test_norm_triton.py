@@ -65,6 +65,14 @@ def test_variants(given):
     assert_matches_truth(ours, eager, inputs_of((2, 5, 40), given=given, center=True))
 
 
+@pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
+def test_the_next_row_is_loaded_ahead(center):
+    """A bf16 stream from 512 columns on; chunks of 16 tokens and of 3."""
+    shape = (1, 19, 520)
+    assert norm_triton._backward_class(shape[2], torch.bfloat16, True) == "512 16-bit stream"
+    assert_matches_truth(ours, eager, inputs_of(shape, torch.bfloat16, center=center))
+
+
 def test_strided_inputs():
     inputs = inputs_of((2, 5, 24))
     inputs["scale"], inputs["shift"], inputs["gate"] = random_tensor(2, 72, seed=9, device=DEVICE).chunk(3, dim=1)
@@ -122,6 +130,8 @@ def test_every_width_has_a_configuration_and_little_waste():
     for width in range(1, TRITON_MAX_WIDTH + 1):
         pieces = norm_triton.pieces(width)
         assert (80, str(pieces[0])) in norm_triton.CONFIGS and width <= sum(pieces)
+        for stream in (torch.float32, torch.bfloat16):
+            assert (80, norm_triton._backward_class(width, stream, True)) in norm_triton.BACKWARD
         assert sum(pieces) <= 4 / 3 * width or width < 64
 
 
