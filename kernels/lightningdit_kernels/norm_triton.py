@@ -24,11 +24,11 @@ CONFIGS = {
     (80, str(width)): [Config(dict(ROWS=1), warps), Config(dict(ROWS=1), min(2 * warps, 32)), Config(dict(ROWS=2), warps)]
     for width, warps in _WARPS.items()
 }
-# Of the backward, with or without the next row's x and grad_h on their way while this row is reduced (AHEAD). With a stream of 16 bits they
-# take 10 registers at D = 1152, 112 become 127, and four programs share a multiprocessor as before; with fp32 they take 22, 125 become 147,
-# and three are left. An fp32 stream also needs it least: four programs that wait 0.9 us for a row and work on it for 0.5 ask for 1.8 times
-# what memory delivers, of a 16-bit stream for 1.2 times. Neither do rows below 512 columns, whose 128 registers become 151, nor those
-# without grad_residual (127 become 166), once in a model.
+# AHEAD: the next row's x and grad_h are loaded while this row is reduced. Registers on sm_90 at D = 1152, with the bias gradient: for a
+# 16-bit stream 127 instead of 112, so that four programs still share a multiprocessor; for an fp32 stream 147 instead of 125, and three are
+# left. An fp32 stream also needs it least: if a program waits 0.9 us for a row and works on it for 0.5, four programs ask for 1.8 times what
+# memory delivers; of a 16-bit stream for 1.2 times. Rows below 512 columns (128 become 151) and those without grad_residual (127 become 166;
+# one norm of a model) keep their programs without it.
 _AHEAD = " 16-bit stream"
 BACKWARD = {
     (80, f"{width}{stream}"): [
@@ -217,9 +217,7 @@ def _norm_bwd_kernel(
                 residual + base, grad_h + base, rstd + first_row, mean, rows + ROWS, count, columns, D
             )
         else:
-            xs, grads, r, average = _load_reduced(
-                residual + base, grad_h + base, rstd + first_row, mean, rows, count, columns, D
-            )
+            xs, grads, r, average = _load_reduced(residual + base, grad_h + base, rstd + first_row, mean, rows, count, columns, D)
         if grad_residual is not None:
             incoming = _load(grad_residual + base, rows, valid, columns, D)
         if sum_gate is not None:
