@@ -25,10 +25,10 @@ CONFIGS = {
     for width, warps in _WARPS.items()
 }
 # AHEAD: the next row's x and grad_h are loaded while this row is reduced. Registers on sm_90 at D = 1152, with the bias gradient: for a
-# 16-bit stream 127 instead of 112, so that four programs still share a multiprocessor; for an fp32 stream 147 instead of 125, and three are
-# left. An fp32 stream also needs it least: if a program waits 0.9 us for a row and works on it for 0.5, four programs ask for 1.8 times what
-# memory delivers; of a 16-bit stream for 1.2 times. Rows below 512 columns (128 become 151) and those without grad_residual (127 become 166;
-# one norm of a model) keep their programs without it.
+# 16-bit stream 127 instead of 112, so that four programs still share a multiprocessor; for an fp32 stream 147 instead of 125, and three
+# are left. An fp32 stream also needs it least: if a program waits 0.9 us for a row and works on it for 0.5, four programs ask for 1.8
+# times what memory delivers; of a 16-bit stream for 1.2 times. Rows below 512 columns (128 become 151) and those without grad_residual
+# (127 become 166; one norm of a model) keep their programs without it.
 _AHEAD = " 16-bit stream"
 BACKWARD = {
     (80, f"{width}{stream}"): [

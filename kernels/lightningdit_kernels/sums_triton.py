@@ -2,8 +2,8 @@
 
 A program owns COLUMNS columns. A row of its tile of ROWS x COLUMNS adds every ROWS-th row of the partial sums one after another, then
 the rows of the tile are added: the order follows from shapes alone. Eight columns of fp32 are one sector: at XL/1 swiglu has 768 programs,
-attention 432 and norm 432 for 132 multiprocessors, where torch.sum ran 48, 27 and 9 blocks. All of them are resident at once, and with
-three loads of 16 bytes under way in a thread (sm_90) 70 KB in a multiprocessor, twice what L2 needs to be busy.
+attention 432 and norm 432 for 132 multiprocessors, where torch.sum ran 48, 27 and 9 blocks. All of them are resident at once; with two of
+a thread's loads under way, 16 bytes each, that is 26 KB and more in a multiprocessor, what L2 needs to be busy.
 """
 
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightningdit_kernels.tuning import Config
 
-SUMS = Config(dict(ROWS=128, COLUMNS=8, UNROLL=8), num_warps=8)
+SUMS = Config(dict(ROWS=128, COLUMNS=8, UNROLL=4), num_warps=8)
 MAX_OUTPUTS = 4
 
 
@@ -23,15 +23,15 @@ def add_rows(
 ):  # fmt: skip
     """A tile whose row r is the sum of rows r, r + step, ... below end, in this order: at most `passes` of them.
 
-    Row k lies at k // INNER * OUTER_STRIDE + k % INNER * INNER_STRIDE. rows, end: [ROWS, 1]; columns, mask: [1, COLUMNS].
+    Row k lies at k // INNER * OUTER_STRIDE + k % INNER * INNER_STRIDE. rows: [ROWS, 1]; end: the same, or one for all; columns, mask: [1, COLUMNS].
     """
     total = tl.zeros([rows.shape[0], columns.shape[1]], tl.float32)
-    # This order of the axes keeps the UNROLL rows of a row of the tile inside a thread: no shuffle in the loop.
+    # Tiles of two axes: with one of three, for the UNROLL loads, triton 3.9 spreads them over lanes, and shuffles in the loop.
     for first in range(0, passes, UNROLL):
-        row = rows[:, None, :] + (first + tl.arange(0, UNROLL)[None, :, None]) * step
-        at = (row // INNER).to(tl.int64) * OUTER_STRIDE + row % INNER * INNER_STRIDE
-        tile = tl.load(partial + at + columns[:, None, :], mask=(row < end[:, None, :]) & mask[:, None, :], other=0.0)
-        total += tl.sum(tile, 1)
+        for i in tl.static_range(UNROLL):
+            row = rows + (first + i) * step
+            at = (row // INNER).to(tl.int64) * OUTER_STRIDE + row % INNER * INNER_STRIDE
+            total += tl.load(partial + at + columns, mask=(row < end) & mask, other=0.0)
     return total
 
 
@@ -47,7 +47,7 @@ def _sum_kernel(
     mask = columns < WIDTH
     rows = tl.arange(0, ROWS)[:, None]
     partial += group * STRIDES[1] + which * STRIDES[3]
-    tile = add_rows(partial, rows, ROWS, rows * 0 + K, tl.cdiv(K, ROWS), columns, mask, INNER, STRIDES[0], STRIDES[2], UNROLL)
+    tile = add_rows(partial, rows, ROWS, K, tl.cdiv(K, ROWS), columns, mask, INNER, STRIDES[0], STRIDES[2], UNROLL)
     total, own = tl.sum(tile, 0, keep_dims=True), group * WIDTH + columns
     if which == 0:
         if out_0 is not None:
