@@ -23,7 +23,8 @@ def add_rows(
 ):  # fmt: skip
     """A tile whose row r is the sum of rows r, r + step, ... below end, in this order: at most `passes` of them.
 
-    Row k lies at k // INNER * OUTER_STRIDE + k % INNER * INNER_STRIDE. rows: [ROWS, 1]; end: the same, or one for all; columns, mask: [1, COLUMNS].
+    Row k lies at k // INNER * OUTER_STRIDE + k % INNER * INNER_STRIDE. rows: [ROWS, 1]; end: the same, or one for all;
+    columns, mask: [1, COLUMNS].
     """
     total = tl.zeros([rows.shape[0], columns.shape[1]], tl.float32)
     # Tiles of two axes: with one of three, for the UNROLL loads, triton 3.9 spreads them over lanes, and shuffles in the loop.
