@@ -907,7 +907,8 @@ def audit_cases() -> list[dict]:
                     name = f"rope_attention_{step} {label}"
                     cases.append(_case(name, kernel, config, n, head_dim, norm, flags | precision, "attention", (arch,)))
                 if large and step == "backward":
-                    shape = (2, 16, triton.cdiv(n, config.blocks["BLOCK"]), 7 if norm else 3, head_dim)
+                    blocks = triton.cdiv(n, config.blocks.get("BLOCK", n))
+                    shape = (2, 16, blocks, 7 if norm else 3, head_dim)
                     partial = _bias_sums(torch.empty(shape, device="meta"))
                     cases.append(sum_case(f"sum_bias {label} sm_{arch}", partial, ("*fp32",) * 3, (arch,)))
         if large and norm:
