@@ -11,6 +11,7 @@ from lightningdit_kernels import native
 from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, define, differentiable
 
 COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12  # the clamps of torch's cosine_similarity and normalize
+PIVOT_EPS = 1e-15  # of weight^T weight: fp64 leaves some 2e-16 of a pivot that should be 0, and what is dropped is 3e-8 of a column
 
 
 def marginal_cosine_loss_ref(z, f, margin=0.5):
@@ -238,10 +239,54 @@ define("marginal_distance_matrix_loss_and_gradient_backward(Tensor grad, Tensor 
 differentiable("marginal_distance_matrix_loss_and_gradient", _distance_and_gradient_setup_context, _distance_and_gradient_backward)
 
 
-# Both losses of z = s weight^T without z. With weight = q R (reduced QR, q (C, k) of orthonormal columns, k = min(C, r)) and t = s R^T,
-# (B, N, k), z_i = q t_i, so that z_i . z_j = t_i . t_j, |z_i| = |t_i| and z_i . f_i = t_i . v_i with v = f q: k channels in place of C.
-# q and R need not be differentiated: dz/dt = q gives the gradient to t, and through dz the gradients to s and weight. weight^T weight
-# would do as well, with the square of weight's condition number; QR is exact for weights of any rank.
+# Both losses of z = s weight^T without z. With weight = q L^T (q (C, r) of orthonormal columns) and t = s L, (B, N, r), z_i = q t_i, so
+# that z_i . z_j = t_i . t_j, |z_i| = |t_i| and z_i . f_i = t_i . v_i with v = f q: r channels in place of C. q and L need not be
+# differentiated: dz/dt = q gives the gradient to t, and through dz the gradients to s and weight. L is the Cholesky factor of
+# weight^T weight, in fp64, because that has the square of weight's condition number: less is lost than fp32 loses of weight.
+
+
+def _factor(weight):
+    """The reference of alignment_factor: L (r, r) lower triangular and q (C, r), fp64. weight = q L^T, whatever the rank of weight.
+
+    The pivot of a column of weight that depends on those before it is rounding: its columns of L and q are zero.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        wide = weight.double()
+        gram = wide.mT @ wide
+        r, least = len(gram), PIVOT_EPS * gram.diagonal()
+        rest, rows = torch.cat([gram, torch.eye(r, dtype=gram.dtype, device=gram.device)], 1), []
+        for j in range(r):  # Gauss makes (gram | 1) into (L^T | L^-1)
+            pivot = rest[j, j]
+            rows.append(rest[j] * torch.where(pivot <= least[j], 0, pivot.rsqrt()))  # what is not a number stays so
+            rest = torch.addr(rest, rows[j][:r], rows[j], alpha=-1)
+        rows = torch.stack(rows)
+        return rows[:, :r].triu().mT.contiguous(), wide @ rows[:, r:].mT
+
+
+def _factor_fake(weight):
+    C, r = weight.shape
+    return weight.new_empty((r, r), dtype=torch.float64), weight.new_empty((C, r), dtype=torch.float64)
+
+
+def _factor_cpu(weight):
+    """LAPACK's, which takes a tenth of the time, where no pivot is rounding."""
+    wide = weight.double()
+    gram = wide.mT @ wide
+    L, failed = torch.linalg.cholesky_ex(gram)
+    if failed or not (L.diagonal().square() > PIVOT_EPS * gram.diagonal()).all():
+        return _factor(weight)
+    return L.contiguous(), torch.linalg.solve_triangular(L.mT, wide, upper=True, left=False).contiguous()
+
+
+def _factor_cuda(weight):
+    from lightningdit_kernels import alignment_triton
+
+    if weight.shape[1] > alignment_triton.LARGEST_FACTOR:
+        return _factor(weight)  # three launches a column, none of which waits
+    return alignment_triton.factor(weight)
+
+
+define("alignment_factor(Tensor weight) -> (Tensor, Tensor)", _factor, _factor_fake, cpu=_factor_cpu, cuda=_factor_cuda)
 
 
 def _project(x, q):
@@ -268,13 +313,16 @@ define("alignment_project(Tensor x, Tensor q) -> (Tensor, Tensor)", _project, _p
 
 
 def _losses(s, weight, f, cos_margin, distmat_margin):
-    """(cosine loss, distance-matrix loss, q (C, k), R (k, r), t (B, N, k), v (B, N, k), |f| (B, N), 1/|t| (B, N), 1/|f| (B, N))."""
-    q, R = (factor.contiguous() for factor in torch.linalg.qr(weight.to(accumulation_dtype(s))))  # LAPACK's are column by column
-    t, _ = torch.ops.lightningdit.alignment_project(s, R.mT)
+    """(cosine loss, distance-matrix loss, L (r, r), q (C, r), t (B, N, r), v (B, N, r), |f|, 1/|t|, 1/|f|, each (B, N))."""
+    acc = accumulation_dtype(s)
+    L, q = torch.ops.lightningdit.alignment_factor(weight)
+    with torch.autocast(s.device.type, enabled=False):
+        t = (s.double() @ L).to(acc)  # where weight nearly cancels s, the last digits of fp32 are all that is left of t
+    L, q = L.to(acc), q.to(acc)
     v, f_norm = torch.ops.lightningdit.alignment_project(f, q)
     distance, t_inverse, f_inverse = torch.ops.lightningdit.marginal_distance_matrix_loss(t, f, distmat_margin)
     cosine = _low_rank_cosines(t, v, f_norm)[0]
-    return nnf.relu(1 - cos_margin - cosine).mean(), distance, q, R, t, v, f_norm, t_inverse, f_inverse
+    return nnf.relu(1 - cos_margin - cosine).mean(), distance, L, q, t, v, f_norm, t_inverse, f_inverse
 
 
 def _low_rank_cosines(t, v, f_norm):
@@ -283,7 +331,7 @@ def _low_rank_cosines(t, v, f_norm):
     return (t * v).sum(-1) * t_inverse * f_inverse, t_inverse, f_inverse, norm > COSINE_EPS
 
 
-def _losses_backward(grad_cosine, grad_distance, s, f, q, R, t, v, f_norm, t_inverse, f_inverse, cos_margin, distmat_margin):
+def _losses_backward(grad_cosine, grad_distance, s, f, L, q, t, v, f_norm, t_inverse, f_inverse, cos_margin, distmat_margin):
     """The gradients to s and weight. dz_i = q dt_i + a_i (f_i - q v_i): only the cosine term leaves the span of q."""
     with torch.autocast(s.device.type, enabled=False):
         operator = torch.ops.lightningdit.marginal_distance_matrix_loss_backward
@@ -296,18 +344,17 @@ def _losses_backward(grad_cosine, grad_distance, s, f, q, R, t, v, f_norm, t_inv
         wide = s.to(acc).flatten(0, 1)
         outside = f.flatten(0, 1).to(acc).mT @ (a.flatten(0, 1) * wide)  # sum_i a_i f_i s_i^T, (C, r)
         grad_weight = outside + q @ ((dt - a * v).flatten(0, 1).mT @ wide)
-        return (dt @ R).to(s.dtype), grad_weight
+        return (dt @ L.mT).to(s.dtype), grad_weight
 
 
 def _losses_fake(s, weight, f, cos_margin, distmat_margin):
     (B, N, r), C, acc = s.shape, weight.shape[0], accumulation_dtype(s)
-    k = min(C, r)
-    shapes = ((), (), (C, k), (k, r), (B, N, k), (B, N, k), (B, N), (B, N), (B, N))
+    shapes = ((), (), (r, r), (C, r), (B, N, r), (B, N, r), (B, N), (B, N), (B, N))
     return tuple(s.new_empty(shape, dtype=acc) for shape in shapes)
 
 
-def _losses_backward_fake(grad_cosine, grad_distance, s, f, q, R, *_):
-    return _like_z(None, s), q.new_empty((q.shape[0], R.shape[1]))
+def _losses_backward_fake(grad_cosine, grad_distance, s, f, L, q, *_):
+    return _like_z(None, s), torch.empty_like(q)
 
 
 def _losses_setup_context(ctx, inputs, output):
@@ -324,7 +371,7 @@ def _losses_gradient(ctx, grad_cosine, grad_distance, *_):
 
 define("alignment_losses(Tensor s, Tensor weight, Tensor f, float cos_margin, float distmat_margin) -> (" + ", ".join(["Tensor"] * 9) + ")",
        _losses, _losses_fake)
-define("alignment_losses_backward(Tensor grad_cosine, Tensor grad_distance, Tensor s, Tensor f, Tensor q, Tensor R, Tensor t, Tensor v, "
+define("alignment_losses_backward(Tensor grad_cosine, Tensor grad_distance, Tensor s, Tensor f, Tensor L, Tensor q, Tensor t, Tensor v, "
        "Tensor f_norm, Tensor t_inverse, Tensor f_inverse, float cos_margin, float distmat_margin) -> (Tensor, Tensor)",
        _losses_backward, _losses_backward_fake)
 differentiable("alignment_losses", _losses_setup_context, _losses_gradient)

@@ -18,8 +18,8 @@ import triton.language as tl
 
 from lightningdit_kernels.tuning import Config, pick
 
-# The clamps of torch.nn.functional.cosine_similarity and normalize.
-COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12
+# The clamps of torch.nn.functional.cosine_similarity and normalize, and of the pivots of a Gram matrix.
+COSINE_EPS, NORMALIZE_EPS, PIVOT_EPS = 1e-8, 1e-12, 1e-15
 
 # Per architecture and shape class: "fp32" and "half" are dtypes, "narrow" is an fp32 z of at most NARROW channels (the low-rank form).
 # Chosen by what the audit shows: no spill, then few registers, except where a smaller tile would read more than it saves. Not yet measured
@@ -27,6 +27,8 @@ COSINE_EPS, NORMALIZE_EPS = 1e-8, 1e-12
 # those reads and writes. Such second choices are there for LIGHTNINGDIT_AUTOTUNE=1.
 NARROW = 64
 ROWS = {(80, "any"): [Config(dict(ROWS=4, BLOCK_C=512), num_warps=4), Config(dict(ROWS=8, BLOCK_C=256), num_warps=4)]}
+LARGEST_FACTOR = 64  # latent channels whose Gram matrix one program holds in registers: 64 x 128 doubles take 64 of each of 256 threads
+FACTOR = {(80, "any"): [Config(dict(BLOCK_R=32), num_warps=4)], (80, "wide"): [Config(dict(BLOCK_R=64), num_warps=8)]}
 PROJECT = {(80, "any"): [Config(dict(BLOCK_M=64, BLOCK_K=32, BLOCK_N=32), num_warps=4, num_stages=3)]}
 FORWARD = {
     (80, "fp32"): [Config(dict(BLOCK_N=64, BLOCK_K=16), num_warps=4, num_stages=2)],
@@ -228,6 +230,26 @@ def _project_kernel(x, q, out, norm, rows, C, K, BLOCK_M: tl.constexpr, BLOCK_K:
         tl.store(norm + row, tl.sqrt(tl.sum(squares, 1)), mask=row < rows)
 
 
+@triton.jit
+def _factor_kernel(gram, L, inverse, r, EPS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """L and L^-1 of gram = L L^T, (r, r): Gauss makes (gram | 1) into (L^T | L^-1). A row of these whose pivot is rounding is zero."""
+    i, k = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_R)[None, :]
+    left = tl.load(gram + i * r + k, mask=(i < r) & (k < r), other=0.0)
+    right = tl.where(i == k, 1.0, 0.0).to(tl.float64)
+    least = EPS * tl.sum(tl.where(i == k, left, 0.0), 0)
+    for j in range(r):
+        row, column = tl.sum(tl.where(i == j, left, 0.0), 0), tl.sum(tl.where(k == j, left, 0.0), 1)
+        own = tl.arange(0, BLOCK_R) == j
+        pivot, enough = tl.sum(tl.where(own, row, 0.0), 0), tl.sum(tl.where(own, least, 0.0), 0)
+        scale = tl.where(pivot <= enough, 0.0, 1.0 / tl.sqrt(pivot))  # what is not a number stays so
+        row, column, solved = row * scale, column * scale, tl.sum(tl.where(i == j, right, 0.0), 0) * scale
+        left -= column[:, None] * row[None, :]
+        right -= column[:, None] * solved[None, :]
+        at = tl.arange(0, BLOCK_R)
+        tl.store(L + at * r + j, tl.where(at >= j, row, 0.0), mask=at < r)
+        tl.store(inverse + j * r + at, solved, mask=at < r)
+
+
 def _dtype_class(z):
     return "fp32" if z.dtype == torch.float32 else "half"
 
@@ -319,6 +341,16 @@ def project(x, q):
     return launch(pick("alignment_project", PROJECT, x.device, "any", _key(x)[1:] + [K], launch))
 
 
+def factor(weight):
+    """weight (C, r), r at most LARGEST_FACTOR -> (L (r, r), q (C, r)), fp64, weight = q L^T. Nothing in it waits for the GPU."""
+    wide = weight.double()
+    gram = wide.mT @ wide
+    L, inverse = torch.empty_like(gram), torch.empty_like(gram)
+    config = pick("alignment_factor", FACTOR, weight.device, "any" if len(gram) <= 32 else "wide", ())
+    _factor_kernel[(1,)](gram, L, inverse, len(gram), EPS=PIVOT_EPS, **config.launch())
+    return L, wide @ inverse.mT
+
+
 def audit_cases():
     """Every kernel and configuration at the shapes of the VA-VAE: 256 tokens, 1024 features, 32 latent channels."""
     cases = []
@@ -340,7 +372,7 @@ def audit_cases():
                 constants = {**(constexprs or {}), **config.blocks}
                 cases.append(dict(name=name, kernel=kernel,
                                   signature={**signature, **{key: "constexpr" for key in constants}}, constexprs=constants,
-                                  divisible=[key for key, value in signature.items() if value[0] == "*" or key in ("C", "E", "N", "K")],
+                                  divisible=[key for key, value in signature.items() if value[0] == "*" or key in "CENKr"],
                                   num_warps=config.num_warps, num_stages=config.num_stages, archs=archs, kind=kind,
                                   **{key: value for key, value in rest.items() if key != "dtype"}))
 
@@ -361,6 +393,8 @@ def audit_cases():
             dict(grad="*fp32", **matrix, grad_z=tokens, **sizes, chunks="i32", scale="fp32", margin="fp32"), "matmul",
             dict(EPS=NORMALIZE_EPS, SPLIT=dtype != "fp32"), group, dtype=dtype)
         add(_project_kernel, PROJECT, dict(x=tokens, q="*fp32", out="*fp32", norm="*fp32", **norms, K="i32"), "matmul", dtype=dtype)
+    add(_factor_kernel, FACTOR, dict(gram="*fp64", L="*fp64", inverse="*fp64", r="i32"), "small", dict(EPS=PIVOT_EPS), dtype="fp64",
+        fp64=True, reason="a Gram matrix has the square of the weight's condition number")
     # Latents are fp32 in every run; the features are those of the frozen encoder, bf16 where training is.
     for features, suffix in (("*fp32", ""), ("*bf16", " bf16 features")):
         matrix = dict(z="*fp32", f=features, z_inverse="*fp32", f_inverse="*fp32")
@@ -377,7 +411,7 @@ def workloads(images: int = 8):
     """What training the VA-VAE launches, for lightningdit_kernels.traffic: 256 tokens, 32 latent channels, 1024 features. First the
     low-rank form, which is the usual one, with fp32 features; then the losses of projected latents; then the low-rank form with bf16
     features, as bf16 training has it. The projection of latents is the same."""
-    grad, factor, turn = torch.empty(()), torch.empty(1024, 32), torch.empty(32, 32)
+    grad, weight = torch.empty(()), torch.empty(1024, 32)
     found = []
 
     def add(name, function, *tensors, margin=()):
@@ -391,14 +425,14 @@ def workloads(images: int = 8):
     def tokens(channels, dtype=torch.float32):
         return torch.empty(images, 256, channels, dtype=dtype)
 
-    add("projection of latents", project, tokens(32), turn)
-    add("projection of features", project, tokens(1024), factor)
+    add("factor of the weight", factor, weight)
+    add("projection of features", project, tokens(1024), weight)
     add_distance("fp32 narrow", tokens(32), tokens(1024))
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         z, f = tokens(1024, dtype), tokens(1024, dtype)
         add(f"cosine loss forward {name}", marginal_cosine_loss_fwd, z, f, margin=(0.5,))
         add(f"cosine loss backward {name}", marginal_cosine_loss_bwd, grad, z, f, margin=(0.5,))
         add_distance(name, z, f)
-    add("projection of bf16 features", project, tokens(1024, torch.bfloat16), factor)
+    add("projection of bf16 features", project, tokens(1024, torch.bfloat16), weight)
     add_distance("fp32 narrow bf16 features", tokens(32), tokens(1024, torch.bfloat16))
     return found

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 from lightningdit_kernels import alignment_triton as triton_kernels  # noqa: E402
 from lightningdit_kernels.alignment import (  # noqa: E402
+    _factor,
     marginal_cosine_loss_backward_ref,
     marginal_cosine_loss_ref,
     marginal_distance_matrix_loss_ref,
@@ -191,6 +192,28 @@ def test_project(small_blocks):
     out, norm = triton_kernels.project(x, q)
     torch.testing.assert_close(out, x @ q, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(norm, x.norm(dim=-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 5), (5, 9), (40, 32), (70, 33)], ids=str)
+@pytest.mark.parametrize("change", ["none", "copies", "zeros", "nan"])
+def test_factor(shape, change):
+    """Of weights of any rank, as the definition has it."""
+    weight = random_tensor(*shape, seed=1, device=DEVICE)
+    last = weight.shape[1] - 1
+    if change == "copies":
+        weight[:, last] = weight[:, 0] = 3 * weight[:, last // 2]
+    elif change == "zeros":
+        weight[:, last // 2] = 0
+    elif change == "nan":
+        weight[0, last] = float("nan")
+    with poisoned_memory():
+        L, q = triton_kernels.factor(weight)
+    expected, _ = _factor(weight)
+    assert torch.equal(L.isnan(), expected.isnan())
+    if change != "nan":  # where r exceeds C, pivots are rounding and columns of L differ: not what they stand for
+        wide = weight.double()
+        torch.testing.assert_close(q @ L.mT, wide, rtol=1e-6, atol=3e-7)
+        torch.testing.assert_close(L @ L.mT, wide.mT @ wide, rtol=1e-7, atol=3e-7)
 
 
 def test_no_buffer_is_as_large_as_a_matrix_of_similarities(small_blocks):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightningdit_kernels.testing import DEFINITIONS, FROZEN, OPS, assert_matches_truth, example_inputs
+from lightningdit.graphs import capture, warm_up
+from lightningdit_kernels.testing import DEFINITIONS, FROZEN, OPS, assert_matches_truth, example_inputs, values_and_gradients
 
 
 @pytest.mark.gpu
@@ -32,3 +33,30 @@ def test_cuda_matches_truth_in_the_dtypes_of_training(op, shape):
     dtypes = dict(parameters=torch.float32, residual=torch.float32, qk_norm=False)
     inputs = example_inputs(op, *shape, torch.bfloat16, "cuda", **dtypes)
     assert_matches_truth(under_autocast(OPS[op]), under_autocast(DEFINITIONS[op]), inputs, FROZEN)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16], ids=str)
+def test_alignment_losses_do_not_wait_and_are_the_same_in_a_cuda_graph(features):
+    """Forward and backward, the factor of the weight included."""
+    inputs = example_inputs("alignment_losses", 8, 16, 16, 1024, 16, torch.float32, "cuda", features=features)
+    cotangents, results = (torch.full((), 0.7, device="cuda"), torch.full((), 1.3, device="cuda")), {}
+
+    def run():
+        results.update(values_and_gradients(OPS["alignment_losses"], inputs, FROZEN, cotangents))
+
+    warm_up(run)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    expected = {name: value.clone() for name, value in results.items()}
+    graph = capture(run)
+    for value in results.values():
+        value.zero_()
+    graph.replay()
+    for name, value in expected.items():
+        assert torch.equal(results[name], value), name
