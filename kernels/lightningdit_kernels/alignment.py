@@ -313,7 +313,7 @@ define("alignment_project(Tensor x, Tensor q) -> (Tensor, Tensor)", _project, _p
 
 
 def _losses(s, weight, f, cos_margin, distmat_margin):
-    """(cosine loss, distance-matrix loss, L (r, r), q (C, r), t (B, N, r), v (B, N, r), |f|, 1/|t|, 1/|f|, each (B, N))."""
+    """(cosine loss, distance-matrix loss, q (C, r), L (r, r), t (B, N, r), v (B, N, r), |f|, 1/|t|, 1/|f|, each (B, N))."""
     acc = accumulation_dtype(s)
     L, q = torch.ops.lightningdit.alignment_factor(weight)
     with torch.autocast(s.device.type, enabled=False):
@@ -322,7 +322,7 @@ def _losses(s, weight, f, cos_margin, distmat_margin):
     v, f_norm = torch.ops.lightningdit.alignment_project(f, q)
     distance, t_inverse, f_inverse = torch.ops.lightningdit.marginal_distance_matrix_loss(t, f, distmat_margin)
     cosine = _low_rank_cosines(t, v, f_norm)[0]
-    return nnf.relu(1 - cos_margin - cosine).mean(), distance, L, q, t, v, f_norm, t_inverse, f_inverse
+    return nnf.relu(1 - cos_margin - cosine).mean(), distance, q, L, t, v, f_norm, t_inverse, f_inverse
 
 
 def _low_rank_cosines(t, v, f_norm):
@@ -331,7 +331,7 @@ def _low_rank_cosines(t, v, f_norm):
     return (t * v).sum(-1) * t_inverse * f_inverse, t_inverse, f_inverse, norm > COSINE_EPS
 
 
-def _losses_backward(grad_cosine, grad_distance, s, f, L, q, t, v, f_norm, t_inverse, f_inverse, cos_margin, distmat_margin):
+def _losses_backward(grad_cosine, grad_distance, s, f, q, L, t, v, f_norm, t_inverse, f_inverse, cos_margin, distmat_margin):
     """The gradients to s and weight. dz_i = q dt_i + a_i (f_i - q v_i): only the cosine term leaves the span of q."""
     with torch.autocast(s.device.type, enabled=False):
         operator = torch.ops.lightningdit.marginal_distance_matrix_loss_backward
@@ -349,11 +349,11 @@ def _losses_backward(grad_cosine, grad_distance, s, f, L, q, t, v, f_norm, t_inv
 
 def _losses_fake(s, weight, f, cos_margin, distmat_margin):
     (B, N, r), C, acc = s.shape, weight.shape[0], accumulation_dtype(s)
-    shapes = ((), (), (r, r), (C, r), (B, N, r), (B, N, r), (B, N), (B, N), (B, N))
+    shapes = ((), (), (C, r), (r, r), (B, N, r), (B, N, r), (B, N), (B, N), (B, N))
     return tuple(s.new_empty(shape, dtype=acc) for shape in shapes)
 
 
-def _losses_backward_fake(grad_cosine, grad_distance, s, f, L, q, *_):
+def _losses_backward_fake(grad_cosine, grad_distance, s, f, q, *_):
     return _like_z(None, s), torch.empty_like(q)
 
 
@@ -371,7 +371,7 @@ def _losses_gradient(ctx, grad_cosine, grad_distance, *_):
 
 define("alignment_losses(Tensor s, Tensor weight, Tensor f, float cos_margin, float distmat_margin) -> (" + ", ".join(["Tensor"] * 9) + ")",
        _losses, _losses_fake)
-define("alignment_losses_backward(Tensor grad_cosine, Tensor grad_distance, Tensor s, Tensor f, Tensor L, Tensor q, Tensor t, Tensor v, "
+define("alignment_losses_backward(Tensor grad_cosine, Tensor grad_distance, Tensor s, Tensor f, Tensor q, Tensor L, Tensor t, Tensor v, "
        "Tensor f_norm, Tensor t_inverse, Tensor f_inverse, float cos_margin, float distmat_margin) -> (Tensor, Tensor)",
        _losses_backward, _losses_backward_fake)
 differentiable("alignment_losses", _losses_setup_context, _losses_gradient)

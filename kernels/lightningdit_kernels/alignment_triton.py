@@ -6,7 +6,8 @@ Products of bf16 or fp16 tokens are exact in fp32, so the tensor cores take them
 way a cosine is off by about 1e-6, far below any margin: the gradient is a step there.
 
 Forward: one program per pair of token blocks i <= j, for the similarity is symmetric. Backward: a program owns the tokens of one block i,
-recomputes its rows of the similarities block by block and adds sum_j S_ij z_j / |z_j|, where S = sign(cos_z - cos_f) outside the margin.
+recomputes its rows of the similarities block by block, keeps of them S = sign(cos_z - cos_f) outside the margin, two bits each in
+registers, and adds sum_j S_ij z_j / |z_j| for one block of channels after the other.
 No atomics: each program has outputs of its own, and partial losses are summed in the order of the programs.
 """
 
@@ -21,11 +22,9 @@ from lightningdit_kernels.tuning import Config, pick
 # The clamps of torch.nn.functional.cosine_similarity and normalize, and of the pivots of a Gram matrix.
 COSINE_EPS, NORMALIZE_EPS, PIVOT_EPS = 1e-8, 1e-12, 1e-15
 
-# Per architecture and shape class: "fp32" and "half" are dtypes, "narrow" is an fp32 z of at most NARROW channels (the low-rank form).
-# Chosen by what the audit shows: no spill, then few registers, except where a smaller tile would read more than it saves. Not yet measured
-# on a GPU. The backward of "fp32" adds to grad_z in memory once per block of j: half as wide a block takes 168 registers for 255, and twice
-# those reads and writes. Such second choices are there for LIGHTNINGDIT_AUTOTUNE=1.
-NARROW = 64
+# Per architecture and shape class: "fp32" and "half" are dtypes; of the backward "bf16" is z and f in bf16, and "long" is more tokens than
+# LONG. Chosen by what the audit shows: no spill, then the least instructions. Not yet measured on a GPU.
+LONG = dict(bf16=256, any=1024)
 ROWS = {(80, "any"): [Config(dict(ROWS=4, BLOCK_C=512), num_warps=4), Config(dict(ROWS=8, BLOCK_C=256), num_warps=4)]}
 LARGEST_FACTOR = 64  # latent channels whose Gram matrix one program holds in registers: 64 x 128 doubles take 64 of each of 256 threads
 FACTOR = {(80, "any"): [Config(dict(BLOCK_R=32), num_warps=4)], (80, "wide"): [Config(dict(BLOCK_R=64), num_warps=8)]}
@@ -38,16 +37,21 @@ FORWARD = {
                    Config(dict(BLOCK_N=64, BLOCK_K=64), num_warps=4, num_stages=3)],
     (100, "half"): [Config(dict(BLOCK_N=64, BLOCK_K=64), num_warps=4, num_stages=3)],
 }
+_BACKWARD_80 = [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=64), num_warps=8, num_stages=2)]
+_BACKWARD_80_ANY = [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=64), num_warps=4, num_stages=2)]
+_BACKWARD_100 = [Config(dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, BLOCK_C=64), num_warps=8, num_stages=3)]
 BACKWARD = {
-    (80, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2),
-                   Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=32), num_warps=4, num_stages=2)],
-    (80, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=2)],
-    (80, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, BLOCK_C=64), num_warps=4)],
-    (90, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2),
-                   Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=32), num_warps=4, num_stages=2)],
-    (90, "half"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=3)],
-    (90, "narrow"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
-    (100, "fp32"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
+    (80, "bf16"): _BACKWARD_80,
+    (80, "bf16 long"): _BACKWARD_80,
+    (80, "any"): _BACKWARD_80_ANY,
+    (80, "any long"): _BACKWARD_80_ANY,
+    (90, "bf16"): [Config(dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, BLOCK_C=64), num_warps=8, num_stages=3)],
+    (90, "bf16 long"): [Config(dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, BLOCK_C=128), num_warps=8, num_stages=3)],
+    (90, "any"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=4, num_stages=2)],
+    (90, "any long"): [Config(dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
+    (100, "bf16"): _BACKWARD_100,
+    (100, "bf16 long"): _BACKWARD_100,
+    (100, "any long"): [Config(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_C=64), num_warps=8, num_stages=2)],
 }
 
 
@@ -156,17 +160,72 @@ def _add_product(sign, x, total, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _marginal_distance_matrix_bwd_kernel(grad, z, f, z_inverse, f_inverse, grad_z, N, C, E, chunks, scale, margin, EPS: tl.constexpr,
-                                         SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _sign_codes(z, f, z_inverse, f_inverse, i, z_i, f_i, j, N, C, E, margin, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr):
+    """1 where cos_z - cos_f of tokens i and j is above the margin, 2 where it is below -margin, else 0; and sum_j S_ij cos(z_i, z_j)."""
+    in_j = j < N
+    z_j, f_j = tl.load(z_inverse + j, mask=in_j, other=0.0), tl.load(f_inverse + j, mask=in_j, other=0.0)
+    z_cosine = _products(z, i, j, N, C, BLOCK_M, BLOCK_N, BLOCK_K) * (z_i[:, None] * z_j[None, :])
+    difference = z_cosine - _products(f, i, j, N, E, BLOCK_M, BLOCK_N, BLOCK_K) * (f_i[:, None] * f_j[None, :])
+    code = tl.where((tl.abs(difference) - margin > 0.0) & in_j[None, :], tl.where(difference > 0.0, 1, 2), 0)
+    return code, tl.sum(tl.where(code == 0, 0.0, tl.where(code == 1, z_cosine, -z_cosine)), 1)
+
+
+@triton.jit
+def _all_sign_codes(z, f, z_inverse, f_inverse, i, z_i, f_i, first, N, C, E, margin, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr):
+    """The codes of the 16 blocks of tokens from `first` on, two bits each in one integer, and sum_j S_ij cos(z_i, z_j) over them."""
+    codes, along = tl.zeros([BLOCK_M, BLOCK_N], tl.int32), tl.zeros([BLOCK_M], tl.float32)
+    for block in range(0, tl.minimum(tl.cdiv(N - first, BLOCK_N), 16)):
+        j = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        code, part = _sign_codes(z, f, z_inverse, f_inverse, i, z_i, f_i, j, N, C, E, margin, BLOCK_M, BLOCK_N, BLOCK_K)
+        codes |= code << 2 * block
+        along += part
+    return codes, along
+
+
+@triton.jit
+def _left_factors(code, z_j, SCALED: tl.constexpr):
+    """The sign that code stands for in bf16, twice; or, where SCALED, sign * z_j in two bf16 parts."""
+    sign = ((code & 1) - (code >> 1 & 1)).to(tl.float32)
+    if SCALED:
+        sign *= z_j[None, :]
+    high = sign.to(tl.bfloat16)
+    return high, (sign - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_signed(high, middle, z, z_j, j, c, N, C, total, SCALED: tl.constexpr):
+    """total (tokens i, channels c) + sum_j S_ij z_j / |z_j|. Scaled signs leave bf16 tokens to the tensor cores as they are in memory."""
+    tile = tl.load(z + j[:, None] * C + c[None, :], mask=(j < N)[:, None] & (c < C)[None, :], other=0.0)
+    if SCALED:
+        return tl.dot(high, tile, tl.dot(middle, tile, total))
+    return _add_product(high, tile.to(tl.float32) * z_j[:, None], total, z.dtype.element_ty == tl.float32)
+
+
+@triton.jit
+def _add_all_signed(codes, z, z_inverse, first, c, N, C, total, SCALED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same of the tokens whose codes _all_sign_codes has computed."""
+    for block in range(0, tl.minimum(tl.cdiv(N - first, BLOCK_N), 16)):
+        j = first + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        z_j = tl.load(z_inverse + j, mask=j < N, other=0.0)
+        high, middle = _left_factors(codes >> 2 * block, z_j, SCALED)
+        total = _add_signed(high, middle, z, z_j, j, c, N, C, total, SCALED)
+    return total
+
+
+@triton.jit
+def _marginal_distance_matrix_bwd_kernel(grad, z, f, z_inverse, f_inverse, grad_z, N, C, E, scale, margin, EPS: tl.constexpr,
+                                         BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                                          BLOCK_C: tl.constexpr):
     """dz_i = (g_i - z_hat_i (z_hat_i . g_i)) / |z_i|, g_i = 2 grad / (B N^2) sum_j S_ij z_hat_j.
 
-    SPLIT: the channels of g are divided among programs, BLOCK_C each, and g stays in registers. Otherwise one program has all
-    channels, and g grows in grad_z, which is then fp32.
+    A program has BLOCK_M tokens i and holds their signs S_ij, two bits each, while it goes through the channels. BLOCKS of tokens j: 1;
+    2: up to 16, whose signs are as many registers; 3: more, where the signs of 16 at a time are computed for every block of channels.
     """
+    SCALED: tl.constexpr = z.dtype.element_ty == tl.bfloat16
     blocks = tl.cdiv(N, BLOCK_M)
-    chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
-    image, i = (block // blocks).to(tl.int64), (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    image, i = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     z += image * N * C
     f += image * N * E
     z_inverse += image * N
@@ -175,43 +234,31 @@ def _marginal_distance_matrix_bwd_kernel(grad, z, f, z_inverse, f_inverse, grad_
     in_i = i < N
     z_i, f_i = tl.load(z_inverse + i, mask=in_i, other=0.0), tl.load(f_inverse + i, mask=in_i, other=0.0)
     factor = tl.load(grad) * scale * z_i
-    along = tl.zeros([BLOCK_M], tl.float32)  # z_hat_i . g_i = sum_j S_ij cos(z_i, z_j)
-    held = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        in_j = j < N
-        z_j, f_j = tl.load(z_inverse + j, mask=in_j, other=0.0), tl.load(f_inverse + j, mask=in_j, other=0.0)
-        z_cosine = _products(z, i, j, N, C, BLOCK_M, BLOCK_N, BLOCK_K) * (z_i[:, None] * z_j[None, :])
-        difference = z_cosine - _products(f, i, j, N, E, BLOCK_M, BLOCK_N, BLOCK_K) * (f_i[:, None] * f_j[None, :])
-        sign = tl.where(difference > 0.0, 1.0, -1.0)
-        sign = tl.where((tl.abs(difference) - margin > 0.0) & in_j[None, :], sign, 0.0)
-        along += tl.sum(sign * z_cosine, 1)
-        sign = sign.to(tl.bfloat16)
-        if SPLIT:
-            c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-            tile = tl.load(z + j[:, None] * C + c[None, :], mask=in_j[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-            held = _add_product(sign, tile * z_j[:, None], held, z.dtype.element_ty == tl.float32)
+    j = tl.arange(0, BLOCK_N)
+    if BLOCKS == 1:
+        codes, along = _sign_codes(z, f, z_inverse, f_inverse, i, z_i, f_i, j, N, C, E, margin, BLOCK_M, BLOCK_N, BLOCK_K)
+        z_j = tl.load(z_inverse + j, mask=j < N, other=0.0)
+        high, middle = _left_factors(codes, z_j, SCALED)
+    else:
+        codes, along = _all_sign_codes(z, f, z_inverse, f_inverse, i, z_i, f_i, 0, N, C, E, margin, BLOCK_M, BLOCK_N, BLOCK_K)
+    if BLOCKS == 3:
+        for first in range(16 * BLOCK_N, N, 16 * BLOCK_N):
+            along += _all_sign_codes(z, f, z_inverse, f_inverse, i, z_i, f_i, first, N, C, E, margin, BLOCK_M, BLOCK_N, BLOCK_K)[1]
+    shrink = tl.where(z_i * EPS < 0.999, along * z_i, 0.0)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        if BLOCKS == 1:
+            total = _add_signed(high, middle, z, z_j, j, c, N, C, total, SCALED)
+        elif BLOCKS == 2:
+            total = _add_all_signed(codes, z, z_inverse, 0, c, N, C, total, SCALED, BLOCK_N)
         else:
-            begun, last = i < tl.where(start > 0, N, 0), i < tl.where(start + BLOCK_N >= N, N, 0)
-            shrink = tl.where((z_i * EPS < 0.999) & last, along * z_i, 0.0)
-            unit = tl.where(last, factor, 1.0)
-            for c_start in tl.range(0, C, BLOCK_C, num_stages=1):  # pipelining it costs registers that the tiles need
-                c = c_start + tl.arange(0, BLOCK_C)
-                in_c = (c < C)[None, :]
-                tile = tl.load(z + j[:, None] * C + c[None, :], mask=in_j[:, None] & in_c, other=0.0).to(tl.float32)
-                own = i[:, None] * C + c[None, :]
-                before = tl.load(grad_z + own, mask=begun[:, None] & in_c, other=0.0)
-                total = _add_product(sign, tile * z_j[:, None], before, True)
-                towards = tl.load(z + own, mask=last[:, None] & in_c, other=0.0)
-                total = (total - shrink[:, None] * towards) * unit[:, None]
-                tl.store(grad_z + own, total, mask=in_i[:, None] & in_c)
-            tl.debug_barrier()  # the next block of j reads what other threads of this program wrote
-    if SPLIT:
-        c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+            for first in range(0, N, 16 * BLOCK_N):
+                codes, _ = _all_sign_codes(z, f, z_inverse, f_inverse, i, z_i, f_i, first, N, C, E, margin, BLOCK_M, BLOCK_N, BLOCK_K)
+                total = _add_all_signed(codes, z, z_inverse, first, c, N, C, total, SCALED, BLOCK_N)
         own, mask = i[:, None] * C + c[None, :], in_i[:, None] & (c < C)[None, :]
-        shrink = tl.where(z_i * EPS < 0.999, along * z_i, 0.0)
         towards = tl.load(z + own, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_z + own, ((held - shrink[:, None] * towards) * factor[:, None]).to(grad_z.dtype.element_ty), mask=mask)
+        tl.store(grad_z + own, ((total - shrink[:, None] * towards) * factor[:, None]).to(grad_z.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -248,10 +295,6 @@ def _factor_kernel(gram, L, inverse, r, EPS: tl.constexpr, BLOCK_R: tl.constexpr
         at = tl.arange(0, BLOCK_R)
         tl.store(L + at * r + j, tl.where(at >= j, row, 0.0), mask=at < r)
         tl.store(inverse + j * r + at, solved, mask=at < r)
-
-
-def _dtype_class(z):
-    return "fp32" if z.dtype == torch.float32 else "half"
 
 
 def _key(*tensors):
@@ -309,22 +352,25 @@ def marginal_distance_matrix_loss_fwd(z, f, margin):
     return launch(pick("marginal_distance_matrix_loss", FORWARD, z.device, dtypes, _key(z, f), launch)), z_inverse, f_inverse
 
 
+def _blocks(N, config):
+    """BLOCKS of the backward's kernel."""
+    blocks = triton.cdiv(N, config.blocks["BLOCK_N"])
+    return 1 if blocks == 1 else 2 if blocks <= 16 else 3
+
+
 def marginal_distance_matrix_loss_bwd(grad, z, f, z_inverse, f_inverse, margin):
     """grad scalar, z (B, N, C), f (B, N, E) contiguous, both inverse norms of the forward -> the gradient to z, in z.dtype."""
     B, N, C = z.shape
-    narrow = z.dtype == torch.float32 and C <= NARROW
-    split = narrow or z.dtype != torch.float32
 
     def launch(config):
         grad_z = torch.empty_like(z)
-        chunks = triton.cdiv(C, config.blocks["BLOCK_C"]) if split else 1
-        grid = (B * triton.cdiv(N, config.blocks["BLOCK_M"]) * chunks,)
-        _marginal_distance_matrix_bwd_kernel[grid](
-            grad, z, f, z_inverse, f_inverse, grad_z, N, C, f.shape[2], chunks, 2 / (B * N * N), margin, EPS=NORMALIZE_EPS, SPLIT=split,
-            **config.launch())
+        _marginal_distance_matrix_bwd_kernel[(B * triton.cdiv(N, config.blocks["BLOCK_M"]),)](
+            grad, z, f, z_inverse, f_inverse, grad_z, N, C, f.shape[2], 2 / (B * N * N), margin, EPS=NORMALIZE_EPS,
+            BLOCKS=_blocks(N, config), **config.launch())
         return grad_z
 
-    shape_class = "narrow" if narrow else "fp32" if torch.float32 in (z.dtype, f.dtype) else "half"
+    dtypes = "bf16" if z.dtype == f.dtype == torch.bfloat16 else "any"
+    shape_class = f"{dtypes} long" if N > LONG[dtypes] else dtypes
     return launch(pick("marginal_distance_matrix_loss_backward", BACKWARD, z.device, shape_class, _key(z, f), launch))
 
 
@@ -367,9 +413,10 @@ def audit_cases():
                 if any(case["name"] == name and case["num_stages"] != config.num_stages for case in cases):
                     name += f" and {config.num_stages} stages"
                 if same := [case for case in cases if case["name"] == name]:  # a later choice of one architecture, the first of another
-                    same[0]["archs"] += archs
+                    same[0]["archs"] = tuple(sorted({*same[0]["archs"], *archs}))
                     continue
-                constants = {**(constexprs or {}), **config.blocks}
+                constants = constexprs(config) if callable(constexprs) else constexprs or {}
+                constants = {**constants, **config.blocks}
                 cases.append(dict(name=name, kernel=kernel,
                                   signature={**signature, **{key: "constexpr" for key in constants}}, constexprs=constants,
                                   divisible=[key for key, value in signature.items() if value[0] == "*" or key in "CENKr"],
@@ -389,21 +436,21 @@ def audit_cases():
             dict(EPS=COSINE_EPS), dtype=dtype)
         add(_marginal_distance_matrix_fwd_kernel, FORWARD,
             dict(**matrix, partial="*fp32", **sizes, pairs="i32", scale="fp32", margin="fp32"), "matmul", None, group, dtype=dtype)
-        add(_marginal_distance_matrix_bwd_kernel, BACKWARD,
-            dict(grad="*fp32", **matrix, grad_z=tokens, **sizes, chunks="i32", scale="fp32", margin="fp32"), "matmul",
-            dict(EPS=NORMALIZE_EPS, SPLIT=dtype != "fp32"), group, dtype=dtype)
         add(_project_kernel, PROJECT, dict(x=tokens, q="*fp32", out="*fp32", norm="*fp32", **norms, K="i32"), "matmul", dtype=dtype)
     add(_factor_kernel, FACTOR, dict(gram="*fp64", L="*fp64", inverse="*fp64", r="i32"), "small", dict(EPS=PIVOT_EPS), dtype="fp64",
         fp64=True, reason="a Gram matrix has the square of the weight's condition number")
     # Latents are fp32 in every run; the features are those of the frozen encoder, bf16 where training is.
-    for features, suffix in (("*fp32", ""), ("*bf16", " bf16 features")):
-        matrix = dict(z="*fp32", f=features, z_inverse="*fp32", f_inverse="*fp32")
-        rest = dict(N="i32", C="i32", E="i32", scale="fp32", margin="fp32")
-        if suffix:
-            add(_marginal_distance_matrix_fwd_kernel, FORWARD, dict(**matrix, partial="*fp32", **rest, pairs="i32"), "matmul", None, "fp32",
-                dtype=f"fp32{suffix}")
-        add(_marginal_distance_matrix_bwd_kernel, BACKWARD, dict(grad="*fp32", **matrix, grad_z="*fp32", **rest, chunks="i32"), "matmul",
-            dict(EPS=NORMALIZE_EPS, SPLIT=True), "narrow", dtype=f"fp32 narrow{suffix}")
+    sizes = dict(N="i32", C="i32", E="i32", scale="fp32", margin="fp32")
+    for z, f in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
+        matrix = dict(z=f"*{z}", f=f"*{f}", z_inverse="*fp32", f_inverse="*fp32")
+        dtypes, label = "bf16" if z == "bf16" else "any", z if z == f else f"{z} {f} features"
+        if z != f:
+            add(_marginal_distance_matrix_fwd_kernel, FORWARD, dict(**matrix, partial="*fp32", **sizes, pairs="i32"), "matmul",
+                None, "fp32", dtype=label)
+        for shape_class, N in ((dtypes, 256), (f"{dtypes} long", 4 * LONG[dtypes])):
+            add(_marginal_distance_matrix_bwd_kernel, BACKWARD, dict(grad="*fp32", **matrix, grad_z=f"*{z}", **sizes), "matmul",
+                lambda config, N=N: dict(EPS=NORMALIZE_EPS, BLOCKS=_blocks(N, config)), shape_class,
+                dtype=f"{label}{shape_class.removeprefix(dtypes)}")
     return cases
 
 

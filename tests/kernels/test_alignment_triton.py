@@ -63,12 +63,11 @@ def tokens(batch, count, channels, features=None, dtype=torch.float32):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks so small that a small tensor has several of tokens, channels and chunks, in both forms of the backward."""
-    monkeypatch.setattr(triton_kernels, "NARROW", 8)
+    """Blocks so small that a small tensor has several of tokens and of channels."""
     monkeypatch.setattr(triton_kernels, "ROWS", {(80, "any"): [Config(dict(ROWS=4, BLOCK_C=8), num_warps=4)]})
     monkeypatch.setattr(triton_kernels, "PROJECT", {(80, "any"): [Config(dict(BLOCK_M=16, BLOCK_K=16, BLOCK_N=16), num_warps=4)]})
     for table, blocks in (("FORWARD", dict(BLOCK_N=16, BLOCK_K=16)), ("BACKWARD", dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_C=16))):
-        classes = {(80, name): [Config(blocks, num_warps=4)] for name in ("fp32", "half", "narrow")}
+        classes = {(80, name): [Config(blocks, num_warps=4)] for name in ("fp32", "half", "bf16", "bf16 long", "any", "any long")}
         monkeypatch.setattr(triton_kernels, table, classes)
 
 
@@ -113,8 +112,19 @@ def test_distance_matches_truth(shape, dtype, small_blocks):
 
 @pytest.mark.parametrize("dtype, channels", [(torch.float32, 70), (torch.float32, 32), (torch.bfloat16, 140)], ids=str)
 def test_distance_matches_truth_with_the_table(dtype, channels):
-    """Two blocks of tokens; chunks of channels in one program, registers only, and chunks over programs."""
+    """More than one block of tokens i; of tokens j one in bf16, several in fp32."""
     assert compare_distance(tokens(1, 67, channels, 65, dtype=dtype), 0.1) <= EXCLUDED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_distance_of_more_tokens_than_an_integer_holds_signs_of(dtype, small_blocks, monkeypatch):
+    """16 blocks of 16 tokens, and a rest."""
+    config = Config(dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=16, BLOCK_C=16), num_warps=4)
+    monkeypatch.setattr(triton_kernels, "BACKWARD", {(80, name): [config] for name in ("bf16 long", "any")})
+    forward = [Config(dict(BLOCK_N=128, BLOCK_K=16), num_warps=4)]
+    monkeypatch.setattr(triton_kernels, "FORWARD", {(80, name): forward for name in ("fp32", "half")})
+    assert triton_kernels._blocks(260, config) == 3
+    assert compare_distance(tokens(1, 260, 20, 5, dtype=dtype), 0.2) <= 0.2
 
 
 def test_distance_with_inputs_of_two_dtypes(small_blocks):
