@@ -1,6 +1,6 @@
 """The ops under LightningDiT and VA-VAE. Every function has its definition beside it as `<name>_ref`, in plain PyTorch."""
 
-from lightningdit_kernels import native
+from lightningdit_kernels import native, tuning
 from lightningdit_kernels.alignment import alignment_losses, marginal_cosine_loss, marginal_distance_matrix_loss
 from lightningdit_kernels.attention import MEASURED, rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
@@ -34,10 +34,16 @@ def backends() -> dict[str, dict[str, str]]:
         rows[op] = serves | dict(why=f"{cpu}. {cuda}" + (f", as are rows wider than {TRITON_MAX_WIDTH}" if "rms_norm" in op else ""))
     for op in ("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss"):
         rows[op] = serves | dict(why=f"{cpu}. {cuda}; neither has an N x N matrix in memory")
-    rows["rope_attention"] = dict(
-        cpu=serves["cpu"],
-        cuda="the fastest measured, else sdpa" if MEASURED else "sdpa",
-        why=f"{cpu}. CUDA: backend='auto' follows its measurements of (GPU, N, Dh), of which there are {len(MEASURED)}, and else takes "
-        "sdpa; backend='triton' (fp32, bf16, fp16), 'flash_attn' and 'xformers' serve when named",
-    )
+    named = "backend='triton' (fp32, bf16, fp16), 'flash_attn' and 'xformers' serve when named"
+    if not triton_available:
+        auto, how = "sdpa", "triton is not installed"
+    elif reason := tuning.unmeasured():
+        auto = "the starting guess, else sdpa" if MEASURED else "sdpa"
+        how = f"backend='auto' takes the starting guess, for {len(MEASURED)} of (GPU, N, Dh), else sdpa: nothing is timed ({reason})"
+    else:
+        kept = [entry["choice"] for entry in tuning.choices_here() if entry["op"] == "rope_attention"]
+        auto = " and ".join(sorted(set(kept))) or "triton or sdpa"
+        how = "backend='auto' takes what was faster forward and backward, timed at the first call for each shape (bf16 and fp16), of which "
+        how += f"{len(kept)} are kept on disk; else sdpa"
+    rows["rope_attention"] = dict(cpu=serves["cpu"], cuda=auto, why=f"{cpu}. CUDA: {how}; {named}")
     return rows

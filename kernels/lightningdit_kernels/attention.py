@@ -3,20 +3,36 @@
 B batch, N tokens, H heads, Dh head dimension. q' and k' are q and k after QK-norm and rotation: what attention compares.
 """
 
+import concurrent.futures
+import contextlib
+import functools
 import importlib
+import logging
 import math
+import operator
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from lightningdit_kernels import native
-from lightningdit_kernels.library import accumulation_dtype, check_floating, check_shape, define, differentiable, result_dtype
+from lightningdit_kernels.library import (
+    accumulation_dtype,
+    check_floating,
+    check_shape,
+    define,
+    differentiable,
+    result_dtype,
+    triton_available,
+)
+from lightningdit_kernels.tuning import choose, time_candidates
+
+_log = logging.getLogger("lightningdit_kernels")
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn", "xformers")
 
-# What "auto" chooses on CUDA for bf16 and fp16: (compute capability, N, Dh) -> the backend that won forward + backward in
-# bench_attention.py. Empty: not yet measured on a GPU. What has no row here is served by "sdpa".
+# The starting guess of "auto" on CUDA for bf16 and fp16, until it is timed on the GPU at hand: (compute capability, N, Dh) -> the backend
+# that won forward + backward in bench_attention.py. Empty: not yet measured on a GPU. Without a row the guess is "sdpa".
 MEASURED: dict[tuple[tuple[int, int], int, int], str] = {}
 
 
@@ -320,15 +336,140 @@ def _attend(backend: str):
     return _peer(backend) if backend in PEERS else _sdpa
 
 
-def _auto(qkv, positions, freqs) -> str:
+def _auto(qkv, positions, freqs, q_weight, q_bias, bias, center) -> str:
     """The backend that "auto" stands for; "native" is the operator on CPU, where its C++ kernel serves and needs no gradient of angles."""
     dtypes = (qkv.dtype, result_dtype(qkv))
+    constant = not any(a is not None and a.requires_grad for a in (positions, freqs))
     if qkv.device.type == "cpu":
-        constant = not any(a is not None and a.requires_grad for a in (positions, freqs))
         return "native" if constant and native.serves(*dtypes) else "sdpa"
-    if not MEASURED or qkv.device.type != "cuda" or dtypes[1] not in (torch.bfloat16, torch.float16):
+    _, n, _, heads, head_dim = qkv.shape
+    measurable = constant and dtypes[1] in (torch.bfloat16, torch.float16) and not _triton_refuses(*dtypes, head_dim)
+    if not (qkv.device.type == "cuda" and triton_available and measurable) or 0 in (n, heads):
         return "sdpa"
-    return MEASURED.get((torch.cuda.get_device_capability(qkv.device), qkv.shape[1], qkv.shape[4]), "sdpa")
+    qk_norm = "none" if q_weight is None else ("LayerNorm" if center else "RMSNorm") + (" with bias" if q_bias is not None else "")
+    flags = (positions is not None, qk_norm, bias is not None, torch.compiler.is_compiling())
+    sizes = (operator.index(n), operator.index(heads), operator.index(head_dim))  # of a graph for any N, one for each N: the choice is its
+    return _fastest(qkv.device.index, *sizes, *dtypes, *flags)
+
+
+def _fastest(index, n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased, compiled) -> str:
+    """The backend chosen for this shape. torch.compile calls it while it traces, and takes the answer for a constant."""
+    device, candidates = _candidates(index, n, head_dim)
+    if len(candidates) == 1:
+        return candidates[0]
+    extras = [name for name, given in (("RoPE", rope), ("bias", biased)) if given]
+    key = (n, "tokens,", heads, "x", head_dim, *_names(dtype, out_dtype), "QK-norm", qk_norm, *extras, "compiled" if compiled else "eager")
+    shape = (n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased, compiled)
+    return choose("rope_attention", candidates, device, key, lambda: measure(candidates, device, *shape))
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: over a second of every start.
+_fastest._dynamo_marked_constant = True
+
+
+@functools.cache
+def _candidates(index: int | None, n: int, head_dim: int) -> tuple[torch.device, tuple[str, ...]]:
+    """The GPU and what may compute attention on it, the starting guess first; of fake tensors on a machine without a GPU, the guess."""
+    if not torch.cuda.is_available():
+        return torch.device("cuda"), ("sdpa",)
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    guess = MEASURED.get((torch.cuda.get_device_capability(device), n, head_dim), "sdpa")
+    return device, (guess, *(backend for backend in ("triton", "sdpa") if backend != guess))
+
+
+def _names(*dtypes: torch.dtype) -> list[str]:
+    """Each different one once."""
+    return list(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+MEASURED_TOKENS = 16_384  # of a batch, at least one sample: with 16 heads and N = 256, 8 programs of the forward on an SM of an H200
+BYTES_A_VALUE = 128  # that PyTorch's way takes for each of the B * N * H * Dh values of q in eager mode: fp32 copies of q and k, mostly
+WRONG = 0.05  # distance from fp32, relative to its norm. bf16 is within 0.01.
+
+
+def measure(candidates, device, *shape) -> dict[str, float]:
+    """Milliseconds of a forward and backward by backend, for those that compute it correctly; {}: the GPU's memory does not suffice.
+
+    The arguments are those of _measure. It runs in a thread, where nothing of the caller's is in force that belongs to a thread: fake
+    tensors and the tracing of torch.compile, hooks on saved tensors, other dispatch modes, autocast, no_grad and inference_mode.
+    """
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device) if on_gpu else None
+
+    def work():
+        with torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext():  # makes the device the current one, too
+            return _measure(candidates, device, *shape)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+    except torch.OutOfMemoryError:
+        _log.warning("rope_attention: not enough memory to time %s; it uses the starting guess, %s", ", ".join(candidates), candidates[0])
+        return {}
+
+
+def _measure(candidates, device, n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased, compiled):
+    """measure() for qkv (any, n, 3, heads, head_dim) in dtype and a result in out_dtype.
+
+    compiled: PyTorch's ways are timed as the best that a compiler may make of them, since none can run here, inside another compilation:
+    rotation, QK-norm and bias are one pass over qkv each way, a copy. The Triton kernels are the same in both.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay what they are
+
+    def normal(*sizes, dtype=torch.float32):
+        return torch.randn(sizes, generator=generator, device=device, dtype=dtype)
+
+    batch = max(1, MEASURED_TOKENS // n)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        batch = max(1, min(batch, free // 4 // (BYTES_A_VALUE * n * heads * head_dim)))
+    inputs = dict(qkv=normal(batch, n, 3, heads, head_dim, dtype=dtype), center=qk_norm.startswith("LayerNorm"))
+    if rope:
+        freqs = 10_000.0 ** -(torch.arange(head_dim // 4, device=device) / (head_dim // 4))
+        inputs |= dict(positions=normal(n, 2) * math.sqrt(n), freqs=freqs)
+    for name in "qk" if qk_norm != "none" else "":
+        inputs[f"{name}_weight"] = 1 + normal(head_dim) / 4
+        inputs |= {f"{name}_bias": normal(head_dim) / 4} if qk_norm.endswith("bias") else {}
+    inputs |= dict(bias=normal(3, heads, head_dim)) if biased else {}
+    grad = normal(batch, n, heads * head_dim, dtype=out_dtype)
+    ways = {backend: functools.partial(rope_attention_ref, attend=_attend(backend)) for backend in candidates if backend != "triton"}
+    ways |= dict(triton=fused)
+
+    with torch.autocast(device.type, out_dtype, enabled=out_dtype != dtype):
+        correct = [backend for backend in candidates if _correct(backend, ways[backend], inputs, grad)]
+        if compiled:
+            ways |= {backend: _best_compiled(way) for backend, way in ways.items() if backend != "triton"}
+        return time_candidates("rope_attention", {backend: functools.partial(_step, ways[backend], inputs, grad) for backend in correct})
+
+
+def _step(attention, inputs, grad):
+    """The result of attention(**inputs), the gradient of qkv and those of the parameters."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in inputs if name not in ("positions", "freqs", "center")}
+    out = attention(**inputs | leaves)
+    return out, *torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
+
+
+def _best_compiled(attention):
+    return lambda qkv, **_: attention(qkv.clone())
+
+
+def _correct(backend, attention, inputs, grad) -> bool:
+    """Whether result and gradient of qkv are those of fp32, and the gradients of the parameters finite; says so if not."""
+    few = inputs | dict(qkv=inputs["qkv"][:2])
+    try:
+        ours = _step(attention, few, grad[:2])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it is, the others serve
+        _log.warning("rope_attention: backend %r is left out of the measurement: %s: %s", backend, type(error).__name__, error)
+        return False
+    with torch.autocast(grad.device.type, enabled=False):
+        truth = _step(rope_attention_ref, few | dict(qkv=few["qkv"].float()), grad[:2].float())
+    apart = max(float((a.float() - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(ours[:2], truth[:2], strict=True))
+    if not apart <= WRONG or not all(bool(a.isfinite().all()) for a in ours):
+        _log.warning("rope_attention: backend %r is wrong here, %.3g from fp32, and left out of the measurement", backend, apart)
+        return False
+    return True
 
 
 def rope_attention(
@@ -359,7 +500,9 @@ def rope_attention(
         eps, center: of the QK-norm; without meaning when there is none.
         backend: "triton" (CUDA; Dh a multiple of 8 up to 256; no gradient of freqs), "sdpa" (PyTorch's attention after norm and
             rotation in plain PyTorch; any device), "flash_attn", "xformers" (the same with these packages, CUDA, bf16 and fp16), or
-            "auto": on CPU the native kernel (fp32, bf16, fp16), on CUDA the fastest that was measured for this GPU, N and Dh; else "sdpa".
+            "auto": on CPU the native kernel (fp32, bf16, fp16). On CUDA, in bf16 and fp16, "triton" or "sdpa": the first call for a shape
+            times both, which takes about a second, and the choice is kept on disk (tuning.py; LIGHTNINGDIT_AUTOTUNE=0: never). It may
+            differ from machine to machine, and with it the last bits. Else "sdpa".
     Returns: (B, N, H*Dh) in qkv.dtype, or in the autocast dtype inside torch.autocast.
     Raises: ValueError for a shape, dtype, combination or backend other than these; ImportError for a backend that is not installed.
     Source: RoPE, arXiv:2104.09864; QK-norm, arXiv:2302.05442; axial 2-D form, EVA-02, arXiv:2303.11331.
@@ -388,7 +531,7 @@ def rope_attention(
     check_shape(op, (head_dim,), "(Dh,) of qkv", q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    backend = _auto(qkv, positions, freqs) if backend == "auto" else backend
+    backend = _auto(qkv, positions, freqs, q_weight, q_bias, bias, center) if backend == "auto" else backend
     arguments = (qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center)
     if backend == "triton":
         return _triton(*arguments)

@@ -1,12 +1,15 @@
-"""Which configuration a Triton kernel is launched with: a static table per op, or, where it is asked for, the fastest one measured.
+"""What is chosen by measurement, on the GPU and for the shape at hand: tiles of the Triton kernels, and who computes attention.
 
-A table maps (architecture, shape class) to configurations. The first of them is the static choice: no measurement, no start-up cost,
-the same on every rank. With LIGHTNINGDIT_AUTOTUNE=1 all of them are timed once per shape and the choice is kept on disk. It may differ
-from machine to machine, and with it the last bits of a sum whose order depends on block sizes.
+The candidates of a choice are ordered; the first is the starting guess. On the first call for a shape all are timed, and the choice is
+kept below ~/.cache for this GPU, these versions of torch and triton and these kernels: one file a choice. Choices may differ from machine
+to machine, and with them the last bits of results: a run that resumes on another card, or without that folder, may differ in them from one
+that was never interrupted. With LIGHTNINGDIT_AUTOTUNE=0, and under torch.use_deterministic_algorithms(True), nothing is timed and the
+starting guess is used, which depends on the code alone. A process never changes a choice that it has used.
 """
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -14,13 +17,16 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 _log = logging.getLogger("lightningdit_kernels")
+T = TypeVar("T")
 
 # Passed with every launch, and by the audit. a * b + c is one instruction: triton's default up to 3.9, no longer from 3.10 on.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
@@ -37,6 +43,10 @@ class Config:
     def launch(self) -> dict[str, int | bool]:
         """Keyword arguments for `kernel[grid](..., **config.launch())`."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILE_OPTIONS}
+
+    def __str__(self) -> str:
+        blocks = " ".join(f"{name}={size}" for name, size in self.blocks.items())
+        return f"{blocks} warps={self.num_warps} stages={self.num_stages}".strip()
 
 
 Table = Mapping[tuple[int, str], Sequence[Config]]
@@ -61,18 +71,19 @@ def pick(
     configs: Table,
     device: torch.device,
     shape_class: str,
-    key: Sequence[int | str],
+    key: Sequence[object],
     bench: Callable[[Config], object] | None = None,
 ) -> Config:
     """The configuration with which to launch `op` on `device`.
 
     Args:
-        op: name of the kernel, unique in the library; the cache on disk is filed under it.
+        op: name of the kernel, unique in the library.
         configs: the op's table. Architectures that it lacks use the nearest lower one that has this shape class.
         shape_class: second half of the table's keys.
         key: what a measurement depends on besides architecture and shape class (sizes, dtypes). Leave the batch out, or round it.
-        bench: launches the kernel once with the configuration that it is given, on buffers of its own. None: never measure.
-    Returns: the first configuration of the table's entry; with LIGHTNINGDIT_AUTOTUNE=1 on CUDA the fastest.
+        bench: launches the kernel once with the configuration that it is given; every output is overwritten. None: never measure.
+    Returns: the fastest configuration of the table's entry on CUDA; the first where nothing is timed, or where a launch takes less than
+        MEASURABLE_MS, which says nothing about a GPU that is full.
     Raises: ValueError if the table has no entry for the shape class at or below the device's architecture.
     """
     arch = architecture(device)
@@ -81,63 +92,172 @@ def pick(
         found = f"device has architecture sm_{arch} and the shape class is {shape_class!r}"
         raise ValueError(f"{op}: {found}, expected one of {sorted(configs)}")
     candidates = configs[max(usable), shape_class]
-    if bench is None or len(candidates) == 1 or device.type != "cuda" or not autotune_enabled():
+    if bench is None or len(candidates) == 1 or device.type != "cuda":
         return candidates[0]
-    return _fastest(op, candidates, arch, (shape_class, *map(str, key)), bench)
+
+    def times_ms():
+        runs = {str(config): functools.partial(bench, config) for config in candidates}
+        guess = next(iter(runs))
+        alone = time_candidates(op, {guess: runs[guess]}, rounds=3)
+        if alone and alone[guess] < MEASURABLE_MS:
+            return {}
+        times = time_candidates(op, runs)
+        if not times:
+            raise RuntimeError(f"{op}: none of {len(candidates)} configurations fits on this device")
+        return times
+
+    return choose(op, candidates, device, (shape_class, *key), times_ms)
 
 
-def autotune_enabled() -> bool:
-    """LIGHTNINGDIT_AUTOTUNE: "1" for yes, "0", empty or absent for no."""
+MEASURABLE_MS = 0.02  # a launch alone takes 0.005
+DRAW = 0.02  # the starting guess is kept unless another candidate takes this share less: noise decides nothing
+_chosen: dict[tuple, Any] = {}  # of this process
+
+
+def choose(
+    op: str,
+    candidates: Sequence[T],
+    device: torch.device,
+    key: tuple[Hashable, ...],
+    times_ms: Callable[[], dict[str, float]],
+) -> T:
+    """The candidate that is fastest on `device`: as this process has chosen, or the file on disk says, or by measuring now.
+
+    The processes of torch.distributed agree on it. Inside a CUDA graph capture nothing can be timed: there it is the choice on disk, else
+    the starting guess, and the next call outside of one decides.
+
+    Args:
+        op: what is chosen for.
+        candidates: at least one; their str() are their names, on disk too. The first is the starting guess.
+        key: what the choice depends on besides the GPU and versions.
+        times_ms: milliseconds by name. A candidate that it leaves out is not chosen; {}: nothing can be said, and the starting guess is
+            used, which is not kept on disk.
+    """
+    place = op, key, device, id(_process_group())
+    if place in _chosen:
+        return _chosen[place]
+    names = [str(candidate) for candidate in candidates]
+    where = dict(op=op, gpu=_gpu(device), shape=" ".join(map(str, key)), versions=versions())
+    if torch.cuda.is_current_stream_capturing():
+        name = _stored(where, names) or names[0]
+        _warn_once(f"{op}: nothing can be timed inside a CUDA graph capture; it uses {name}")
+        return candidates[names.index(name)]
+    if reason := unmeasured():
+        name = names[0]
+        _warn_once(f"{op}: nothing is timed ({reason}); it uses the starting guess, {name}")
+    else:
+        name = _agreed(where, names[0], lambda: _fastest(where, names, times_ms))
+    _chosen[place] = candidates[names.index(name) if name in names else 0]
+    return _chosen[place]
+
+
+def unmeasured() -> str:
+    """Why nothing is timed in this process, or ""."""
     value = os.environ.get("LIGHTNINGDIT_AUTOTUNE", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"LIGHTNINGDIT_AUTOTUNE is {value!r}, expected 0 or 1")
-    return value == "1"
+    if value == "0":
+        return "LIGHTNINGDIT_AUTOTUNE=0"
+    # With warn_only, as in testing.poisoned_memory, nobody asks that another process or machine gives the same bits.
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        return "torch.use_deterministic_algorithms(True)"
+    return ""
 
 
-_chosen: dict[tuple, Config] = {}  # of this process: the file is read once per kernel and shape
+def _fastest(where: dict[str, str], names: Sequence[str], times_ms: Callable[[], dict[str, float]]) -> str:
+    if kept := _stored(where, names):
+        return kept
+    begin = time.perf_counter()
+    times = times_ms()
+    if not times:
+        return names[0]
+    best = min(times, key=times.__getitem__)
+    if times.get(names[0], float("inf")) * (1 - DRAW) <= times[best]:
+        best = names[0]
+    listed = ", ".join(f"{name} {time_ms:.4g} ms" for name, time_ms in times.items())
+    # A warning is the lowest level that Python shows where nobody configured logging, and these are seconds of somebody's first step.
+    _log.warning("%s, %s: %s is used; timed in %.1f s: %s", where["op"], where["shape"], best, time.perf_counter() - begin, listed)
+    return _store(where | dict(choice=best, times_ms=times, date=time.strftime("%Y-%m-%d")), names)
 
 
-def _fastest(op, candidates, arch, key, bench):
-    name = "/".join((f"sm_{arch}", *key, f"triton {_triton_version()}"))
-    if (op, name) not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
-            return candidates[0]  # nothing can be timed inside a CUDA graph; the next call outside of one measures
-        config = _stored(op, name, candidates)
-        if config is None:
-            config = _measure(op, name, candidates, bench)
-            _store(op, name, config)
-        _chosen[op, name] = config
-    return _chosen[op, name]
+GRACE_S = 10.0  # for which another process waits for rank 0 to begin
+PATIENCE_S = 300.0  # for which one waits for an answer: several compilations
 
 
-def _measure(op: str, name: str, candidates: Sequence[Config], bench: Callable[[Config], object]) -> Config:
-    """The candidate with the least median time. One that does not fit on the device is left out, with a line in the log."""
-    times_ms = {}
-    for index, config in enumerate(candidates):
+def _process_group() -> object:
+    return dist.GroupMember.WORLD if dist.is_available() else None
+
+
+def _agreed(where: dict[str, str], guess: str, decide: Callable[[], str]) -> str:
+    """decide() of one process for all of torch.distributed: of rank 0, or of another one where rank 0 has no need of this choice.
+
+    A collective would hang where only some processes come here, as when rank 0 alone samples. Instead the first to put its claim into
+    the group's store decides, and rank 0 has a start of GRACE_S, more than processes that do the same are apart. Nobody waits for ever.
+    """
+    if _process_group() is None or dist.get_world_size() == 1:
+        return decide()
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    claim, answer = ("/".join(("lightningdit_kernels", *where.values(), what)) for what in ("claim", "choice"))
+    if rank != 0:
+        _appears(store, claim, GRACE_S)
+    if store.compare_set(claim, "", str(rank)).decode() == str(rank):
+        name = guess  # also if decide() fails: others need not wait
         try:
-            times_ms[index] = _time_ms(lambda config=config: bench(config))
+            name = decide()
+        finally:
+            store.set(answer, name)
+        return name
+    if _appears(store, answer, PATIENCE_S):
+        return store.get(answer).decode()
+    late = f"rank {store.get(claim).decode()} has not decided within {PATIENCE_S:.0f} s"
+    _log.warning("%s: %s; this process uses the starting guess, %s", where["op"], late, guess)
+    return guess
+
+
+def _appears(store, key: str, within_s: float) -> bool:
+    """Whether the key is in the store within that time. store.wait() would keep the other threads of this process from the store."""
+    end = time.monotonic() + within_s
+    while not store.check([key]):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+LIMIT_S = 20.0  # of compilation in one choice: further candidates are left out
+ROUNDS_S = 0.3  # of measurement in one choice, at least 5 rounds
+
+
+def time_candidates(op: str, runs: Mapping[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
+    """The median milliseconds of each run(), measured in turns, so that a clock that rises or falls meets all alike.
+
+    One that does not fit on the device is left out, with a line in the log.
+    """
+    begin, cycles, times = time.perf_counter(), {}, {}
+    for name, run in runs.items():
+        if cycles and time.perf_counter() - begin > LIMIT_S:
+            _log.warning("%s: %s is left out: compiling the candidates before it took over %.0f s", op, name, LIMIT_S)
+            continue
+        try:
+            for _ in range(3):
+                run()  # compiles
         except Exception as error:
             if type(error).__name__ != "OutOfResources":  # triton's; importing it here would import triton
                 raise
-            _log.warning("%s: %s does not fit on this device: %s", op, config, error)
-    if not times_ms:
-        raise RuntimeError(f"{op}: none of {len(candidates)} configurations fits on this device")
-    best = min(times_ms, key=times_ms.__getitem__)
-    _log.info("%s %s: %s, %.4f ms (static choice: %s ms)", op, name, candidates[best], times_ms[best], times_ms.get(0))
-    return candidates[best]
-
-
-def _time_ms(run: Callable[[], object], rounds: int = 20) -> float:
-    for _ in range(3):
-        run()  # compiles
-    cycles, times_ms, late = cycles_to_enqueue(run), [], False
-    for _ in range(rounds):
-        time_ms, cycles, host_inside = event_ms(run, cycles)
-        times_ms.append(time_ms)
-        late |= host_inside
+            _log.warning("%s: %s does not fit on this device: %s", op, name, error)
+            continue
+        cycles[name], times[name] = cycles_to_enqueue(run), []
+    begin, late = time.perf_counter(), False
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - begin > ROUNDS_S:
+            break
+        for name in times:
+            time_ms, cycles[name], host_inside = event_ms(runs[name], cycles[name])
+            times[name].append(time_ms)
+            late |= host_inside
     if late:
         _log.warning("launches took longer than %s s to enqueue: the host's time may be in what was measured", LONGEST_SLEEP_S)
-    return statistics.median(times_ms)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 HIGHEST_CLOCK_HZ = 3e9  # no GPU's is higher: a number of cycles lasts at least as long as at this clock
@@ -178,50 +298,94 @@ def event_ms(run: Callable[[], object], cycles: int) -> tuple[float, int, bool]:
 
 
 def cache_folder() -> Path:
-    """Where measured choices are kept, one JSON file per op: $XDG_CACHE_HOME/lightningdit/autotune, by default below ~/.cache."""
+    """Where choices are kept: $XDG_CACHE_HOME/lightningdit/autotune, by default below ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightningdit" / "autotune"
 
 
 @functools.cache
-def _triton_version() -> str:
-    return importlib.metadata.version("triton")
+def versions() -> str:
+    """For which a choice holds: torch, triton, and a hash of the sources that are measured."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem.endswith("_triton") or path.stem in ("attention", "tuning"):
+            sources.update(path.read_bytes())
+    triton = "absent"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        triton = importlib.metadata.version("triton")
+    return f"torch {torch.__version__}, triton {triton}, kernels {sources.hexdigest()[:8]}"
 
 
-def _read(op: str) -> dict[str, dict]:
-    path = cache_folder() / f"{op}.json"
+@functools.cache
+def _gpu(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_name(device)} (sm_{architecture(device)})"
+
+
+def choices() -> list[dict[str, Any]]:
+    """All choices on disk: dict(op=, gpu=, shape=, versions=, choice=, times_ms={name: milliseconds}, date=) each, ordered."""
+    found = [entry for path in cache_folder().glob("*.json") if (entry := _read(path)) is not None]
+    return sorted(found, key=lambda entry: [entry[name] for name in _WHERE])
+
+
+def choices_here() -> list[dict[str, Any]]:
+    """Those of choices() that hold for a GPU and the versions of this machine."""
+    gpus = {_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+    return [entry for entry in choices() if entry["gpu"] in gpus and entry["versions"] == versions()]
+
+
+_WHERE = ("op", "gpu", "shape", "versions")
+
+
+def _path(where: Mapping[str, Any]) -> Path:
+    """One file a choice: processes that choose at the same time do not write the same file, unless they choose the same."""
+    digest = hashlib.sha256(json.dumps([where[name] for name in _WHERE]).encode()).hexdigest()
+    return cache_folder() / f"{where['op']}_{digest[:16]}.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The file's choice; None without one, and, with a warning, where the file is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"expected an object, got {type(content).__name__}")
-        return content
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        for name in (*_WHERE, "choice", "date"):
+            if not isinstance(entry[name], str):
+                raise ValueError(f"{name} is {entry[name]!r}, expected a string")
+        if entry["choice"] not in entry["times_ms"] or not all(time_ms > 0 for time_ms in entry["times_ms"].values()):
+            raise ValueError(f"times_ms is {entry['times_ms']!r}, expected positive numbers, {entry['choice']!r} among them")
+        return entry
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        _warn_once(f"autotune cache {path} is ignored: {error}")
-        return {}
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _warn_once(f"autotune choice {path} is ignored: {type(error).__name__}: {error}")
+        return None
 
 
-def _stored(op: str, name: str, candidates: Sequence[Config]) -> Config | None:
-    entry = _read(op).get(name)
-    return next((config for config in candidates if asdict(config) == entry), None)  # only what the table still offers
+def _stored(where: Mapping[str, str], names: Sequence[str]) -> str | None:
+    """The choice on disk, if it is one that is still offered."""
+    entry = _read(_path(where))
+    same = entry is not None and entry["choice"] in names and all(entry[name] == where[name] for name in _WHERE)
+    return entry["choice"] if same else None
 
 
-def _store(op: str, name: str, config: Config) -> None:
-    """Adds one choice to the op's file in one rename, so that a reader never sees half a file."""
-    content = _read(op) | {name: asdict(config)}
-    folder = cache_folder()
-    partial = None
+def _store(entry: dict[str, Any], names: Sequence[str]) -> str:
+    """Keeps a choice, in one step, so that a reader never sees half a file, and returns it; or the one that another process kept first."""
+    path, partial = _path(entry), None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".partial", delete=False) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".partial", delete=False) as file:
             partial = file.name
-            json.dump(content, file, indent=1)
-        os.replace(partial, folder / f"{op}.json")
+            json.dump(entry, file, indent=1)
+        try:
+            os.link(partial, path)  # fails where the file exists, as a rename would not
+        except OSError:  # it exists, or there are no links on this file system
+            if other := _stored(entry, names):
+                return other
+            os.replace(partial, path)
     except OSError as error:
-        _warn_once(f"the autotune choice for {op} is not kept: {error}")
+        _warn_once(f"the autotune choice for {entry['op']} is not kept: {error}")
+    finally:
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
+    return entry["choice"]
 
 
 @functools.cache
