@@ -446,7 +446,7 @@ def _step(attention, inputs, grad):
     """The result of attention(**inputs), the gradient of qkv and those of the parameters."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in inputs if name not in ("positions", "freqs", "center")}
     out = attention(**inputs | leaves)
-    return out, *torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
+    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
 
 
 def _best_compiled(attention):

@@ -1,4 +1,4 @@
-"""The choice of a configuration: from the table alone, and measured, with a cache on disk that may be broken."""
+"""What is chosen by measurement: with a fake clock, a folder on disk that may be broken, and processes that have to agree."""
 
 import json
 import logging
@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightningdit_kernels import tuning
-from lightningdit_kernels.tuning import Config, pick
+from lightningdit_kernels import __main__ as command
+from lightningdit_kernels import backends, tuning
+from lightningdit_kernels.tuning import Config, choose, pick
 
 SLOW, FAST, BIG = Config(dict(ROWS=1), 4), Config(dict(ROWS=2), 8, 2), Config(dict(ROWS=64), 8, 5)
 TABLE = {(80, "wide"): [BIG], (90, "wide"): [SLOW, FAST, BIG], (90, "narrow"): [FAST], (100, "wide"): [FAST]}
@@ -20,37 +21,67 @@ class OutOfResources(Exception):
     """By the name of triton's."""
 
 
-@pytest.fixture
-def cuda(monkeypatch, tmp_path):
-    """A CUDA device of a given architecture, as far as tuning can see; an empty cache folder; returns what was timed."""
-    timed = []
+class FakeGPU:
+    """A CUDA device as far as tuning can see: `times_ms` of what run() returns, and what was timed."""
 
-    def time_ms(run):
-        config = run()
-        timed.append(config)
+    def __init__(self):
+        self.times_ms = {str(SLOW): 2.0, str(FAST): 1.0}
+        self.timed = []
+
+    def event_ms(self, run, cycles):
+        name = str(run())
+        self.timed.append(name)
+        return self.times_ms[name], cycles, False
+
+    def run(self, config):
+        """The bench of pick()."""
         if config == BIG:
             raise OutOfResources("shared memory")
-        return 1.0 if config == FAST else 2.0
+        return config
 
+    def pick(self, *key, bench=None):
+        return pick("op", TABLE, CUDA, "wide", key, bench=bench or self.run)
+
+    def times_of(self, **times_ms):
+        """The times_ms of choose(), and a note that it was asked."""
+
+        def measure():
+            self.timed.append(tuple(times_ms))
+            return times_ms
+
+        return measure
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A FakeGPU, an empty folder, and nothing chosen yet."""
+    fake = FakeGPU()
     monkeypatch.setattr(tuning, "_capability", lambda index: 90)
-    monkeypatch.setattr(tuning, "_time_ms", time_ms)
+    monkeypatch.setattr(tuning, "_gpu", lambda device: "card (sm_90)")
+    monkeypatch.setattr(tuning, "event_ms", fake.event_ms)
+    monkeypatch.setattr(tuning, "cycles_to_enqueue", lambda run: 1)
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", "1")
+    monkeypatch.delenv("LIGHTNINGDIT_AUTOTUNE", raising=False)
     tuning._warn_once.cache_clear()
-    return timed
+    return fake
 
 
 def new_process():
     tuning._chosen.clear()
 
 
+def only_file():
+    (path,) = tuning.cache_folder().iterdir()
+    return path
+
+
 @pytest.mark.parametrize("arch, expected", [(80, BIG), (86, BIG), (89, BIG), (90, SLOW), (100, FAST), (103, FAST)])
 def test_table_gives_the_nearest_lower_architecture(arch, expected, monkeypatch):
-    monkeypatch.delenv("LIGHTNINGDIT_AUTOTUNE", raising=False)
     monkeypatch.setattr(tuning, "_capability", lambda index: arch)
-    assert pick("op", TABLE, CUDA, "wide", (1152,), bench=lambda config: 1 / 0) == expected
+    assert pick("op", TABLE, CUDA, "wide", (1152,)) == expected
 
 
 @pytest.mark.parametrize("capability, arch", [((8, 0), 80), ((9, 0), 90), ((10, 3), 103), ((12, 0), 89)])
@@ -76,18 +107,47 @@ def test_launch_arguments():
     assert FAST.launch() == dict(ROWS=2, num_warps=8, num_stages=2, enable_fp_fusion=True)
 
 
-def test_autotune_is_off_unless_asked_for(cuda, monkeypatch):
-    for value in ("", "0"):
-        monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", value)
-        assert pick("op", TABLE, CUDA, "wide", (1,), bench=lambda config: config) == SLOW
+def test_names_of_configurations():
+    assert str(FAST) == "ROWS=2 warps=8 stages=2"
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_tiles_are_measured_by_default(gpu, monkeypatch, value):
+    monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", value)
+    assert gpu.pick() == FAST
+
+
+def test_zero_turns_it_off_and_says_what_is_used(gpu, monkeypatch, caplog):
+    monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", "0")
+    for key in (1, 2):
+        assert gpu.pick(key) == SLOW
+    assert choose("attention", ("sdpa", "triton"), CUDA, (), gpu.times_of(sdpa=2, triton=1)) == "sdpa"
+    assert gpu.timed == []
+    assert not tuning.cache_folder().exists()
+    tiles, attention = (record.getMessage() for record in caplog.records)
+    assert "LIGHTNINGDIT_AUTOTUNE=0" in tiles and str(SLOW) in tiles
+    assert "LIGHTNINGDIT_AUTOTUNE=0" in attention and "sdpa" in attention
+
+
+def test_other_values_are_refused(gpu, monkeypatch):
     monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", "yes")
     with pytest.raises(ValueError, match="LIGHTNINGDIT_AUTOTUNE is 'yes', expected 0 or 1"):
-        pick("op", TABLE, CUDA, "wide", (1,), bench=lambda config: config)
-    assert cuda == []
+        gpu.pick()
+
+
+def test_deterministic_algorithms_take_what_the_code_alone_decides(gpu, monkeypatch, caplog):
+    gpu.pick("kept on disk by another process")
+    new_process()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert gpu.pick("kept on disk by another process") == SLOW
+    assert "use_deterministic_algorithms" in caplog.text
+    new_process()
+    monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: True)
+    assert gpu.pick("kept on disk by another process") == FAST
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def device(monkeypatch):
     """A GPU that notes what it is asked for in `order`, and is done with a sleep of `cycles` at once where they are fewer than `enough`."""
     order, state = [], SimpleNamespace(cycles=0, enough=0)
 
@@ -117,80 +177,255 @@ def gpu(monkeypatch):
     return SimpleNamespace(order=order, state=state)
 
 
-def test_a_sleep_that_was_too_short_is_doubled(gpu):
-    gpu.state.enough = 700
+def test_a_sleep_that_was_too_short_is_doubled(device):
+    device.state.enough = 700
     assert tuning.event_ms(lambda: None, 100) == (1.5, 800, False)
-    assert gpu.order.count("sleep") == 4
+    assert device.order.count("sleep") == 4
 
 
-def test_host_time_that_no_sleep_covers_is_told(gpu, caplog):
-    gpu.state.enough = 10**12
+def test_host_time_that_no_sleep_covers_is_told(device, caplog):
+    device.state.enough = 10**12
     longest = int(tuning.LONGEST_SLEEP_S * tuning.HIGHEST_CLOCK_HZ)
     assert tuning.event_ms(lambda: None, 60_000) == (1.5, longest, True)
-    assert gpu.order.count("sleep") < 15
+    assert device.order.count("sleep") < 15
     with caplog.at_level(logging.WARNING, "lightningdit_kernels"):
-        assert tuning._time_ms(lambda: None) == 1.5
+        assert tuning.time_candidates("op", dict(a=lambda: None)) == dict(a=1.5)
     assert len(caplog.records) == 1
 
 
-def test_the_start_event_comes_when_the_gpu_is_busy(gpu):
+def test_the_start_event_comes_when_the_gpu_is_busy(device):
     """All is enqueued behind a sleep that is longer than enqueueing took."""
-    assert tuning.event_ms(lambda: gpu.order.append("run"), 1) == (1.5, 1, False)
-    assert gpu.order == ["sleep", "event", "run", "event", "wait"]
+    assert tuning.event_ms(lambda: device.order.append("run"), 1) == (1.5, 1, False)
+    assert device.order == ["sleep", "event", "run", "event", "wait"]
     cycles = tuning.cycles_to_enqueue(lambda: time.sleep(0.01))
     assert 0.02 <= cycles / tuning.HIGHEST_CLOCK_HZ <= tuning.LONGEST_SLEEP_S
 
 
-def test_autotune_measures_once_and_remembers_across_processes(cuda, caplog):
+def test_the_fastest_is_measured_once_and_kept_for_other_processes(gpu, caplog):
     for _ in range(2):
-        assert pick("op", TABLE, CUDA, "wide", (1152, "bf16"), bench=lambda config: config) == FAST
-    assert cuda == [SLOW, FAST, BIG] and "does not fit on this device: shared memory" in caplog.text
+        assert gpu.pick(1152, "bf16") == FAST
+    assert set(gpu.timed) == {str(SLOW), str(FAST)}
+    assert "does not fit on this device: shared memory" in caplog.text
     new_process()
-    assert pick("op", TABLE, CUDA, "wide", (1152, "bf16"), bench=lambda config: 1 / 0) == FAST
-    pick("op", TABLE, CUDA, "wide", (768, "bf16"), bench=lambda config: config)
-    assert len(cuda) == 6, "another key is another measurement"
-    stored = json.loads((tuning.cache_folder() / "op.json").read_text())
-    assert len(stored) == 2 and all("sm_90" in name and "triton" in name for name in stored)
+    assert gpu.pick(1152, "bf16", bench=lambda config: 1 / 0) == FAST
+    timed = len(gpu.timed)
+    gpu.pick(768, "bf16")
+    assert len(gpu.timed) == 2 * timed, "another key is another measurement"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\x00\xff", '{"a": '])
-def test_corrupt_cache_is_ignored_with_one_warning(cuda, content, caplog):
-    path = tuning.cache_folder() / "op.json"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content.encode("latin-1"))
+def test_what_is_kept(gpu):
+    gpu.pick(1152, torch.bfloat16)
+    (entry,) = tuning.choices()
+    assert entry["op"] == "op"
+    assert entry["gpu"] == "card (sm_90)"
+    assert entry["shape"] == "wide 1152 torch.bfloat16"
+    assert entry["choice"] == str(FAST)
+    assert entry["times_ms"] == {str(SLOW): 2.0, str(FAST): 1.0}
+    assert torch.__version__ in entry["versions"] and "triton" in entry["versions"] and "kernels" in entry["versions"]
+
+
+@pytest.mark.parametrize("what", ["versions", "_gpu"])
+def test_a_choice_holds_for_its_versions_and_its_gpu(gpu, monkeypatch, what):
+    gpu.pick()
+    new_process()
+    monkeypatch.setattr(tuning, what, lambda *a: "another")
+    gpu.times_ms[str(FAST)] = 3.0
+    assert gpu.pick() == SLOW
+    assert len(tuning.choices()) == 2
+
+
+def test_a_draw_leaves_the_starting_guess(gpu):
+    gpu.times_ms[str(FAST)] = 1.99
+    assert gpu.pick() == SLOW
+
+
+def test_a_launch_that_is_short_says_nothing(gpu):
+    gpu.times_ms = {str(SLOW): 0.005, str(FAST): 0.001}
+    assert gpu.pick() == SLOW
+    assert set(gpu.timed) == {str(SLOW)}
+    assert tuning.choices() == []
+    gpu.times_ms[str(SLOW)] = 1.0
+    assert gpu.pick() == SLOW, "a process does not change what it has used"
+
+
+def test_candidates_are_timed_in_turns(gpu):
+    tuning.time_candidates("op", {str(c): lambda c=c: c for c in (SLOW, FAST)}, rounds=3)
+    assert gpu.timed == [str(SLOW), str(FAST)] * 3
+
+
+def test_slow_compilation_leaves_out_what_comes_later(gpu, monkeypatch, caplog):
+    seconds = iter(range(0, 10**6, 15))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    runs = {str(c): lambda c=c: c for c in (SLOW, FAST, SLOW)} | dict(third=lambda: SLOW)
+    assert set(tuning.time_candidates("op", runs)) == {str(SLOW), str(FAST)}
+    assert "third is left out" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00\xff", '{"a": ', '{"op": 3}'])
+def test_a_damaged_file_is_ignored_with_one_warning(gpu, content, caplog):
+    gpu.pick()
+    only_file().write_bytes(content.encode("latin-1"))
+    new_process()
     with caplog.at_level(logging.WARNING):
-        assert pick("op", TABLE, CUDA, "wide", (), bench=lambda config: config) == FAST
+        assert gpu.pick() == FAST
     assert caplog.text.count("is ignored") == 1
     new_process()
-    assert pick("op", TABLE, CUDA, "wide", (), bench=lambda config: 1 / 0) == FAST, "the file was repaired"
+    assert gpu.pick(bench=lambda config: 1 / 0) == FAST, "the file was repaired"
 
 
-@pytest.mark.parametrize("entry", [None, 3, {}, dict(blocks=dict(ROWS=7), num_warps=4, num_stages=1), dict(blocks=[], num_warps="4")])
-def test_a_stored_choice_that_the_table_no_longer_has_is_measured_again(cuda, entry):
-    pick("op", TABLE, CUDA, "wide", (), bench=lambda config: config)
-    path = tuning.cache_folder() / "op.json"
-    path.write_text(json.dumps({name: entry for name in json.loads(path.read_text())}))
+@pytest.mark.parametrize("change", [dict(choice="ROWS=7 warps=4 stages=1"), dict(times_ms={}), dict(times_ms=3), dict(gpu="another")])
+def test_a_kept_choice_that_is_not_offered_is_measured_again(gpu, change):
+    gpu.pick()
+    path, timed = only_file(), len(gpu.timed)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     new_process()
-    assert pick("op", TABLE, CUDA, "wide", (), bench=lambda config: config) == FAST and len(cuda) == 6
+    assert gpu.pick() == FAST
+    assert len(gpu.timed) == 2 * timed
 
 
-def test_unwritable_cache_costs_a_warning_only(cuda, monkeypatch, tmp_path, caplog):
+def test_unwritable_folder_costs_a_warning_only(gpu, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert pick("op", TABLE, CUDA, "wide", (), bench=lambda config: config) == FAST
+    assert gpu.pick() == FAST
     assert "is not kept" in caplog.text
 
 
-def test_other_errors_of_a_candidate_are_not_swallowed(cuda):
+def test_without_links_on_the_file_system(gpu, monkeypatch):
+    monkeypatch.setattr(tuning.os, "link", lambda *a: exec("raise OSError"))
+    assert gpu.pick() == FAST
+    assert [entry["choice"] for entry in tuning.choices()] == [str(FAST)]
+    assert only_file().suffix == ".json"
+
+
+def test_other_errors_of_a_candidate_are_not_swallowed(gpu):
     with pytest.raises(ZeroDivisionError):
-        pick("op", TABLE, CUDA, "wide", (), bench=lambda config: 1 / 0)
+        gpu.pick(bench=lambda config: 1 / 0)
 
 
-def test_inside_a_cuda_graph_the_static_choice_is_used_and_not_kept(cuda, monkeypatch):
+def test_no_candidate_fits(gpu):
+    with pytest.raises(RuntimeError, match="none of 3 configurations fits"):
+        gpu.pick(bench=lambda config: gpu.run(BIG))
+
+
+def test_inside_a_cuda_graph_the_starting_guess_is_used_and_not_kept(gpu, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert pick("op", TABLE, CUDA, "wide", (), bench=lambda config: config) == SLOW
+    for _ in range(2):
+        assert gpu.pick() == SLOW
+    assert caplog.text.count("CUDA graph capture") == 1
+    assert gpu.timed == [] and tuning.choices() == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert pick("op", TABLE, CUDA, "wide", (), bench=lambda config: config) == FAST
+    assert gpu.pick() == FAST
+    new_process()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert gpu.pick() == FAST, "it is on disk"
+
+
+def test_the_command_shows_what_was_chosen_and_by_how_much(gpu, capsys, monkeypatch):
+    gpu.pick(1152)
+    with monkeypatch.context() as others:
+        others.setattr(tuning, "_gpu", lambda device: "another card")
+        choose("rope_attention", ("sdpa", "triton"), CUDA, ("shape",), gpu.times_of(sdpa=2, triton=1))
+    new_process()
+    choose("rope_attention", ("sdpa", "triton"), CUDA, ("shape",), gpu.times_of(sdpa=3.0, triton=2.0))
+    command.main()
+    printed = capsys.readouterr().out
+    (tiles,) = (line for line in printed.splitlines() if line.endswith("wide 1152"))
+    assert str(FAST) in tiles and f"2.00 x: {SLOW}" in tiles
+    (attention,) = (line for line in printed.splitlines() if line.startswith("rope_attention  card"))
+    assert "triton" in attention and "1.50 x: sdpa" in attention
+    assert "another card" not in printed and "1 choices of other GPUs" in printed
+    if backends()["rope_attention"]["cuda"] != "sdpa":  # triton is installed
+        assert backends()["rope_attention"]["cuda"] == "triton"
+
+
+def test_the_command_without_any_choice(gpu, capsys, monkeypatch):
+    monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", "0")
+    command.main()
+    printed = capsys.readouterr().out
+    assert "Nothing was chosen by measurement here" in printed and "LIGHTNINGDIT_AUTOTUNE=0" in printed
+    assert backends()["rope_attention"]["cuda"] == "sdpa"
+
+
+# Two processes, whose clocks disagree: for rank 0 sdpa is faster, for rank 1 triton.
+PROCESS = """
+import os, pathlib, sys, time, torch, torch.distributed as dist
+from lightningdit_kernels import tuning
+rank, (mode, folder) = int(os.environ["RANK"]), sys.argv[1:]
+tuning._gpu = lambda device: "card"
+torch.cuda.is_current_stream_capturing = lambda: False
+folder = pathlib.Path(folder)
+
+def times_ms():
+    (folder / f"measured.{rank}").touch()
+    if mode == "raises":
+        raise ZeroDivisionError
+    if mode == "alone":  # both measure before one of them writes
+        while len(list(folder.glob("measured.*"))) < 2:
+            time.sleep(0.01)
+    return dict(sdpa=1.0, triton=2.0) if rank == 0 else dict(sdpa=2.0, triton=1.0)
+
+def choose(key):
+    return tuning.choose("op", ("triton", "sdpa"), torch.device("cuda", 0), (key,), times_ms)
+
+if mode != "alone":
+    dist.init_process_group("gloo")
+tuning.GRACE_S = 0.2 if mode == "rank 1 only" else 60
+try:
+    if rank == 1 or mode != "rank 1 only":
+        print(choose("shape"))
+except ZeroDivisionError:
+    print("failed")
+if mode != "alone":
+    dist.barrier()
+    if mode == "rank 1 only" and rank == 0:
+        print(choose("shape"))
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def two(tmp_path, script):
+    """two(mode) -> (what each process chose, which of them measured)."""
+    (tmp_path / "run.py").write_text(PROCESS)
+
+    def run(mode, one_disk=True):
+        folders = dict(XDG_CACHE_HOME=tmp_path / "cache") if one_disk else dict(XDG_CACHE_HOME=tmp_path / "file")
+        (tmp_path / "file").write_text("")  # a folder that nobody can write
+        result = script(tmp_path / "run.py", mode, tmp_path, processes=2, timeout=120, **folders)
+        return result.stdout.split(), sorted(path.suffix for path in tmp_path.glob("measured.*"))
+
+    return run
+
+
+@pytest.mark.parametrize("one_disk", [True, False])
+def test_two_processes_take_what_rank_0_measured(two, one_disk):
+    assert two("together", one_disk) == (["sdpa", "sdpa"], [".0"])
+
+
+def test_a_rank_that_is_alone_decides_and_is_followed(two):
+    assert two("rank 1 only", one_disk=False) == (["triton", "triton"], [".1"])
+
+
+def test_a_rank_that_fails_leaves_the_others_the_starting_guess(two):
+    assert two("raises") == (["failed", "triton"], [".0"])
+
+
+def test_two_processes_of_no_group_take_what_was_kept_first(two):
+    chosen, measured = two("alone")
+    assert measured == [".0", ".1"] and len(set(chosen)) == 1
+
+
+def test_a_silent_rank_is_not_waited_for_for_ever(gpu, monkeypatch, caplog):
+    store = torch.distributed.HashStore()
+    store.set("lightningdit_kernels/op/card (sm_90)/key/" + tuning.versions() + "/claim", "0")
+    monkeypatch.setattr(tuning, "_process_group", lambda: store)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(tuning, "PATIENCE_S", 0.1)
+    assert choose("op", ("sdpa", "triton"), CUDA, ("key",), gpu.times_of(sdpa=2, triton=1)) == "sdpa"
+    assert gpu.timed == [] and "rank 0 has not decided" in caplog.text
 
 
 def test_poisoned_memory_poisons():
