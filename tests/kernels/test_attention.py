@@ -1,6 +1,7 @@
 """rope_attention against rotation matrices, torch's norms and an explicit softmax in fp64."""
 
 import importlib.util
+import operator
 import sys
 import types
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as nnf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightningdit_kernels import attention, backends, native, rope_attention
+from lightningdit_kernels import attention, native, rope_attention, tuning
 from lightningdit_kernels.attention import fused, rope_ref
+from lightningdit_kernels.library import triton_available
 from lightningdit_kernels.testing import FROZEN, assert_matches_truth, example_inputs, random_tensor, values_and_gradients
 from lightningdit_kernels.testing import rope_frequencies as frequencies
 from lightningdit_kernels.testing import token_grid as grid
@@ -289,15 +291,237 @@ def test_padding_changes_nothing(multiple):
     torch.testing.assert_close(ours, nnf.scaled_dot_product_attention(q, k, v))
 
 
-def test_auto_follows_the_measurements(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(attention, "MEASURED", {((9, 0), 6, 8): "triton"})
+class Clock:
+    """A fake one: what runs takes the milliseconds that are planted for it, forward and backward together."""
+
+    def __init__(self):
+        self.now, self.planted, self.timed = 0.0, dict(triton=1.0, sdpa=1.0), []
+
+    def slow(self, backend, function):
+        def call(*args, **kwargs):
+            self.now += self.planted[backend]
+            return function(*args, **kwargs)
+
+        return call
+
+    def event_ms(self, run, cycles):
+        before = self.now
+        results = run()
+        self.timed.append(results[0])
+        return self.now - before, cycles, False
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """Lets "auto" measure where there is no GPU: on CPU tensors, with the native kernel in the place of the Triton kernels."""
+    fake = Clock()
+    fake.candidates = ("sdpa", "triton")
+    monkeypatch.setattr(attention, "_candidates", lambda index, n, head_dim: (torch.device("cpu"), fake.candidates))
+    monkeypatch.setattr(attention, "fused", fake.slow("triton", attention.fused))
+    monkeypatch.setattr(attention, "_sdpa", fake.slow("sdpa", attention._sdpa))
+    monkeypatch.setattr(attention, "MEASURED_TOKENS", 24)
+    monkeypatch.setattr(tuning, "event_ms", fake.event_ms)
+    monkeypatch.setattr(tuning, "cycles_to_enqueue", lambda run: 1)
+    monkeypatch.setattr(tuning, "_gpu", lambda device: "card (sm_90)")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LIGHTNINGDIT_AUTOTUNE", raising=False)
+    tuning._warn_once.cache_clear()
+    return fake
+
+
+needs_triton = pytest.mark.skipif(not triton_available, reason="without triton there is nothing to choose")
+
+
+def chosen(qkv=(2, 6, 3, 2, 8), dtype=torch.bfloat16, norm=None, **options):
+    """The backend that "auto" takes for such a qkv on a GPU."""
     with FakeTensorMode():
-        measured, other = (torch.empty(1, n, 3, 1, 8, device="cuda", dtype=torch.bfloat16) for n in (6, 7))
-        assert attention._auto(measured, None, None) == "triton"
-        assert attention._auto(other, None, None) == attention._auto(measured.float(), None, None) == "sdpa"
-        assert attention._auto(measured.cpu(), None, None) == ("native" if native.serves(torch.bfloat16) else "sdpa")
-    assert "sdpa" in backends()["rope_attention"]["cuda"]
+        qkv = torch.empty(qkv, device="cuda", dtype=dtype)
+        weights = dict(q_weight=None, q_bias=None) if norm is None else dict(q_weight=norm, q_bias=None)
+        arguments = dict(positions=None, freqs=None, bias=None, center=False) | weights | options
+        return attention._auto(qkv, **arguments)
+
+
+@needs_triton
+@pytest.mark.parametrize("slow, fast", [("sdpa", "triton"), ("triton", "sdpa")])
+@pytest.mark.parametrize("guess", [("sdpa", "triton"), ("triton", "sdpa")], ids=lambda candidates: f"guess {candidates[0]}")
+def test_auto_does_not_choose_a_slow_backend(clock, slow, fast, guess):
+    clock.candidates, clock.planted[slow] = guess, 5.0
+    assert chosen() == fast
+    timed = len(clock.timed)
+    assert timed > 0
+    assert chosen() == fast
+    assert len(clock.timed) == timed
+    (entry,) = tuning.choices()
+    assert entry["times_ms"] == {slow: 5.0, fast: 1.0}
+
+
+@needs_triton
+def test_what_is_measured_has_the_shape_and_the_options_of_the_call(clock, monkeypatch):
+    seen, timed = [], attention.fused
+    monkeypatch.setattr(attention, "fused", lambda **inputs: seen.append(inputs) or timed(**inputs))
+    weight, bias = torch.ones(8), torch.ones(3, 2, 8)
+    constants = dict(positions=torch.ones(6, 2), freqs=torch.ones(2))
+    chosen(norm=weight, q_bias=weight, bias=bias, center=True, **constants)
+    inputs = seen[-1]
+    assert inputs["qkv"].shape == (4, 6, 3, 2, 8)
+    assert inputs["qkv"].dtype == torch.bfloat16
+    assert inputs.keys() == {"qkv", "center", "positions", "freqs", "q_weight", "k_weight", "q_bias", "k_bias", "bias"}
+    assert inputs["center"]
+    chosen(norm=weight)
+    assert seen[-1].keys() == {"qkv", "center", "q_weight", "k_weight"}
+    assert not seen[-1]["center"]
+    assert len(tuning.choices()) == 2
+
+
+@needs_triton
+def test_another_shape_is_another_choice(clock):
+    clock.planted["sdpa"] = 5.0
+    assert chosen() == "triton"
+    clock.planted["triton"] = 9.0
+    for options in (dict(qkv=(2, 7, 3, 2, 8)), dict(qkv=(2, 6, 3, 1, 8)), dict(qkv=(2, 6, 3, 2, 16)), dict(dtype=torch.float16)):
+        assert chosen(**options) == "sdpa", options
+    assert chosen(norm=torch.ones(8)) == "sdpa"
+    assert chosen(qkv=(5, 6, 3, 2, 8)) == "triton", "the batch is no part of it"
+
+
+@needs_triton
+def test_what_triton_does_not_serve_is_not_measured(clock):
+    clock.planted["sdpa"] = 5.0
+    assert chosen(dtype=torch.float32) == chosen(dtype=torch.float64) == chosen(qkv=(2, 6, 3, 2, 20)) == "sdpa"
+    assert chosen(qkv=(2, 0, 3, 2, 8)) == "sdpa"
+    assert chosen(positions=torch.ones(6, 2), freqs=torch.ones(2, requires_grad=True)) == "sdpa"
+    assert clock.timed == []
+
+
+def wrong(*args, **kwargs):
+    return fused(*args, **kwargs) * 1.5
+
+
+def not_finite(*args, **kwargs):
+    return fused(*args, **kwargs) + float("nan")
+
+
+def broken(*args, **kwargs):
+    raise ValueError("no such kernel")
+
+
+@needs_triton
+@pytest.mark.parametrize("function", [wrong, not_finite, broken])
+def test_a_fast_backend_that_fails_is_not_chosen(clock, monkeypatch, caplog, function):
+    monkeypatch.setattr(attention, "fused", function)
+    clock.planted["sdpa"] = 5.0
+    assert chosen() == "sdpa"
+    assert "'triton' is" in caplog.text and "left out" in caplog.text
+
+
+@needs_triton
+def test_too_little_memory_is_no_crash_and_not_kept(clock, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention, "fused", full)
+    assert chosen() == "sdpa"
+    assert "not enough memory" in caplog.text
+    assert tuning.choices() == []
+
+
+@needs_triton
+def test_measuring_leaves_the_caller_alone(clock):
+    """No random number is drawn, no hook of the caller sees a tensor, and its modes are in force afterwards."""
+    state, packed = torch.get_rng_state(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x)
+    with torch.inference_mode(), torch.autocast("cpu", torch.float16), hooks:
+        assert chosen() in ("triton", "sdpa")
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+    assert clock.timed and {result.dtype for result in clock.timed} == {torch.bfloat16}
+    assert packed == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def as_on_a_gpu(clock, monkeypatch):
+    """rope_attention chooses as it does on a GPU; what it chose, in order."""
+    choices = []
+
+    def auto(qkv, positions, freqs, q_weight, q_bias, bias, center):
+        _, n, _, heads, head_dim = (operator.index(size) for size in qkv.shape)
+        options = positions is not None, "none", bias is not None, torch.compiler.is_compiling()
+        return attention._fastest(qkv.device.index, n, heads, head_dim, torch.bfloat16, torch.bfloat16, *options)
+
+    real = attention._fastest
+
+    def noted(*arguments):
+        choices.append((arguments[1], arguments[-1], real(*arguments)))
+        return choices[-1][-1]
+
+    noted._dynamo_marked_constant = True
+    monkeypatch.setattr(attention, "_fastest", noted)
+    monkeypatch.setattr(attention, "_auto", auto)
+    monkeypatch.setattr(attention, "_triton", fused)
+    return choices
+
+
+@needs_triton
+def test_torch_compile_measures_while_it_traces(clock, as_on_a_gpu):
+    """On real tensors, in one graph of two shapes, of which each has its choice; again for another shape, and not in a second process."""
+    torch.compiler.reset()
+
+    inputs = [random_tensor(2, n, 3, 2, 8, dtype=torch.bfloat16, seed=n).requires_grad_() for n in (6, 10)]
+    compiled = torch.compile(lambda *qkv: tuple(map(rope_attention, qkv)), fullgraph=True)
+    clock.planted["sdpa"] = 5.0
+    results = compiled(*inputs)
+    assert as_on_a_gpu == [(6, True, "triton"), (10, True, "triton")]
+    assert clock.timed and all(type(result) is torch.Tensor for result in clock.timed)
+    for qkv, result in zip(inputs, results, strict=True):
+        torch.testing.assert_close(result, rope_attention(qkv, backend="sdpa"), rtol=2e-2, atol=2e-2)
+    sum(result.sum() for result in results).backward()
+    assert all(qkv.grad.isfinite().all() for qkv in inputs)
+    clock.planted["triton"] = 9.0
+    compiled(inputs[0], random_tensor(2, 12, 3, 2, 8, dtype=torch.bfloat16))
+    assert as_on_a_gpu[-1] == (12, True, "sdpa")
+    timed = len(clock.timed)
+    torch.compiler.reset()
+    tuning._chosen.clear()
+    compiled(*inputs)
+    assert as_on_a_gpu[-2:] == [(6, True, "triton"), (10, True, "triton")]
+    assert len(clock.timed) == timed
+
+
+@needs_triton
+def test_eager_and_compiled_calls_are_different_choices(clock, as_on_a_gpu, monkeypatch):
+    """Compiled PyTorch is timed as a copy of qkv and its attention, without the rotation that eager PyTorch pays for."""
+    monkeypatch.setattr(attention, "rotate_ref", clock.slow("rotation", attention.rotate_ref))
+    clock.planted |= dict(rotation=2.0, triton=3.0, sdpa=1.0)
+    inputs = dict(qkv=random_tensor(2, 6, 3, 2, 8, dtype=torch.bfloat16), positions=grid(2, 3).float(), freqs=frequencies(8))
+    rope_attention(**inputs)
+    torch.compile(rope_attention, fullgraph=True, backend="eager")(**inputs)
+    assert as_on_a_gpu == [(6, False, "triton"), (6, True, "sdpa")]
+
+
+@pytest.mark.parametrize("guess, expected", [({}, "sdpa"), ({((9, 0), 6, 8): "triton"}, "triton")])
+def test_the_starting_guess_is_the_table_of_what_won(monkeypatch, guess, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attention, "MEASURED", guess)
+    attention._candidates.cache_clear()
+    device, candidates = attention._candidates(0, 6, 8)
+    attention._candidates.cache_clear()
+    assert device == torch.device("cuda", 0)
+    assert candidates[0] == expected
+    assert sorted(candidates) == ["sdpa", "triton"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_fake_tensors_without_a_gpu_take_sdpa():
+    assert chosen() == "sdpa"
+
+
+def test_auto_on_a_cpu():
+    qkv = torch.zeros(1, 6, 3, 1, 8, dtype=torch.bfloat16)
+    expected = "native" if native.serves(torch.bfloat16) else "sdpa"
+    assert attention._auto(qkv, None, None, None, None, None, False) == expected
 
 
 def test_triton_names_what_it_cannot_do():
