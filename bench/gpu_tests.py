@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder alone is on the path
@@ -131,7 +132,8 @@ def run(tests: Path, out: Path, parts: int, end: float, test_s: float = TEST_S, 
                 job.run(end, stop)
 
         stop = threading.Event()
-        with concurrent.futures.ThreadPoolExecutor(max(1, len(together))) as pool:
+        off = mock.patch.dict(os.environ, LIGHTNINGDIT_AUTOTUNE="0")  # what processes time while they share a GPU decides nothing
+        with off, concurrent.futures.ThreadPoolExecutor(max(1, len(together))) as pool:
             try:
                 for jobs in ([[job] for job in together], [alone]):  # a neighbour's memory would count in the tests that measure it
                     waiting = [pool.submit(one_after_the_other, one) for one in jobs]

@@ -301,7 +301,7 @@ def official_model(path: Path, config: configuration.DiTConfig) -> torch.nn.Modu
 
 
 FIRST_STEP_S = 150  # at most; a stage of gpu.py has two of them
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")  # the last for what lightningdit_kernels.tuning chose
 
 
 def first_step(contestant: str, shapes: str, device: str, limit_s: float = FIRST_STEP_S) -> dict:

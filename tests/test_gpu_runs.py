@@ -283,7 +283,8 @@ def test_no_test_loses_another(tmp_path):
     (tests / "kernels").mkdir(parents=True)
     out.mkdir()
     (tests / "kernels" / "test_k.py").write_text(TESTS)
-    (tests / "test_other.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_other(): pass\n")
+    autotune_is_off = "assert os.environ['LIGHTNINGDIT_AUTOTUNE'] == '0'"  # processes that share a GPU time nothing
+    (tests / "test_other.py").write_text(f"import os, pytest\n@pytest.mark.gpu\ndef test_other(): {autotune_is_off}\n")
     (tests / "test_imports.py").write_text("import pytest, no_such_package\n@pytest.mark.gpu\ndef test_imports(): pass\n")
     (tests / "test_cpu.py").write_text("assert False, 'a file without CUDA tests is not imported'\n")
     summary = gpu_tests.run(tests, out, 2, time.monotonic() + 240, test_s=20, compile_s=0)

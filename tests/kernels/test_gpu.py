@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightningdit.graphs import capture, warm_up
+from lightningdit import graphs
+from lightningdit_kernels import rope_attention, tuning
 from lightningdit_kernels.testing import DEFINITIONS, FROZEN, OPS, assert_matches_truth, example_inputs, values_and_gradients
 
 
@@ -46,7 +47,7 @@ def test_alignment_losses_do_not_wait_and_are_the_same_in_a_cuda_graph(features)
     def run():
         results.update(values_and_gradients(OPS["alignment_losses"], inputs, FROZEN, cotangents))
 
-    warm_up(run)
+    graphs.warm_up(run)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -54,9 +55,34 @@ def test_alignment_losses_do_not_wait_and_are_the_same_in_a_cuda_graph(features)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     expected = {name: value.clone() for name, value in results.items()}
-    graph = capture(run)
+    graph = graphs.capture(run)
     for value in results.values():
         value.zero_()
     graph.replay()
     for name, value in expected.items():
         assert torch.equal(results[name], value), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_attention_is_chosen_on_the_gpu_at_hand(compiled, monkeypatch, tmp_path):
+    """In the first call outside of a capture, and for the calls after it, of which one is captured."""
+    monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    inputs = example_inputs("rope_attention", 4, 16, 16, 1152, 16, torch.bfloat16, "cuda", parameters=torch.float32)
+    attention = torch.compile(rope_attention, fullgraph=True) if compiled else rope_attention
+    state = torch.cuda.get_rng_state()
+    with torch.no_grad():
+        first = attention(**inputs)
+        (entry,) = (entry for entry in tuning.choices_here() if entry["op"] == "rope_attention")
+        graphs.warm_up(lambda: attention(**inputs))
+        captured = []
+        graph = graphs.capture(lambda: captured.append(attention(**inputs)))
+        graph.replay()
+    assert entry["times_ms"].keys() == {"triton", "sdpa"}
+    assert entry["shape"].endswith("compiled" if compiled else "eager")
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert torch.equal(captured[0], first)
+    torch.testing.assert_close(first, rope_attention(**inputs, backend=entry["choice"]), rtol=2e-2, atol=2e-2)
