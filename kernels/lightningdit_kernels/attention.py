@@ -357,10 +357,8 @@ def _fastest(index, n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased,
     device, candidates = _candidates(index, n, head_dim)
     if len(candidates) == 1:
         return candidates[0]
-    extras = [name for name, given in (("RoPE", rope), ("bias", biased)) if given]
-    key = (n, "tokens,", heads, "x", head_dim, *_names(dtype, out_dtype), "QK-norm", qk_norm, *extras, "compiled" if compiled else "eager")
     shape = (n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased, compiled)
-    return choose("rope_attention", candidates, device, key, lambda: measure(candidates, device, *shape))
+    return choose("rope_attention", candidates, device, _words(*shape), lambda: measure(candidates, device, *shape))
 
 
 # As torch.compiler.assume_constant_result does, which imports the compiler: over a second of every start.
@@ -377,9 +375,13 @@ def _candidates(index: int | None, n: int, head_dim: int) -> tuple[torch.device,
     return device, (guess, *(backend for backend in ("triton", "sdpa") if backend != guess))
 
 
-def _names(*dtypes: torch.dtype) -> list[str]:
-    """Each different one once."""
-    return list(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+@functools.cache
+def _words(n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased, compiled) -> tuple[str]:
+    """The shape as a person reads it: the key of the choice."""
+    dtypes = dict.fromkeys(str(each).removeprefix("torch.") for each in (dtype, out_dtype))
+    extras = [name for name, given in (("RoPE", rope), ("bias", biased)) if given]
+    words = f"{n} tokens, {heads} x {head_dim}", *dtypes, "QK-norm", qk_norm, *extras, "compiled" if compiled else "eager"
+    return (" ".join(words),)
 
 
 MEASURED_TOKENS = 16_384  # of a batch, at least one sample: with 16 heads and N = 256, 8 programs of the forward on an SM of an H200

@@ -291,7 +291,10 @@ def test_unwritable_folder_costs_a_warning_only(gpu, monkeypatch, tmp_path, capl
 
 
 def test_without_links_on_the_file_system(gpu, monkeypatch):
-    monkeypatch.setattr(tuning.os, "link", lambda *a: exec("raise OSError"))
+    def link(source, target):
+        raise OSError("operation not supported")
+
+    monkeypatch.setattr(tuning.os, "link", link)
     assert gpu.pick() == FAST
     assert [entry["choice"] for entry in tuning.choices()] == [str(FAST)]
     assert only_file().suffix == ".json"
