@@ -138,13 +138,13 @@ def choose(
         return _chosen[place]
     names = [str(candidate) for candidate in candidates]
     where = dict(op=op, gpu=_gpu(device), shape=" ".join(map(str, key)), versions=versions())
-    if torch.cuda.is_current_stream_capturing():
-        name = _stored(where, names) or names[0]
-        _warn_once(f"{op}: nothing can be timed inside a CUDA graph capture; it uses {name}")
-        return candidates[names.index(name)]
     if reason := unmeasured():
         name = names[0]
         _warn_once(f"{op}: nothing is timed ({reason}); it uses the starting guess, {name}")
+    elif torch.cuda.is_current_stream_capturing():
+        name = _stored(where, names) or names[0]
+        _warn_once(f"{op}: nothing can be timed inside a CUDA graph capture; it uses {name}")
+        return candidates[names.index(name)]
     else:
         name = _agreed(where, names[0], lambda: _fastest(where, names, times_ms))
     _chosen[place] = candidates[names.index(name) if name in names else 0]

@@ -321,6 +321,9 @@ def test_inside_a_cuda_graph_the_starting_guess_is_used_and_not_kept(gpu, monkey
     new_process()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert gpu.pick() == FAST, "it is on disk"
+    new_process()
+    monkeypatch.setenv("LIGHTNINGDIT_AUTOTUNE", "0")
+    assert gpu.pick() == SLOW
 
 
 def test_the_command_shows_what_was_chosen_and_by_how_much(gpu, capsys, monkeypatch):
