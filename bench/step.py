@@ -1,6 +1,7 @@
 """The training step of train/dit.py for benchmarks, with any kernel switched to its definition in plain PyTorch.
 
     python bench/step.py --shapes xl/N256 --device cuda --contestant "ours compiled"    # seconds to the first step, as JSON
+    PYTHONPATH=tests python -m rehearsal.stand_in -- python bench/step.py ... --steps 50    # CPU time of a step, too; needs no GPU
 
 "reference" is the official graph: the same model with all kernels off, biases inside the matrix products, fp32 residual stream, RoPE in
 fp32, SDPA, the rest in the autocast dtype. Models that share a Trainer share its weights, optimizer and average: all of them fit a GPU
@@ -14,6 +15,7 @@ import importlib.util
 import inspect
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -325,16 +327,25 @@ def main() -> None:
     parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
     parser.add_argument("--contestant", required=True)
     parser.add_argument("--begun", type=float, default=time.time(), help="seconds since 1970 at which the process was started")
+    parser.add_argument("--steps", type=int, default=0, help="further steps; reports the median CPU time of one, all threads, as host_ms")
     options = parser.parse_args()
-    found = {one.name: one for one in contestants(options.device)["ladder"]}
+    found = {one.name: one for part in contestants(options.device).values() for one in part}
     if options.contestant not in found:
         parser.error(f"--contestant is {options.contestant!r}, expected one of {', '.join(found)}")
     if found[options.contestant].compiled:
         check_compiler(torch.device(options.device))  # as train/dit.py does: it shortens what Inductor does before the first step
     trainer = Trainer(configure(options.shapes, options.device), options.device)
-    trainer.step(trainer.build(found[options.contestant]), trainer.batch())
+    model, batch = trainer.build(found[options.contestant]), trainer.batch()
+    trainer.step(model, batch)
     synchronize(options.device)
-    print(json.dumps(dict(first_step_s=round(time.time() - options.begun, 2))))
+    times = dict(first_step_s=round(time.time() - options.begun, 2))
+    host_ms = []
+    for _ in range(options.steps):
+        begin = time.process_time()
+        trainer.step(model, batch)
+        host_ms.append(1e3 * (time.process_time() - begin))
+        synchronize(options.device)
+    print(json.dumps(times | (dict(host_ms=round(statistics.median(host_ms), 2)) if host_ms else {})))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lightningdit_kernels.launch_triton import cdiv, fast_launch
 from lightningdit_kernels.tuning import Config, pick
 
 # The clamps of torch.nn.functional.cosine_similarity and normalize, and of the pivots of a Gram matrix.
@@ -55,6 +56,7 @@ BACKWARD = {
 }
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["rows"])
 def _inverse_norm_kernel(x, inverse, rows, C, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """inverse (rows,) = 1 / max(|x_i|, EPS) of x (rows, C)."""
@@ -83,6 +85,7 @@ def _cosine_sums(z, f, row, inside, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
     return tl.sum(zz, 1), tl.sum(ff, 1), tl.sum(zf, 1)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["rows"])
 def _marginal_cosine_fwd_kernel(z, f, partial, rows, C, target, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -93,6 +96,7 @@ def _marginal_cosine_fwd_kernel(z, f, partial, rows, C, target, EPS: tl.constexp
     tl.store(partial + tl.program_id(0), tl.sum(cost, 0) / rows)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["rows"])
 def _marginal_cosine_bwd_kernel(grad, z, f, grad_z, rows, C, target, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """dz_i = -grad / rows * (f_hat - cos z_hat) / |z| for the tokens that pay."""
@@ -126,6 +130,7 @@ def _products(x, i, j, N, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK
     return product
 
 
+@fast_launch
 @triton.jit
 def _marginal_distance_matrix_fwd_kernel(z, f, z_inverse, f_inverse, partial, N, C, E, pairs, scale, margin,
                                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -214,6 +219,7 @@ def _add_all_signed(codes, z, z_inverse, first, c, N, C, total, SCALED: tl.const
     return total
 
 
+@fast_launch
 @triton.jit
 def _marginal_distance_matrix_bwd_kernel(grad, z, f, z_inverse, f_inverse, grad_z, N, C, E, scale, margin, EPS: tl.constexpr,
                                          BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -261,6 +267,7 @@ def _marginal_distance_matrix_bwd_kernel(grad, z, f, z_inverse, f_inverse, grad_
         tl.store(grad_z + own, ((total - shrink[:, None] * towards) * factor[:, None]).to(grad_z.dtype.element_ty), mask=mask)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["rows"])
 def _project_kernel(x, q, out, norm, rows, C, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
     """out (rows, K) = x (rows, C) @ q (C, K) and norm (rows,) = |x_i|, in one pass over x for K up to BLOCK_N."""
@@ -277,6 +284,7 @@ def _project_kernel(x, q, out, norm, rows, C, K, BLOCK_M: tl.constexpr, BLOCK_K:
         tl.store(norm + row, tl.sqrt(tl.sum(squares, 1)), mask=row < rows)
 
 
+@fast_launch
 @triton.jit
 def _factor_kernel(gram, L, inverse, r, EPS: tl.constexpr, BLOCK_R: tl.constexpr):
     """L and L^-1 of gram = L L^T, (r, r): Gauss makes (gram | 1) into (L^T | L^-1). A row of these whose pivot is rounding is zero."""
@@ -306,7 +314,7 @@ def marginal_cosine_loss_fwd(z, f, margin):
     rows, C = z.shape[0] * z.shape[1], z.shape[2]
 
     def launch(config):
-        partial = z.new_empty(triton.cdiv(rows, config.blocks["ROWS"]), dtype=torch.float32)
+        partial = z.new_empty(cdiv(rows, config.blocks["ROWS"]), dtype=torch.float32)
         _marginal_cosine_fwd_kernel[(len(partial),)](z, f, partial, rows, C, 1 - margin, EPS=COSINE_EPS, **config.launch())
         return partial.sum()
 
@@ -319,7 +327,7 @@ def marginal_cosine_loss_bwd(grad, z, f, margin):
 
     def launch(config):
         grad_z = torch.empty_like(z)
-        grid = (triton.cdiv(rows, config.blocks["ROWS"]),)
+        grid = (cdiv(rows, config.blocks["ROWS"]),)
         _marginal_cosine_bwd_kernel[grid](grad, z, f, grad_z, rows, C, 1 - margin, EPS=COSINE_EPS, **config.launch())
         return grad_z
 
@@ -330,7 +338,7 @@ def _inverse_norm(x):
     rows, C = x.shape[0] * x.shape[1], x.shape[2]
     inverse = x.new_empty(x.shape[:2], dtype=torch.float32)
     config = pick("inverse_norm", ROWS, x.device, "any", ())
-    grid = (triton.cdiv(rows, config.blocks["ROWS"]),)
+    grid = (cdiv(rows, config.blocks["ROWS"]),)
     _inverse_norm_kernel[grid](x, inverse, rows, C, EPS=NORMALIZE_EPS, **config.launch())
     return inverse
 
@@ -341,7 +349,7 @@ def marginal_distance_matrix_loss_fwd(z, f, margin):
     z_inverse, f_inverse = _inverse_norm(z), _inverse_norm(f)
 
     def launch(config):
-        blocks = triton.cdiv(N, config.blocks["BLOCK_N"])
+        blocks = cdiv(N, config.blocks["BLOCK_N"])
         pairs = blocks * (blocks + 1) // 2
         partial = z.new_empty(B * pairs, dtype=torch.float32)
         _marginal_distance_matrix_fwd_kernel[(B * pairs,)](
@@ -354,7 +362,7 @@ def marginal_distance_matrix_loss_fwd(z, f, margin):
 
 def _blocks(N, config):
     """BLOCKS of the backward's kernel."""
-    blocks = triton.cdiv(N, config.blocks["BLOCK_N"])
+    blocks = cdiv(N, config.blocks["BLOCK_N"])
     return 1 if blocks == 1 else 2 if blocks <= 16 else 3
 
 
@@ -364,7 +372,7 @@ def marginal_distance_matrix_loss_bwd(grad, z, f, z_inverse, f_inverse, margin):
 
     def launch(config):
         grad_z = torch.empty_like(z)
-        _marginal_distance_matrix_bwd_kernel[(B * triton.cdiv(N, config.blocks["BLOCK_M"]),)](
+        _marginal_distance_matrix_bwd_kernel[(B * cdiv(N, config.blocks["BLOCK_M"]),)](
             grad, z, f, z_inverse, f_inverse, grad_z, N, C, f.shape[2], 2 / (B * N * N), margin, EPS=NORMALIZE_EPS,
             BLOCKS=_blocks(N, config), **config.launch())
         return grad_z
@@ -380,7 +388,7 @@ def project(x, q):
 
     def launch(config):
         out, norm = x.new_empty(*x.shape[:2], K, dtype=torch.float32), x.new_empty(x.shape[:2], dtype=torch.float32)
-        grid = (triton.cdiv(rows, config.blocks["BLOCK_M"]), triton.cdiv(K, config.blocks["BLOCK_N"]))
+        grid = (cdiv(rows, config.blocks["BLOCK_M"]), cdiv(K, config.blocks["BLOCK_N"]))
         _project_kernel[grid](x, q, out, norm, rows, C, K, **config.launch())
         return out, norm
 

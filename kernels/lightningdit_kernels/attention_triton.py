@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
 from lightningdit_kernels.sums_triton import sum_case, sum_partials
 from lightningdit_kernels.tuning import Config, pick
 
@@ -318,6 +319,7 @@ def _block_of_head(N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
     return (pid // blocks // H).to(tl.int64), (pid // blocks) % H, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
 
 
+@fast_launch
 @triton.jit
 def _rope_table_kernel(
     POSITIONS, FREQS, TABLE, LINES,
@@ -339,6 +341,7 @@ def _rope_table_kernel(
         tl.store(LINES + 2 * rows + axis, first, mask=rows < N)
 
 
+@fast_launch
 @triton.jit
 def _rope_attention_prologue_kernel(
     QKV, BIAS, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, GRAD, LSE, PREPARED, ROWS,
@@ -372,6 +375,7 @@ def _rope_attention_prologue_kernel(
         _store_row_terms(ROWS, LSE, OUT + offset, bias + 2 * H * D, line, rows, g0, g1, N, H, D, D0, D1, SCALE, BIASED, EVEN_N)
 
 
+@fast_launch
 @triton.jit
 def _rope_attention_fwd_kernel(
     QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, Q_BIAS, K_BIAS, OUT, LSE,
@@ -478,6 +482,7 @@ def _store_raw_gradient(
     _store_pair(grad, rows, N, g0, g1, 3 * H * D, D, D0, D1, EVEN_N)
 
 
+@fast_launch
 @triton.jit
 def _rope_attention_bwd_kernel(
     QKV, PREPARED_QK, BIAS, LINES, TABLE, Q_WEIGHT, K_WEIGHT, GRAD, ROWS, GRAD_QKV, PARTIAL,
@@ -556,6 +561,7 @@ def _rope_attention_bwd_kernel(
     )  # fmt: skip
 
 
+@fast_launch
 @triton.jit
 def _rope_attention_bwd_head_kernel(
     QKV, BIAS, TABLE, OUT, GRAD, LSE, ROWS, GRAD_QKV, PARTIAL,
@@ -648,7 +654,7 @@ def _store_turned_back(
 def head_split(head_dim: int) -> tuple[int, int]:
     """Channels of the main part and of the padded tail (0: none); both are powers of two of 16 or more, as matrix instructions ask."""
     main = max(16, 1 << (head_dim.bit_length() - 1))
-    return main, 0 if main >= head_dim else max(16, triton.next_power_of_2(head_dim - main))
+    return main, 0 if main >= head_dim else max(16, next_power_of_2(head_dim - main))
 
 
 def _shape_class(step: str, n: int, head_dim: int, dtype: torch.dtype, norm: bool) -> str:
@@ -771,7 +777,7 @@ def _new_rope_table(positions, freqs, head_dim, dtype):
     table = torch.empty((n, head_dim), dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32, device=positions.device)
     lines = torch.empty((n, 2), dtype=torch.int32, device=positions.device)
     block = ROPE_TABLE.blocks["BLOCK"]
-    _rope_table_kernel[(triton.cdiv(n, block),)](
+    _rope_table_kernel[(cdiv(n, block),)](
         positions.contiguous(), freqs.contiguous(), table, lines,
         N=n, D=head_dim, D0=main, D1=tail, EVEN_N=n % block == 0, **ROPE_TABLE.launch(),
     )  # fmt: skip
@@ -783,7 +789,7 @@ def _prologue(qkv, pointers, constexprs, dtype, out=None, grad=None, lse=None):
     batch, n, _, heads, head_dim = qkv.shape
     prepared = torch.empty((batch, n, 2, heads, head_dim), dtype=dtype, device=qkv.device)
     rows = None if out is None else torch.empty((batch, heads, 2, n), dtype=torch.float32, device=qkv.device)
-    grid = (batch * heads * triton.cdiv(n, PROLOGUE.blocks["BLOCK"]),)
+    grid = (batch * heads * cdiv(n, PROLOGUE.blocks["BLOCK"]),)
     bias, _, *pointers = pointers
     _rope_attention_prologue_kernel[grid](
         qkv, bias, *pointers, *(qkv if a is None else a for a in (out, grad, lse)), prepared, prepared if rows is None else rows,
@@ -819,7 +825,7 @@ def rope_attention_fwd(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias
     prepared = _prologue(qkv, pointers, constexprs, out_dtype)[0] if prepare else qkv
 
     def launch(config):
-        grid = (batch * heads * triton.cdiv(n, config.blocks["BLOCK_M"]),)
+        grid = (batch * heads * cdiv(n, config.blocks["BLOCK_M"]),)
         _rope_attention_fwd_kernel[grid](
             qkv, prepared, *pointers, out, lse,
             SCALE=LOG2E.value / math.sqrt(head_dim), PREPARED=prepare, PRECISION=_precision(out_dtype),
@@ -864,7 +870,7 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
                 )
                 return partial
             prepared, rows = _prologue(qkv, pointers, constexprs, out.dtype, out, grad, lse)
-            blocks = triton.cdiv(n, config.blocks["BLOCK"])
+            blocks = cdiv(n, config.blocks["BLOCK"])
             partial = torch.empty((batch, heads, blocks, sums, head_dim), dtype=torch.float32, device=qkv.device)
             _rope_attention_bwd_kernel[(batch * heads * blocks,)](
                 qkv, prepared, *pointers[:5], grad, rows, grad_qkv, partial, **scales, **constexprs(config), **config.launch()
@@ -907,7 +913,7 @@ def audit_cases() -> list[dict]:
                     name = f"rope_attention_{step} {label}"
                     cases.append(_case(name, kernel, config, n, head_dim, norm, flags | precision, "attention", (arch,)))
                 if large and step == "backward":
-                    blocks = triton.cdiv(n, config.blocks.get("BLOCK", n))
+                    blocks = cdiv(n, config.blocks.get("BLOCK", n))
                     shape = (2, 16, blocks, 7 if norm else 3, head_dim)
                     partial = _bias_sums(torch.empty(shape, device="meta"))
                     cases.append(sum_case(f"sum_bias {label} sm_{arch}", partial, ("*fp32",) * 3, (arch,)))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
 from lightningdit_kernels.sums_triton import SUMS, add_rows
 from lightningdit_kernels.tuning import Config, pick
 
@@ -49,7 +50,7 @@ BACKWARD = {
 def pieces(width: int) -> tuple[int, ...]:
     """Powers of two that cover width with little waste: the largest one in it, and the smallest one that holds the rest."""
     main = max(16, 1 << (width.bit_length() - 1))
-    return (main,) if width <= main else (main, max(16, triton.next_power_of_2(width - main)))
+    return (main,) if width <= main else (main, max(16, next_power_of_2(width - main)))
 
 
 @triton.jit
@@ -93,6 +94,7 @@ def _row_sum(tiles, LANES: tl.constexpr):
     return tl.sum(folded, 1, keep_dims=True)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["N", "chunks", "chunk_rows"])
 def _norm_fwd_kernel(
     x, y, gate, scale, shift, weight, bias, residual, h, mean, rstd, N, chunks, chunk_rows, gate_stride, scale_stride, shift_stride,
@@ -179,6 +181,7 @@ def _load_reduced(residual, grad_h, rstd, mean, rows, count, columns, D: tl.cons
     return _load(residual, rows, valid, columns, D), _load(grad_h, rows, valid, columns, D), r, average
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["N", "chunks", "chunk_rows"])
 def _norm_bwd_kernel(
     grad_residual, grad_h, residual, y, gate, scale, weight, mean, rstd, dx, dy, sum_scale, sum_shift, sum_gate, sum_branch,
@@ -280,6 +283,7 @@ def _load_vectors(pointer, samples, B, stride, columns, default: tl.constexpr, D
     return tile
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["B", "chunks"])
 def _norm_sums_kernel(
     sum_scale, sum_shift, sum_gate, sum_branch, gate, scale, weight, bias, dscale, dshift, dgate, dweight, dbias,
@@ -325,9 +329,9 @@ def _norm_sums_kernel(
 
 def _chunks(batch: int, tokens: int, programs: int, least: int) -> tuple[int, int]:
     """(chunks a sample, tokens a chunk): about `programs` programs in all, of at least `least` tokens. It depends on shapes only."""
-    size = max(least, triton.cdiv(tokens * batch, programs))
+    size = max(least, cdiv(tokens * batch, programs))
     size = max(1, min(size, tokens))
-    return max(1, triton.cdiv(tokens, size)), size
+    return max(1, cdiv(tokens, size)), size
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -414,7 +418,7 @@ def norm_bwd(
         launch(pick("norm_bwd", BACKWARD, residual.device, shape_class, key, launch))  # overwrites all: launching again is harmless
     if D:
         kinds = 3 if y is not None or bias is not None else 2
-        _norm_sums_kernel[(kinds, triton.cdiv(D, SUMS.blocks["COLUMNS"]))](
+        _norm_sums_kernel[(kinds, cdiv(D, SUMS.blocks["COLUMNS"]))](
             *sums, gate, scale, weight, bias, dscale, dshift, dgate, dweight, dbias, B, chunks if N else 0, gate_stride, scale_stride,
             D=D, **SUMS.launch(),
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightningdit_kernels.launch_triton import cdiv, fast_launch
 from lightningdit_kernels.tuning import Config
 
 SUMS = Config(dict(ROWS=128, COLUMNS=8, UNROLL=4), num_warps=8)
@@ -36,6 +37,7 @@ def add_rows(
     return total
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["K"])
 def _sum_kernel(
     partial, out_0, out_1, out_2, out_3, K, WIDTH: tl.constexpr, INNER: tl.constexpr, STRIDES: tl.constexpr,
@@ -77,7 +79,7 @@ def sum_partials(partial: Tensor, *outputs: Tensor | None) -> None:
     outer, groups, inner, count, width = partial.shape
     assert partial.stride(4) == 1 and count == len(outputs) <= MAX_OUTPUTS, (partial.shape, partial.stride(), len(outputs))
     if groups * count * width:
-        grid = (groups * triton.cdiv(width, SUMS.blocks["COLUMNS"]), count)
+        grid = (groups * cdiv(width, SUMS.blocks["COLUMNS"]), count)
         padded = (*outputs, *(None for _ in range(MAX_OUTPUTS - count)))
         _sum_kernel[grid](partial, *padded, outer * inner, **_constants(partial), **SUMS.launch())
 

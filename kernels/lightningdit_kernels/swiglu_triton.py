@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
 from lightningdit_kernels.sums_triton import sum_case, sum_partials
 from lightningdit_kernels.tuning import Config, pick
 
@@ -38,6 +39,7 @@ def _bias(bias, columns, START: tl.constexpr, F: tl.constexpr):
     return tile
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["M", "chunk_rows"])
 def _swiglu_fwd_kernel(packed, bias, out, M, chunk_rows, F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     blocks: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
@@ -55,6 +57,7 @@ def _swiglu_fwd_kernel(packed, bias, out, M, chunk_rows, F: tl.constexpr, COLUMN
         tl.store(out + rows * F + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["M", "chunk_rows"])
 def _swiglu_bwd_kernel(
     grad, packed, bias, grad_packed, partial, M, chunk_rows, F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
@@ -92,7 +95,7 @@ def _swiglu_bwd_kernel(
 
 
 def _columns(hidden: int) -> int:
-    return min(1024, max(16, triton.next_power_of_2(hidden)))
+    return min(1024, max(16, next_power_of_2(hidden)))
 
 
 def _shape_class(hidden: int) -> str:
@@ -101,8 +104,8 @@ def _shape_class(hidden: int) -> str:
 
 def _chunks(rows: int, blocks: int, programs: int, least: int) -> tuple[int, int]:
     """(chunks, rows a chunk): about `programs` programs in all, of at least `least` rows."""
-    size = max(least, triton.cdiv(rows * blocks, programs))
-    return triton.cdiv(rows, size), size
+    size = max(least, cdiv(rows * blocks, programs))
+    return cdiv(rows, size), size
 
 
 def _launch(op: str, launch, like: Tensor, hidden: int, key: tuple):
@@ -116,7 +119,7 @@ def swiglu_fwd(packed: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> T
     bias = None if bias is None else bias.contiguous()
     out = packed.new_empty((*packed.shape[:-1], F), dtype=out_dtype)
     M, columns = math.prod(packed.shape[:-1]), _columns(F)
-    blocks = triton.cdiv(F, columns)
+    blocks = cdiv(F, columns)
     chunks, chunk_rows = _chunks(M, blocks, programs=4096, least=8)  # rows share one load of the bias
 
     def launch(config):
@@ -134,7 +137,7 @@ def swiglu_bwd(grad: Tensor, packed: Tensor, bias: Tensor | None) -> tuple[Tenso
     bias = None if bias is None else bias.contiguous()
     grad_packed = torch.empty_like(packed)
     M, columns = math.prod(packed.shape[:-1]), _columns(F)
-    blocks = triton.cdiv(F, columns)
+    blocks = cdiv(F, columns)
     # About 1,024 programs, two waves of five on 132 multiprocessors; at M = 32,768, F = 3,072 the partial sums are 1 % of the bytes.
     chunks, chunk_rows = _chunks(M, blocks, programs=1024, least=16)
     partial = None if bias is None else packed.new_empty((chunks, 2 * F), dtype=torch.float32)

@@ -40,8 +40,12 @@ class Config:
     num_warps: int
     num_stages: int = 1
 
-    def launch(self) -> dict[str, int | bool]:
-        """Keyword arguments for `kernel[grid](..., **config.launch())`."""
+    def launch(self) -> Mapping[str, int | bool]:
+        """Keyword arguments for `kernel[grid](..., **config.launch())`. The same object every time, to be read only."""
+        return self._launch
+
+    @functools.cached_property
+    def _launch(self) -> Mapping[str, int | bool]:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILE_OPTIONS}
 
     def __str__(self) -> str:
@@ -87,11 +91,7 @@ def pick(
     Raises: ValueError if the table has no entry for the shape class at or below the device's architecture.
     """
     arch = architecture(device)
-    usable = [known for known, name in configs if name == shape_class and known <= arch]
-    if not usable:
-        found = f"device has architecture sm_{arch} and the shape class is {shape_class!r}"
-        raise ValueError(f"{op}: {found}, expected one of {sorted(configs)}")
-    candidates = configs[max(usable), shape_class]
+    _, candidates = _rows.get((id(configs), arch, shape_class)) or _row(op, configs, arch, shape_class)
     if bench is None or len(candidates) == 1 or device.type != "cuda":
         return candidates[0]
 
@@ -107,6 +107,18 @@ def pick(
         return times
 
     return choose(op, candidates, device, (shape_class, *key), times_ms)
+
+
+# By id, architecture and shape class: the table, which keeps its id as long as it is here, and its candidates. A search takes 3 us.
+_rows: dict[tuple[int, int, str], tuple[Table, Sequence[Config]]] = {}
+
+
+def _row(op, configs, arch, shape_class):
+    usable = [known for known, name in configs if name == shape_class and known <= arch]
+    if not usable:
+        found = f"device has architecture sm_{arch} and the shape class is {shape_class!r}"
+        raise ValueError(f"{op}: {found}, expected one of {sorted(configs)}")
+    return _rows.setdefault((id(configs), arch, shape_class), (configs, configs[max(usable), shape_class]))
 
 
 MEASURABLE_MS = 0.02  # a launch alone takes 0.005

@@ -410,10 +410,18 @@ def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
     class OnSecond(torch.Tensor):
         index = 1
 
+        def get_device(self):
+            return self.index
+
     tensor = torch.zeros(1).as_subclass(OnSecond)
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    seen = library._on_its_device(lambda *arguments: (current[0], arguments))(None, tensor, 1e-6)
-    assert seen == (1, (None, tensor, 1e-6)) and current == [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    launch = library._on_its_device(lambda *arguments: (current[0], arguments))
+    assert launch(None, tensor, 1e-6) == (1, (None, tensor, 1e-6))
+    assert current == [0]
+    current[0] = 1
+    monkeypatch.setattr(torch.cuda, "device_of", None)  # nothing is switched where it is the current one
+    assert launch(None, tensor, 1e-6) == (1, (None, tensor, 1e-6))
 
 
 def test_inputs_are_drawn_on_their_device(monkeypatch):
