@@ -1,72 +1,107 @@
 """group_norm_silu on CUDA, for channels-last and contiguous images alike: what differs is the direction of a tile's wide loads.
 
 B images, C channels in G groups, P = H W pixels. A statistics kernel reduces one chunk of pixels per channel, a small kernel merges the
-chunks of a group in their order, an apply kernel writes the result; the backward has the same three. Memory-bound: x is read twice forward
-(the second time from L2 where it fits), x and the incoming gradient twice backward. No atomics, everything is summed in a fixed order.
+chunks of a group in their order, an apply kernel writes the result; the backward has the same three. Memory-bound: x is read twice forward,
+x and the incoming gradient twice backward. Apply kernels start at the end, where the reductions stopped: what these read last, up to the
+50 MB of L2, is still on the chip. No atomics, everything is summed in a fixed order.
+
+A program walks over tiles of pixels of the same channels: what is known of a channel is loaded once, and an element costs 11 instructions
+forward and 19 backward (sm_90, bf16). Compiled for C and G, of which a model has few, and for EVEN, never for a number of images.
 
 Variance: a chunk is shifted by the mean of its first tile, so that what is subtracted in the end, sum^2 / n, is at most TILES times what is
 left, and chunks are merged by Chan's formula. A mean of 1000 standard deviations costs nothing.
 """
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
+from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
 from lightningdit_kernels.tuning import Config, pick
 
-TILES = 8  # tiles of pixels that one program of the reductions walks over
+TILES = 8  # tiles of pixels that one program walks over, at most
+PROGRAMS = 64  # of an image, before they walk over more than one tile: 8 images keep 132 multiprocessors busy with 4 programs each
 
 # BLOCK_P x BLOCK_C elements; for narrower tensors the launcher moves factors of two from one side to the other. Static choice: fewer
-# elements a thread, so that most programs run at once; not yet measured on a GPU.
+# elements a thread, so that three programs or more share a multiprocessor (sm_90); not yet measured on a GPU.
 TABLE = {
     (80, "channels_last"): [Config(dict(BLOCK_P=32, BLOCK_C=128), num_warps=8)],
-    (80, "contiguous"): [Config(dict(BLOCK_P=2048, BLOCK_C=1), num_warps=4), Config(dict(BLOCK_P=4096, BLOCK_C=1), num_warps=4)],
+    (80, "contiguous"): [Config(dict(BLOCK_P=2048, BLOCK_C=1), num_warps=8)],
 }
 MERGE = Config(dict(BLOCK_K=64), num_warps=4)
 
 
 @triton.jit
-def _tile(program, C, P, SIZE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of this program: the image, the first pixel, the channels, and the offset of the image's first pixel in these channels."""
-    c_blocks, chunks = tl.cdiv(C, BLOCK_C), tl.cdiv(P, SIZE)
-    image, index = program // c_blocks // chunks, program // c_blocks % chunks
+def _first_tile(program, tiles, P, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of this program's first tile: image, first pixel, channels; offset of its first pixel in all images, those of its elements from
+    there, (BLOCK_P, BLOCK_C), and the step to the next tile."""
+    c_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    chunks = tl.cdiv(P, tiles * BLOCK_P)
+    image, start = (program // c_blocks // chunks).to(tl.int64), program // c_blocks % chunks * (tiles * BLOCK_P)
     channel = program % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    base = image.to(tl.int64) * C * P
-    return image, index * SIZE, channel, base
-
-
-@triton.jit
-def _offsets(pixel, channel, C, P, CHANNELS_LAST: tl.constexpr):
-    """Offsets inside an image, and which of them exist: (BLOCK_P, BLOCK_C)."""
-    inside = (pixel < P)[:, None] & (channel < C)[None, :]
+    pixel = tl.arange(0, BLOCK_P)[:, None]
     if CHANNELS_LAST:
-        return pixel[:, None] * C + channel[None, :], inside
-    return channel[None, :] * P + pixel[:, None], inside
+        return image, start, channel, image * P * C + start * C, pixel * C + channel[None, :], BLOCK_P * C
+    return image, start, channel, image * P * C + start, channel[None, :] * P + pixel, BLOCK_P
 
 
 @triton.jit
-def _moments_kernel(x, mean, square, C, P, CHANNELS_LAST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared deviations of every channel over one chunk of TILES * BLOCK_P pixels; mean, square (B, chunks, C)."""
-    image, start, channel, base = _tile(tl.program_id(0), C, P, TILES * BLOCK_P, BLOCK_C)
-    count = tl.minimum(P - start, TILES * BLOCK_P)
-    first, inside = _offsets(start + tl.arange(0, BLOCK_P), channel, C, P, CHANNELS_LAST)
-    tile = tl.load(x + base + first, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.sum(tile, 0) / tl.minimum(count, BLOCK_P)
+def _inside(pixel, channel, P, C: tl.constexpr):
+    return (pixel < P)[:, None] & (channel < C)[None, :]
+
+
+@triton.jit
+def _load(x, offset, pixel, channel, P, C: tl.constexpr, EVEN: tl.constexpr):
+    """A tile in fp32, zero outside of the image. EVEN: all tiles lie inside."""
+    if EVEN:
+        return tl.load(x + offset).to(tl.float32)
+    return tl.load(x + offset, mask=_inside(pixel, channel, P, C), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, offset, value, pixel, channel, P, C: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(x + offset, value.to(x.dtype.element_ty))
+    else:
+        tl.store(x + offset, value.to(x.dtype.element_ty), mask=_inside(pixel, channel, P, C))
+
+
+@triton.jit
+def _sigmoid(y):
+    """In 5 instructions: a division alone takes 7 (sm_90), most of them for denominators beyond 2^126. Its error is at most 2^-22 of the
+    quotient, that of the squared root 2^-21.9."""
+    root = tl.rsqrt(1.0 + tl.exp2(y * -1.4426950408889634))
+    return root * root
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["tiles"])
+def _moments_kernel(x, mean, square, tiles, P, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr,
+                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and sum of squared deviations of every channel over one chunk of tiles * BLOCK_P pixels; mean, square (B, chunks, C)."""
+    image, start, channel, base, offset, step = _first_tile(tl.program_id(0), tiles, P, C, CHANNELS_LAST, BLOCK_P, BLOCK_C)
+    pixel = start + tl.arange(0, BLOCK_P)
+    x += base
+    shift = tl.sum(_load(x, offset, pixel, channel, P, C, EVEN), 0) / tl.minimum(P - start, BLOCK_P)
     total, squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for index in range(0, TILES):
-        offset, inside = _offsets(start + index * BLOCK_P + tl.arange(0, BLOCK_P), channel, C, P, CHANNELS_LAST)
-        tile = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
-        tile = tl.where(inside, tile - shift[None, :], 0.0)
+    for _ in range(0, tiles):
+        tile = _load(x, offset, pixel, channel, P, C, EVEN) - shift[None, :]
+        if not EVEN:
+            tile = tl.where(_inside(pixel, channel, P, C), tile, 0.0)
         total += tile
         squares += tile * tile
-    total_c = tl.sum(total, 0)
-    partial = (image.to(tl.int64) * tl.cdiv(P, TILES * BLOCK_P) + start // (TILES * BLOCK_P)) * C + channel
+        x += step
+        pixel += BLOCK_P
+    total_c, count = tl.sum(total, 0), tl.minimum(P - start, tiles * BLOCK_P)
+    partial = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * C + channel
     tl.store(mean + partial, shift + total_c / count, mask=channel < C)
     tl.store(square + partial, tl.sum(squares, 0) - total_c * total_c / count, mask=channel < C)
 
 
+@fast_launch
 @triton.jit
 def _merge_moments_kernel(part_mean, part_square, mean, rstd, C, P, groups, chunks, size, eps, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """Mean and 1 / sqrt(variance + eps) of one group of one image, over the chunks of `size` pixels; mean, rstd (B, G)."""
@@ -95,54 +130,69 @@ def _merge_moments_kernel(part_mean, part_square, mean, rstd, C, P, groups, chun
 
 
 @triton.jit
-def _channel(image, channel, weight, bias, mean, rstd, C, groups):
-    """weight, bias, mean and rstd of the channels of a tile, fp32."""
+def _channel(image, channel, weight, bias, mean, rstd, C: tl.constexpr, GROUPS: tl.constexpr):
+    """Of the channels of a tile, fp32: mean, scale and bias of y = (x - mean) * scale + bias; rstd, and where their groups are."""
     inside = channel < C
-    group = image * groups + channel // (C // groups)
+    group = image * GROUPS + channel // (C // GROUPS)
     w, b = tl.load(weight + channel, mask=inside, other=0.0), tl.load(bias + channel, mask=inside, other=0.0)
-    return w.to(tl.float32), b.to(tl.float32), tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
+    centre, inverse = tl.load(mean + group, mask=inside, other=0.0), tl.load(rstd + group, mask=inside, other=0.0)
+    return centre, inverse * w.to(tl.float32), b.to(tl.float32), inverse, group
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["tiles"])
+def _group_norm_silu_fwd_kernel(x, weight, bias, mean, rstd, out, tiles, P, C: tl.constexpr, GROUPS: tl.constexpr,
+                                CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    image, start, channel, base, offset, step = _first_tile(program, tiles, P, C, CHANNELS_LAST, BLOCK_P, BLOCK_C)
+    centre, scale, b, _, _ = _channel(image, channel, weight, bias, mean, rstd, C, GROUPS)
+    b -= centre * scale  # one multiply-add an element
+    pixel = start + tl.arange(0, BLOCK_P)
+    x += base
+    out += base
+    for _ in range(0, tiles):
+        y = _load(x, offset, pixel, channel, P, C, EVEN) * scale[None, :] + b[None, :]
+        _store(out, offset, y * _sigmoid(y), pixel, channel, P, C, EVEN)
+        offset += step
+        pixel += BLOCK_P
 
 
 @triton.jit
-def _group_norm_silu_fwd_kernel(x, weight, bias, mean, rstd, out, C, P, groups, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr,
-                                BLOCK_C: tl.constexpr):
-    image, start, channel, base = _tile(tl.program_id(0), C, P, BLOCK_P, BLOCK_C)
-    w, b, centre, scale = _channel(image, channel, weight, bias, mean, rstd, C, groups)
-    offset, inside = _offsets(start + tl.arange(0, BLOCK_P), channel, C, P, CHANNELS_LAST)
-    x_hat = (tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32) - centre[None, :]) * scale[None, :]
-    y = x_hat * w[None, :] + b[None, :]
-    tl.store(out + base + offset, (y / (1.0 + tl.exp(-y))).to(out.dtype.element_ty), mask=inside)
+def _grad_of_norm(grad, x, centre, scale, b):
+    """x - mean, and the gradient to y = (x - mean) * scale + b: that of silu(y), recomputed."""
+    x -= centre[None, :]
+    y = x * scale[None, :] + b[None, :]
+    sigmoid = _sigmoid(y)
+    return x, grad * (sigmoid + sigmoid * (y - y * sigmoid))
 
 
-@triton.jit
-def _grad_of_norm(grad, x, offset, inside, w, b, centre, scale):
-    """x_hat and the gradient to y = x_hat * w + b: that of silu(y), recomputed."""
-    x_hat = (tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - centre[None, :]) * scale[None, :]
-    y = x_hat * w[None, :] + b[None, :]
-    sigmoid = 1.0 / (1.0 + tl.exp(-y))
-    d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32) * (sigmoid + y * sigmoid * (1.0 - sigmoid))
-    return x_hat, d
-
-
-@triton.jit
-def _grad_sums_kernel(grad, x, weight, bias, mean, rstd, d_sum, dx_sum, C, P, groups, CHANNELS_LAST: tl.constexpr, TILES: tl.constexpr,
-                      BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sum of dy and of dy * x_hat of every channel over one chunk of TILES * BLOCK_P pixels; d_sum, dx_sum (B, chunks, C)."""
-    image, start, channel, base = _tile(tl.program_id(0), C, P, TILES * BLOCK_P, BLOCK_C)
-    w, b, centre, scale = _channel(image, channel, weight, bias, mean, rstd, C, groups)
+@fast_launch
+@triton.jit(do_not_specialize=["tiles"])
+def _grad_sums_kernel(grad, x, weight, bias, mean, rstd, d_sum, dx_sum, tiles, P, C: tl.constexpr, GROUPS: tl.constexpr,
+                      CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """sum of dy and of dy * (x - mean) of every channel over one chunk of tiles * BLOCK_P pixels; d_sum, dx_sum (B, chunks, C)."""
+    image, start, channel, base, offset, step = _first_tile(tl.program_id(0), tiles, P, C, CHANNELS_LAST, BLOCK_P, BLOCK_C)
+    centre, scale, b, _, _ = _channel(image, channel, weight, bias, mean, rstd, C, GROUPS)
+    pixel = start + tl.arange(0, BLOCK_P)
+    grad += base
+    x += base
+    # One offset for both tensors: with two pointers that move, fp32 of 256 channels spills (triton 3.9, sm_90).
     total, along = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for index in range(0, TILES):
-        offset, inside = _offsets(start + index * BLOCK_P + tl.arange(0, BLOCK_P), channel, C, P, CHANNELS_LAST)
-        x_hat, d = _grad_of_norm(grad + base, x + base, offset, inside, w, b, centre, scale)
+    for _ in range(0, tiles):
+        d = _load(grad, offset, pixel, channel, P, C, EVEN)
+        centred, d = _grad_of_norm(d, _load(x, offset, pixel, channel, P, C, EVEN), centre, scale, b)
         total += d
-        along += d * x_hat
-    partial = (image.to(tl.int64) * tl.cdiv(P, TILES * BLOCK_P) + start // (TILES * BLOCK_P)) * C + channel
+        along += d * centred
+        offset += step
+        pixel += BLOCK_P
+    partial = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * C + channel
     tl.store(d_sum + partial, tl.sum(total, 0), mask=channel < C)
     tl.store(dx_sum + partial, tl.sum(along, 0), mask=channel < C)
 
 
+@fast_launch
 @triton.jit
-def _merge_grad_sums_kernel(d_sum, dx_sum, weight, grad_bias, grad_weight, offset, slope, C, P, groups, chunks, GROUP: tl.constexpr,
+def _merge_grad_sums_kernel(d_sum, dx_sum, weight, rstd, grad_bias, grad_weight, offset, slope, C, P, groups, chunks, GROUP: tl.constexpr,
                             BLOCK_K: tl.constexpr):
     """Of one group of one image: the sums of its channels, (B, C), and the means of dy * w and of dy * w * x_hat, (B, G)."""
     image, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
@@ -156,7 +206,7 @@ def _merge_grad_sums_kernel(d_sum, dx_sum, weight, grad_bias, grad_weight, offse
         place = (image * chunks + k[:, None]) * C + channel[None, :]
         total += tl.load(d_sum + place, mask=mask, other=0.0)
         along += tl.load(dx_sum + place, mask=mask, other=0.0)
-    total_c, along_c = tl.sum(total, 0), tl.sum(along, 0)
+    total_c, along_c = tl.sum(total, 0), tl.sum(along, 0) * tl.load(rstd + tl.program_id(0))
     w = tl.load(weight + channel, mask=member, other=0.0).to(tl.float32)
     members = (P * width).to(tl.float32)
     tl.store(grad_bias + image * C + channel, total_c, mask=member)
@@ -165,26 +215,45 @@ def _merge_grad_sums_kernel(d_sum, dx_sum, weight, grad_bias, grad_weight, offse
     tl.store(slope + tl.program_id(0), tl.sum(along_c * w, 0) / members)
 
 
-@triton.jit
-def _group_norm_silu_bwd_kernel(grad, x, weight, bias, mean, rstd, offset_g, slope_g, grad_x, C, P, groups, CHANNELS_LAST: tl.constexpr,
-                                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+@fast_launch
+@triton.jit(do_not_specialize=["tiles"])
+def _group_norm_silu_bwd_kernel(grad, x, weight, bias, mean, rstd, offset_g, slope_g, grad_x, tiles, P, C: tl.constexpr,
+                                GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, BLOCK_P: tl.constexpr,
+                                BLOCK_C: tl.constexpr):
     """dx = rstd * (dy * w - mean(dy * w) - x_hat * mean(dy * w * x_hat)), the means over the group."""
-    image, start, channel, base = _tile(tl.program_id(0), C, P, BLOCK_P, BLOCK_C)
-    w, b, centre, scale = _channel(image, channel, weight, bias, mean, rstd, C, groups)
-    group = image * groups + channel // (C // groups)
-    shift, slope = tl.load(offset_g + group, mask=channel < C, other=0.0), tl.load(slope_g + group, mask=channel < C, other=0.0)
-    offset, inside = _offsets(start + tl.arange(0, BLOCK_P), channel, C, P, CHANNELS_LAST)
-    x_hat, d = _grad_of_norm(grad + base, x + base, offset, inside, w, b, centre, scale)
-    dx = (d * w[None, :] - shift[None, :] - x_hat * slope[None, :]) * scale[None, :]
-    tl.store(grad_x + base + offset, dx.to(grad_x.dtype.element_ty), mask=inside)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    image, start, channel, base, offset, step = _first_tile(program, tiles, P, C, CHANNELS_LAST, BLOCK_P, BLOCK_C)
+    centre, scale, b, inverse, group = _channel(image, channel, weight, bias, mean, rstd, C, GROUPS)
+    shift = inverse * tl.load(offset_g + group, mask=channel < C, other=0.0)
+    slope = inverse * inverse * tl.load(slope_g + group, mask=channel < C, other=0.0)
+    pixel = start + tl.arange(0, BLOCK_P)
+    grad += base
+    x += base
+    grad_x += base
+    for _ in range(0, tiles):
+        d = _load(grad, offset, pixel, channel, P, C, EVEN)
+        centred, d = _grad_of_norm(d, _load(x, offset, pixel, channel, P, C, EVEN), centre, scale, b)
+        _store(grad_x, offset, d * scale[None, :] - (centred * slope[None, :] + shift[None, :]), pixel, channel, P, C, EVEN)
+        offset += step
+        pixel += BLOCK_P
 
 
-def _blocks(config, C, P):
-    """BLOCK_P, BLOCK_C of the configuration's number of elements, neither wider than the tensor needs."""
-    elements = config.blocks["BLOCK_P"] * config.blocks["BLOCK_C"]
-    block_c = min(config.blocks["BLOCK_C"], triton.next_power_of_2(C))
-    block_p = min(elements // block_c, triton.next_power_of_2(P))
-    return dict(BLOCK_P=block_p, BLOCK_C=min(elements // block_p, triton.next_power_of_2(C)))
+def _launch_options(config, C, P, channels_last):
+    """Keywords of a launch, tiles of a program, chunks of pixels and programs of an image. Blocks have the configuration's number of
+    elements, neither side wider than the tensor needs. Nothing depends on the number of images.
+    """
+    elements, widest = config.blocks["BLOCK_P"] * config.blocks["BLOCK_C"], config.blocks["BLOCK_C"]
+    block_c = math.gcd(C, widest)  # no masked channels; 96 as 3 blocks of 32
+    if block_c < min(32, widest):
+        block_c = min(widest, next_power_of_2(C))
+    block_p = min(elements // block_c, next_power_of_2(P))
+    block_c = min(elements // block_p, next_power_of_2(C))
+    tiles = max(1, min(TILES, P // block_p, P * C // (PROGRAMS * elements)))
+    tiles = 1 << tiles.bit_length() - 1  # divides the pixels of more images
+    chunks = cdiv(P, tiles * block_p)
+    even = P % (tiles * block_p) == 0 and C % block_c == 0
+    blocks = dict(CHANNELS_LAST=channels_last, EVEN=even, BLOCK_P=block_p, BLOCK_C=block_c)
+    return config.launch() | blocks, tiles, chunks, chunks * cdiv(C, block_c)
 
 
 def _shape_class(channels_last):
@@ -200,15 +269,13 @@ def group_norm_silu_fwd(x, weight, bias, num_groups, eps, out_dtype, channels_la
         return out, mean, rstd
 
     def launch(config):
-        blocks = dict(CHANNELS_LAST=channels_last) | config.launch() | _blocks(config, C, P)
-        size = TILES * blocks["BLOCK_P"]
-        chunks, c_blocks = triton.cdiv(P, size), triton.cdiv(C, blocks["BLOCK_C"])
+        blocks, tiles, chunks, programs = _launch_options(config, C, P, channels_last)
+        size = tiles * blocks["BLOCK_P"]
         part_mean, part_square = x.new_empty(B, chunks, C, dtype=torch.float32), x.new_empty(B, chunks, C, dtype=torch.float32)
-        _moments_kernel[(B * chunks * c_blocks,)](x, part_mean, part_square, C, P, TILES=TILES, **blocks)
+        _moments_kernel[(B * programs,)](x, part_mean, part_square, tiles, P, C, **blocks)
         _merge_moments_kernel[(B * num_groups,)](part_mean, part_square, mean, rstd, C, P, num_groups, chunks, size, eps,
-                                                 GROUP=triton.next_power_of_2(C // num_groups), **MERGE.launch())
-        grid = (B * triton.cdiv(P, blocks["BLOCK_P"]) * c_blocks,)
-        _group_norm_silu_fwd_kernel[grid](x, weight, bias, mean, rstd, out, C, P, num_groups, **blocks)
+                                                 GROUP=next_power_of_2(C // num_groups), **MERGE.launch())
+        _group_norm_silu_fwd_kernel[(B * programs,)](x, weight, bias, mean, rstd, out, tiles, P, C, num_groups, **blocks)
 
     launch(pick("group_norm_silu", TABLE, x.device, _shape_class(channels_last), [C, P, x.dtype, out_dtype], launch))
     return out, mean, rstd
@@ -223,47 +290,47 @@ def group_norm_silu_bwd(grad, x, weight, bias, mean, rstd, num_groups, channels_
     grad_weight, grad_bias = x.new_empty(B, C, dtype=torch.float32), x.new_empty(B, C, dtype=torch.float32)
 
     def launch(config):
-        blocks = dict(CHANNELS_LAST=channels_last) | config.launch() | _blocks(config, C, P)
-        chunks, c_blocks = triton.cdiv(P, TILES * blocks["BLOCK_P"]), triton.cdiv(C, blocks["BLOCK_C"])
+        blocks, tiles, chunks, programs = _launch_options(config, C, P, channels_last)
         d_sum, dx_sum = x.new_empty(B, chunks, C, dtype=torch.float32), x.new_empty(B, chunks, C, dtype=torch.float32)
         offset, slope = torch.empty_like(mean), torch.empty_like(mean)
         arguments = grad, x, weight, bias, mean, rstd
-        _grad_sums_kernel[(B * chunks * c_blocks,)](*arguments, d_sum, dx_sum, C, P, num_groups, TILES=TILES, **blocks)
-        _merge_grad_sums_kernel[(B * num_groups,)](d_sum, dx_sum, weight, grad_bias, grad_weight, offset, slope, C, P, num_groups, chunks,
-                                                   GROUP=triton.next_power_of_2(C // num_groups), **MERGE.launch())
-        grid = (B * triton.cdiv(P, blocks["BLOCK_P"]) * c_blocks,)
-        _group_norm_silu_bwd_kernel[grid](*arguments, offset, slope, grad_x, C, P, num_groups, **blocks)
+        _grad_sums_kernel[(B * programs,)](*arguments, d_sum, dx_sum, tiles, P, C, num_groups, **blocks)
+        results = grad_bias, grad_weight, offset, slope
+        _merge_grad_sums_kernel[(B * num_groups,)](d_sum, dx_sum, weight, rstd, *results, C, P, num_groups, chunks,
+                                                   GROUP=next_power_of_2(C // num_groups), **MERGE.launch())
+        _group_norm_silu_bwd_kernel[(B * programs,)](*arguments, offset, slope, grad_x, tiles, P, C, num_groups, **blocks)
 
     launch(pick("group_norm_silu_backward", TABLE, x.device, _shape_class(channels_last), [C, P, x.dtype, grad.dtype], launch))
     return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
 
 
 def audit_cases():
-    """Every kernel and configuration at the VA-VAE's widest image: 128 channels in 32 groups, 256 x 256 pixels. Only the merging kernels
-    are compiled for the channels of a group: also for the 256 and 512 channels of its narrower images."""
+    """Every kernel and configuration at the widths of the VA-VAE: 128, 256 and 512 channels in 32 groups. Channels last, tiles are the same
+    for all its images; contiguous ones of 32 x 32 and 16 x 16 pixels have tiles of several channels."""
     cases = []
-    sizes = dict(C="i32", P="i32")
+    sizes = dict(tiles="i32", P="i32")
+    shapes = [("channels_last", 128, 256), ("channels_last", 256, 128), ("channels_last", 512, 32)]
+    shapes += [("contiguous", 128, 256), ("contiguous", 256, 32), ("contiguous", 512, 16)]
     for dtype in ("fp32", "bf16"):
         image, fp32 = f"*{dtype}", "*fp32"
         affine = dict(weight=fp32, bias=fp32, mean=fp32, rstd=fp32)
-        both, result = dict(grad=image, x=image, **affine), dict(**sizes, groups="i32")
+        both = dict(grad=image, x=image, **affine)
         signatures = {
             _moments_kernel: dict(x=image, mean=fp32, square=fp32, **sizes),
-            _group_norm_silu_fwd_kernel: dict(x=image, **affine, out=image, **result),
-            _grad_sums_kernel: dict(**both, d_sum=fp32, dx_sum=fp32, **result),
-            _group_norm_silu_bwd_kernel: dict(**both, offset_g=fp32, slope_g=fp32, grad_x=image, **result),
+            _group_norm_silu_fwd_kernel: dict(x=image, **affine, out=image, **sizes),
+            _grad_sums_kernel: dict(**both, d_sum=fp32, dx_sum=fp32, **sizes),
+            _group_norm_silu_bwd_kernel: dict(**both, offset_g=fp32, slope_g=fp32, grad_x=image, **sizes),
         }
-        for (arch, name), configs in TABLE.items():
-            for config in configs:
-                for kernel, signature in signatures.items():
-                    constants = dict(CHANNELS_LAST=name == "channels_last", **config.blocks)
-                    if "TILES" in kernel.arg_names:
-                        constants["TILES"] = TILES
-                    label = f"{kernel.fn.__name__.strip('_')} {dtype} {name} {','.join(map(str, config.blocks.values()))}"
-                    cases.append(_case(label, kernel, signature, constants, config, "memory", arch))
+        for (name, C, size), config in ((shape, config) for shape in shapes for config in TABLE[80, shape[0]]):
+            options = dict(C=C, GROUPS=32) | _launch_options(config, C, size * size, name == "channels_last")[0]
+            blocks = f"{options['BLOCK_P']},{options['BLOCK_C']}"
+            for kernel, signature in signatures.items():
+                label = f"{kernel.fn.__name__.strip('_')} {dtype} {name} {C} {blocks}"
+                constants = {key: options[key] for key in kernel.arg_names if key in options}
+                cases.append(_case(label, kernel, signature, constants, config, "memory", 80))
     merge = dict(C="i32", P="i32", groups="i32", chunks="i32")
     moments = dict(part_mean="*fp32", part_square="*fp32", mean="*fp32", rstd="*fp32", **merge, size="i32", eps="fp32")
-    names = ("d_sum", "dx_sum", "weight", "grad_bias", "grad_weight", "offset", "slope")
+    names = ("d_sum", "dx_sum", "weight", "rstd", "grad_bias", "grad_weight", "offset", "slope")
     sums = {**{name: "*fp32" for name in names}, **merge}
     for group in (4, 8, 16):
         constants, suffix = dict(GROUP=group, **MERGE.blocks), "" if group == 4 else f" GROUP={group}"

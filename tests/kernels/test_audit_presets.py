@@ -13,6 +13,7 @@ from lightningdit.model import PRESETS, LightningDiT
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
 from lightningdit.tokenizer.losses import LatentProjection
 from lightningdit_kernels import attention, attention_triton, interpreter, library, native, norm_triton, swiglu_triton, traffic
+from lightningdit_kernels.groupnorm import group_norm_silu
 from lightningdit_kernels.library import result_dtype
 from lightningdit_kernels.machine_code import OPS, cases_of
 
@@ -48,6 +49,12 @@ def test_only_presets_are_audited():
     assert audited(norm_triton, "D") == {sizes["D"] for sizes in presets}
     assert audited(swiglu_triton, "F") == {sizes["F"] for sizes in presets}
     assert audited(attention_triton, "D") == {sizes["head_dim"] for sizes in presets}
+
+
+GROUP_NORM = {
+    f"_{name}_kernel"
+    for name in ("moments", "merge_moments", "group_norm_silu_fwd", "grad_sums", "merge_grad_sums", "group_norm_silu_bwd")
+}
 
 
 class Launches:
@@ -130,5 +137,13 @@ def test_the_autoencoder_launches_what_the_audit_compiles(launches, bf16):
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         decoded = autoencoder.decode(autoencoder.encode(images).mode())
     decoded.float().sum().backward()
-    kernels = ("moments", "merge_moments", "group_norm_silu_fwd", "grad_sums", "merge_grad_sums", "group_norm_silu_bwd")
-    assert_compiled(launches, {f"_{name}_kernel" for name in kernels})
+    assert_compiled(launches, GROUP_NORM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C, size", [(128, 256), (256, 32), (512, 16)])
+def test_contiguous_group_norm_launches_what_the_audit_compiles(launches, C, size, dtype):
+    """At the VA-VAE's widths. On small images a tile has several channels."""
+    x = torch.empty(1, C, size, size, dtype=dtype, requires_grad=True)
+    group_norm_silu(x, torch.ones(C), torch.zeros(C), 32).sum().backward()
+    assert_compiled(launches, GROUP_NORM)

@@ -51,12 +51,16 @@ def small_blocks(monkeypatch):
         (80, "contiguous"): [Config(dict(BLOCK_P=16, BLOCK_C=2), num_warps=4)],
     }
     monkeypatch.setattr(triton_kernels, "TABLE", table)
+    monkeypatch.setattr(triton_kernels, "PROGRAMS", 1)
     monkeypatch.setattr(triton_kernels, "MERGE", Config(dict(BLOCK_K=2), num_warps=4))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape, num_groups, dtype", [
-    ((1, 12, 7, 9), 3, torch.float32),
+    ((1, 12, 7, 9), 3, torch.float32),  # the last tile of a chunk is masked
+    ((1, 12, 9, 4), 3, torch.float32),  # the last chunk has empty tiles
+    ((1, 16, 8, 8), 4, torch.float32),  # even tiles, several blocks of channels
+    ((1, 16, 8, 8), 4, torch.bfloat16),
     ((2, 6, 5, 3), 6, torch.float32),
     ((2, 6, 5, 3), 6, torch.bfloat16),
     ((2, 6, 5, 3), 6, torch.float16),
@@ -67,7 +71,18 @@ def test_matches_truth_in_small_blocks(shape, num_groups, dtype, layout, small_b
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    "shape, num_groups", [((2, 64, 9, 7), 32), ((1, 97, 3, 2), 1), ((3, 4, 1, 1), 2), ((1, 1, 4, 4), 1), ((0, 4, 2, 2), 2)], ids=str
+    "shape, num_groups",
+    [
+        ((2, 64, 9, 7), 32),
+        ((1, 24, 9, 7), 3),
+        ((1, 96, 16, 8), 32),
+        ((1, 384, 7, 1), 32),
+        ((1, 97, 3, 2), 1),
+        ((3, 4, 1, 1), 2),
+        ((1, 1, 4, 4), 1),
+        ((0, 4, 2, 2), 2),
+    ],
+    ids=str,
 )
 def test_matches_truth_with_the_table(shape, num_groups, layout):
     assert_matches_truth(kernels, group_norm_silu_ref, inputs(shape, num_groups, torch.float32, layout))
@@ -84,6 +99,36 @@ def test_a_large_mean_does_not_cancel(layout, small_blocks):
     doubled = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
     for name, true in values_and_gradients(group_norm_silu_ref, doubled).items():
         assert (values[name] - true).abs().max() <= 2e-4 * true.abs().max(), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "C, P, even, block_c",
+    [
+        (128, 65536, True, 128),
+        (512, 256, True, 128),
+        (384, 1024, True, 128),
+        (2048, 1024, True, 128),
+        (96, 1024, True, 32),  # 3 blocks without a masked channel
+        (96, 1000, False, 32),
+        (24, 63, False, 32),
+        (97, 1024, False, 128),
+        (1, 1, True, 1),
+    ],
+)
+def test_tiles_cover_an_image(C, P, even, block_c, channels_last):
+    (config,) = triton_kernels.TABLE[80, "channels_last" if channels_last else "contiguous"]
+    options, tiles, chunks, programs = triton_kernels._launch_options(config, C, P, channels_last)
+    size = tiles * options["BLOCK_P"]
+    assert tiles in (1, 2, 4, 8)
+    assert options["BLOCK_P"] * options["BLOCK_C"] <= config.blocks["BLOCK_P"] * config.blocks["BLOCK_C"]
+    assert (chunks - 1) * size < P <= chunks * size
+    assert programs == chunks * -(-C // options["BLOCK_C"])
+    assert options["EVEN"] == (P % size == 0 and C % options["BLOCK_C"] == 0)
+    assert options["EVEN"] or P % 16 or C % 32, "images and widths of powers of two are not masked"
+    if channels_last:
+        assert options["EVEN"] == even
+        assert options["BLOCK_C"] == block_c
 
 
 def test_half_precision_result_of_fp32_input():
