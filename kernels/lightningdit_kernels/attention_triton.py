@@ -676,7 +676,7 @@ def _prepares(shape_class: str, n: int) -> bool:
     return n > RESIDENT_TOKENS or shape_class.startswith("flash")
 
 
-# Static choices first, then candidates for LIGHTNINGDIT_AUTOTUNE=1. Chosen with the offline compiler: no spill at the model's shapes,
+# Static choices first, then candidates that are timed where they run. Chosen with the offline compiler: no spill at the shapes of the model,
 # blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. Not yet measured on a GPU.
 def _forward(m: int, n: int, warps: int, stages: int = 1) -> Config:
     return Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages)

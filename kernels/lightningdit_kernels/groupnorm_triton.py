@@ -153,7 +153,8 @@ def _group_norm_silu_fwd_kernel(x, weight, bias, mean, rstd, out, tiles, P, C: t
     for _ in range(0, tiles):
         y = _load(x, offset, pixel, channel, P, C, EVEN) * scale[None, :] + b[None, :]
         _store(out, offset, y * _sigmoid(y), pixel, channel, P, C, EVEN)
-        offset += step
+        x += step
+        out += step
         pixel += BLOCK_P
 
 
@@ -176,7 +177,7 @@ def _grad_sums_kernel(grad, x, weight, bias, mean, rstd, d_sum, dx_sum, tiles, P
     pixel = start + tl.arange(0, BLOCK_P)
     grad += base
     x += base
-    # One offset for both tensors: with two pointers that move, fp32 of 256 channels spills (triton 3.9, sm_90).
+    # One offset moves: with two pointers, fp32 of 256 channels spills (triton 3.9, sm_90). Second passes spill with the offset (sm_100).
     total, along = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for _ in range(0, tiles):
         d = _load(grad, offset, pixel, channel, P, C, EVEN)
@@ -234,7 +235,9 @@ def _group_norm_silu_bwd_kernel(grad, x, weight, bias, mean, rstd, offset_g, slo
         d = _load(grad, offset, pixel, channel, P, C, EVEN)
         centred, d = _grad_of_norm(d, _load(x, offset, pixel, channel, P, C, EVEN), centre, scale, b)
         _store(grad_x, offset, d * scale[None, :] - (centred * slope[None, :] + shift[None, :]), pixel, channel, P, C, EVEN)
-        offset += step
+        grad += step
+        x += step
+        grad_x += step
         pixel += BLOCK_P
 
 
