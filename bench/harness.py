@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -408,7 +409,7 @@ def short(value: float) -> float:
 # Who ran, and in how much memory
 
 
-TELLING = re.compile(r"lightningdit::|Torch-Compiled|CompiledFxGraph|scaled_dot_product|flash|xformers|quack|Liger|Fused")
+TELLING = re.compile(r"lightningdit::|sglang::|Torch-Compiled|CompiledFxGraph|scaled_dot_product|flash|xformers|quack|Liger|Fused|Fa4")
 OURS, COMPILED = r"lightningdit::", r"Torch-Compiled|CompiledFxGraph"
 
 
@@ -486,18 +487,19 @@ def _failed(provider, case, error):
 def _prepare(provider, case, gate):
     """(function, None) of a contestant that passed the gate, or (None, its row)."""
     version = provider.version if provider.name != "ours" else serving(case.op, case.device)
-    row = dict(name=provider.name, version=version)
-    if reason := provider.unavailable(case.device, case.dtype, case.sizes()["width"] // case.sizes()["heads"]):
+    row = dict(name=provider.name, version=version) | (dict(forward_only=True) if provider.forward_only else {})
+    sizes = case.sizes()
+    if reason := provider.unavailable(case.device, case.dtype, sizes["width"] // sizes["heads"], sizes["width"]):
         return None, row | dict(status="unavailable", reason=reason)
     if reason := _failures.get(_plan(provider, case)):
         return None, row | dict(status="failed", reason=f"not called again: {reason}")
     begin = time.perf_counter()
     try:
         function = case.call(provider.build())
-        gate(provider.name, function)
+        gate(provider, function)
         synchronize(case.device)
         row |= dict(status="ok", first_call_s=round(time.perf_counter() - begin, 2))  # compiling, mostly
-        seen = ran(lambda: gate(provider.name, function), case.device)
+        seen = ran(lambda: gate(provider, function), case.device)
         identify(provider.name, provider.proof, version if provider.name == "ours" else "triton" if "triton" in provider.name else "", seen)
     except AssertionError as error:
         return None, row | dict(status="incorrect", reason=str(error))
@@ -519,9 +521,13 @@ def _contestants(case, inputs, cotangents, settings):
     # Others may add thousands of rows in any order: torch.compile's serial fp32 sum of a weight gradient is off by 24 ulp.
     others = {name: bound + 64 * torch.finfo(torch.float32).eps * truth[name].abs().max().item() for name, bound in ours.items()}
 
-    def gate(name, function):
-        bounds = ours if name == "ours" else others
-        assert_within(values_and_gradients(function, inputs, FROZEN, cotangents), truth, bounds)
+    def gate(provider, function):
+        bounds = ours if provider.name == "ours" else others
+        if provider.forward_only:
+            outputs = {name: true for name, true in truth.items() if name.startswith("out.")}
+            assert_within(values_and_gradients(function, inputs, tuple(inputs)), outputs, bounds)
+        else:
+            assert_within(values_and_gradients(function, inputs, FROZEN, cotangents), truth, bounds)
 
     return [(p, *_prepare(p, case, gate)) for p in providers(case.op) if not settings.only or p.name in settings.only]
 
@@ -587,9 +593,12 @@ def run_case(benchmark, case: Case, settings) -> dict:
         leaves.extend([v for v in copy.values() if isinstance(v, torch.Tensor) and v.requires_grad] for copy in copies)
         steps(case.call(EAGER[case.op]))["forward_backward"](0)
 
-    def steps(function):
+    def steps(function, forward_only=False):
         def forward(index):
             return function(**copies[index])
+
+        if forward_only:
+            return dict(forward=torch.no_grad()(forward))
 
         def forward_backward(index):
             out = forward(index)
@@ -604,10 +613,11 @@ def run_case(benchmark, case: Case, settings) -> dict:
         rows.append(row)
         if function is None:
             continue
-        both, own = steps(function)["forward_backward"], {}
+        runs, own = steps(function, provider.forward_only), {}
         try:
-            row |= _cuda_columns(both) if cuda else dict(peak_mib=round(cpu_peak_mib(lambda both=both: both(0)), 2))
-            for step, run in steps(function).items():
+            if both := runs.get("forward_backward"):  # these columns are of both passes
+                row |= _cuda_columns(both) if cuda else dict(peak_mib=round(cpu_peak_mib(lambda both=both: both(0)), 2))
+            for step, run in runs.items():
                 own[provider.name, step] = Timer(run, sets, case.device, settings.sample_ms)
         except RuntimeError as error:  # out of memory, for the gate may have been smaller; or something that only this size shows
             row |= _failed(provider, case, error)
@@ -659,12 +669,15 @@ def _summarise(row, samples_of_processes, counted):
 
 
 def _times(samples, name, step):
-    """Milliseconds per round. The backward is what both steps take beyond the median forward; [] if that is lost in the noise."""
+    """Milliseconds per round. The backward is what both steps take beyond the median forward; [] if that is lost in the noise.
+
+    [] as well for the steps that a contestant without a backward does not have.
+    """
     if step != "backward":
-        return samples[name, step]
+        return samples.get((name, step), [])
     forward = statistics.median(samples[name, "forward"])  # with what the backward needs saved
-    rest = [both - forward for both in samples[name, "forward_backward"]]
-    return rest if min(rest) > 0 else []
+    rest = [both - forward for both in samples.get((name, "forward_backward"), [])]
+    return rest if rest and min(rest) > 0 else []
 
 
 def _cuda_columns(run) -> dict:
@@ -790,6 +803,7 @@ def environment(device: str) -> dict:
         for provider in providers(op):
             if provider.package and not provider.unavailable(device, torch.bfloat16):
                 versions[provider.package] = provider.version
+                versions |= {package: importlib.metadata.version(package) for _, package, _ in provider.also}
     about = dict(schema=SCHEMA, device=device, commit=commit(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     about |= dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), native=native.about, versions=versions)
     if device == "cuda":

@@ -45,10 +45,10 @@ def op_record(records: list[dict], op: str, cuda: bool, tokens: int) -> dict | N
     return max(found, key=lambda r: (report_kernels.is_as_trained(r), r["sizes"]["batch"]), default=None)
 
 
-def peers_of(record: dict) -> list[str]:
-    """The others who were timed, the fastest first."""
-    others = [name for name in report_kernels.timed(record) if not name.startswith("ours")]
-    return sorted(others, key=lambda name: report_kernels.ratio(record, name))
+def peers_of(record: dict, step: str = "forward_backward") -> list[str]:
+    """The others who were timed in this step, the fastest first."""
+    others = [name for name in report_kernels.timed(record, step) if not name.startswith("ours")]
+    return sorted(others, key=lambda name: report_kernels.ratio(record, name, step))
 
 
 def of_op(op: str, tokens: int = 256, of_copy: bool = False) -> Callable[[list[dict], bool], Found | None]:
@@ -67,6 +67,8 @@ def of_op(op: str, tokens: int = 256, of_copy: bool = False) -> Callable[[list[d
             value.append(f"peak memory {percent(ours['peak_mib'], report_kernels.timed(record)['eager'].get('peak_mib'))} of eager")
         met = [f"{name}: forward {times(report_kernels.ratio(record, name, 'forward'))}, both {times(report_kernels.ratio(record, name))}"
                for name in peers_of(record)]
+        met += [f"{name}: forward {times(report_kernels.ratio(record, name, 'forward'))}, it has no backward"
+                for name in peers_of(record, "forward") if report_kernels.timed(record)[name].get("forward_only")]
         if not cuda:
             value.append(report_kernels.shape_of(record))
         return Found("; ".join(value), "; ".join(met), min((report_kernels.ratio(record, name) for name in peers_of(record)), default=None))

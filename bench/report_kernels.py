@@ -103,6 +103,8 @@ def op_rows(record: dict, limits: dict[str, float]) -> list[list[str]]:
             rates += [number(flops), percent(flops, limits.get(record["dtype"]))]
             once = [number(row.get("peak_mib")), number(row.get("launch_us"))] if step == "forward_backward" else ["", ""]
             rows.append([name, STEP_NAMES[step], spread, interval, *rates, *once, number(row["first_call_s"])])
+        if row.get("forward_only"):
+            rows.append([name, "backward", "it has none", *[""] * 8])
     return rows
 
 
@@ -127,13 +129,12 @@ def sweep_tables(records: list[dict]) -> list[str]:
         groups.setdefault((record["op"], dtype_of(record), record["shapes"].partition("/")[0]), []).append(record)
     for (op, dtype, preset), points in groups.items():
         points.sort(key=lambda record: [int(number) for number in re.findall(r"\d+", record["shapes"])])
-        names = list(dict.fromkeys(row["name"] for record in points for row in record["contestants"] if row["status"] == "ok"))
+        names = list(dict.fromkeys(name for record in points for name in timed(record, "forward_backward")))
         rows = []
         for record in points:
-            timed = {row["name"]: row for row in record["contestants"] if row["status"] == "ok"}
-            cells = []
+            rows_by_name, cells = timed(record), []
             for name in names:
-                one, peak = timed.get(name, {}).get("forward_backward"), number(timed.get(name, {}).get("peak_mib"))
+                one, peak = rows_by_name.get(name, {}).get("forward_backward"), number(rows_by_name.get(name, {}).get("peak_mib"))
                 cells.append(f"{number(one['median_ms'])} ({one['speedup']:.2f} x{f', {peak} MiB' if peak else ''})" if one else "")
             rows.append([shape_of(record), *cells])
         title = f"### {op}, {dtype}, {preset.upper()}: forward + backward, ms (speed-up over eager, peak memory)"
@@ -141,9 +142,9 @@ def sweep_tables(records: list[dict]) -> list[str]:
     return lines
 
 
-def timed(record: dict) -> dict[str, dict]:
-    """The contestants that were timed, by name."""
-    return {row["name"]: row for row in record["contestants"] if row["status"] == "ok"}
+def timed(record: dict, step: str = "forward") -> dict[str, dict]:
+    """The contestants that were timed in this step, by name: some have no backward."""
+    return {row["name"]: row for row in record["contestants"] if row["status"] == "ok" and step in row}
 
 
 def ratio(record: dict, name: str, step: str = "forward_backward") -> float:
@@ -164,7 +165,7 @@ def rows(run: dict) -> list[Row]:
             found.append(Row(f"ceiling: {what}", shape, f"{number(amount / row['median_ms'])} {unit}", f"{spread} {unit}"))
     for record in (record for record in op_records(run["results"]) if not is_point(record)):
         what, shape = f"{record['op']}, forward + backward", f"{shape_of(record)} {dtype_of(record)}"
-        contestants = timed(record)
+        contestants = timed(record, "forward_backward")
         if "ours" not in contestants:
             reason = next((row["reason"] for row in record["contestants"] if row["name"] == "ours"), "not asked for")
             found.append(Row(what, shape, f"not timed: {reason}"))
@@ -251,7 +252,7 @@ def figures(run: dict) -> dict:
     from matplotlib.figure import Figure
 
     records, limits = [record for record in op_records(run["results"]) if not is_point(record)], ceilings(run["results"])
-    groups = [(r, {c["name"]: c["forward_backward"] for c in r["contestants"] if c["status"] == "ok"}) for r in records]
+    groups = [(r, {name: row["forward_backward"] for name, row in timed(r, "forward_backward").items()}) for r in records]
     names = list(dict.fromkeys(name for _, rows in groups for name in rows if name != "eager"))
 
     bars = Figure(figsize=(9, 1 + 0.22 * sum(len(rows) for _, rows in groups)), layout="constrained")
@@ -317,6 +318,7 @@ def text_table(records: list[dict]) -> list[str]:
                 lines.append(f"  {row['name']:14} {row['status']}: {row['reason']}")
                 continue
             parts = [f"{STEP_NAMES[step]} {row[step]['median_ms']:9.4g} ms {row[step]['speedup']:5.2f} x" for step in STEPS if step in row]
-            of = percent(row["forward_backward"]["gb_per_s"], limits.get("copy"))
+            of = percent(row.get("forward_backward", row["forward"])["gb_per_s"], limits.get("copy"))
+            parts += ["no backward"] if row.get("forward_only") else []
             lines.append(f"  {row['name']:14} " + "   ".join(parts) + (f"   {of} of copy" if of else ""))
     return lines

@@ -3,8 +3,11 @@
 import copy
 import dataclasses
 import gc
+import importlib
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -15,7 +18,7 @@ import pytest
 import torch
 import torch.utils._python_dispatch
 
-from bench import harness, providers
+from bench import harness, providers, report_kernels
 from lightningdit import config as configuration
 from lightningdit import graphs
 from lightningdit.model import LightningDiT
@@ -489,9 +492,11 @@ def test_apex_of_pypi_is_told_from_nvidias(nvidia, tmp_path, monkeypatch):
 def test_every_peer_is_listed():
     names = {provider.name for op in OPS for provider in providers.providers(op)}
     peers = {"eager", "compiled", "ours", "quack", "liger", "apex", "xformers", "flash-attn 2", "flash-attn 3", "flash-attn 4"}
+    peers |= {"liger cutedsl", "sglang", "sdpa FA4"}
     peers |= {f"sdpa {backend}" for backend in ("math", "flash", "efficient", "cudnn")}
     peers |= {f"ours {backend}" for backend in ("triton", "sdpa", "flash_attn", "xformers")}
-    padded = {f"{name}, padded to {to}" for name in ("sdpa cudnn", "flash-attn 2", "flash-attn 3", "flash-attn 4") for to in (80, 96)}
+    fused = ("sdpa cudnn", "sdpa FA4", "flash-attn 2", "flash-attn 3", "flash-attn 4")
+    padded = {f"{name}, padded to {to}" for name in fused for to in (80, 96)}
     assert peers | padded == names
     with pytest.raises(ValueError, match="op is 'gelu', expected one of"):
         providers.providers("gelu")
@@ -502,9 +507,325 @@ def test_padding_changes_nothing_and_is_left_out_where_it_is_not_needed(monkeypa
     inputs = example_inputs("rope_attention", 1, 2, 3, 48, 2)
     plain, padded = (providers._sdpa(torch.nn.attention.SDPBackend.MATH, pad)(**inputs) for pad in (0, 40))
     torch.testing.assert_close(padded, plain)
-    cudnn = next(provider for provider in providers.providers("rope_attention") if provider.name == "sdpa cudnn, padded to 80")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    cudnn = provider_of("rope_attention", "sdpa cudnn, padded to 80")
     assert cudnn.unavailable("cuda", torch.bfloat16, 64) == "head dimension 64 needs no padding to 80"
     assert cudnn.unavailable("cuda", torch.bfloat16, 72) == ""
+
+
+def provider_of(op, name):
+    return next(provider for provider in providers.providers(op) if provider.name == name)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """install(package, version, {module: source}): a stand-in of a distribution, found like an installed one, until the test ends."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def installed(package, version, modules):
+        for module, source in modules.items():
+            *parents, name = module.split(".")
+            folder = tmp_path.joinpath(*parents)
+            folder.mkdir(parents=True, exist_ok=True)
+            for depth in range(1, len(parents) + 1):
+                tmp_path.joinpath(*parents[:depth], "__init__.py").touch()
+            (folder / f"{name}.py").write_text(source)
+        metadata = tmp_path / f"{package.replace('-', '_')}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        importlib.invalidate_caches()
+
+    yield installed
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("sglang", "liger_kernel", "cutlass", "flash_attn"):
+            del sys.modules[name]
+
+
+CUTLASS = ("nvidia-cutlass-dsl", "4.6.0", dict(cutlass=""))
+SGLANG = "sglang.kernels.ops.diffusion.norm.scale_residual_norm_cutedsl"
+LIGER = "liger_kernel.ops.cutedsl.ops.rms_norm"
+
+
+@pytest.mark.parametrize("op", harness.NORMS)
+@pytest.mark.parametrize("name, package, module, old, new", [
+    ("sglang", "sglang", SGLANG, "0.5.18", "0.5.21"),
+    ("liger cutedsl", "liger-kernel", LIGER, "0.8.2", "0.8.10"),
+])
+def test_a_norm_that_is_not_installed_or_too_old_says_so(op, name, package, module, old, new, install, tmp_path):
+    peer, of = provider_of(op, name), ("cuda", torch.bfloat16, 64, 1024)
+    assert peer.unavailable(*of) == f"{module.partition('.')[0]} is not installed (pip install {package})"
+    install(package, old, {module: ""})
+    assert peer.unavailable(*of) == f"{package} is version {old}, expected {peer.least} or newer"
+    shutil.rmtree(tmp_path / f"{package.replace('-', '_')}-{old}.dist-info")
+    install(package, new, {})
+    assert peer.unavailable(*of) == "cutlass is not installed (pip install nvidia-cutlass-dsl)"
+    install(*CUTLASS)
+    assert peer.unavailable(*of) == ""
+    assert peer.version == new
+    assert peer.unavailable("cpu", *of[1:]) == "needs cuda"
+
+
+def test_sglangs_norm_is_for_widths_of_256(install):
+    install("sglang", "0.5.21", {SGLANG: ""})
+    install(*CUTLASS)
+    peer = provider_of("rms_norm_modulate", "sglang")
+    assert peer.unavailable("cuda", torch.bfloat16, 72, 1152) == "width 1152 is no multiple of 256"
+    assert peer.unavailable("cuda", torch.bfloat16, 64, 768) == ""
+
+
+def test_fa4_of_pytorch_needs_both(install, tmp_path, monkeypatch):
+    peer, of = provider_of("rope_attention", "sdpa FA4"), ("cuda", torch.bfloat16)
+    assert peer.unavailable(*of) == "flash_attn.cute is not installed (pip install flash-attn-4)"
+    install("flash-attn-4", "4.0.0b9", {"flash_attn.cute.interface": ""})
+    assert peer.unavailable(*of) == "flash-attn-4 is version 4.0.0b9, expected 4.0.0b36 or newer"
+    shutil.rmtree(tmp_path / "flash_attn_4-4.0.0b9.dist-info")
+    install("flash-attn-4", "4.0.0b36", {})
+    installed = importlib.metadata.version
+    for version, reason in (("2.14.1+cu130", "torch is version 2.14.1+cu130, expected 2.15 or newer"), ("2.15.0+cu132", "")):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, v=version: v if name == "torch" else installed(name))
+        assert peer.unavailable(*of) == reason
+    assert peer.unavailable("cuda", torch.float32) == "does not take float32"
+
+
+@pytest.mark.parametrize("version, reason", [
+    (None, "cuDNN is not installed (PyTorch's wheels for CUDA bring it)"),
+    (90100, "cuDNN is version 9.1.0, expected 9.19 or newer"),
+    (91900, ""),
+    (92601, ""),
+])
+def test_cudnns_attention_has_cudnns_version(version, reason, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    peer = provider_of("rope_attention", "sdpa cudnn")
+    assert peer.unavailable("cuda", torch.bfloat16) == reason
+    if version == 92601:
+        assert peer.version == "9.26.1"
+
+
+# What they compute, by their signatures: sglang 0.5.23 and liger-kernel 0.8.5. sglang's op has no autograd formula.
+SGLANG_SOURCE = """
+import torch
+
+def normed(x, weight, bias, scale, shift, norm_type, eps):
+    assert norm_type == "rms" and bias is None and x.ndim == 3
+    for given in (scale, shift):
+        assert given.shape in ((1,), (len(x), x.shape[-1])), given.shape
+    scale, shift = (given if given.ndim == 1 else given[:, None] for given in (scale, shift))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(wide) * (x.to(wide).square().mean(-1, keepdim=True) + eps).rsqrt()
+    h = h if weight is None else h * weight
+    return (h * (1 + scale) + shift).to(x.dtype)
+
+@torch.no_grad()
+def fused_norm_scale_shift(x, weight, bias, scale, shift, norm_type, eps=1e-5):
+    return normed(x, weight, bias, scale, shift, norm_type, eps)
+
+@torch.no_grad()
+def fused_scale_residual_norm_scale_shift(residual, x, gate, weight, bias, scale, shift, norm_type, eps=1e-5):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = (residual.to(wide) + gate[:, None] * x).to(x.dtype)
+    return normed(out, weight, bias, scale, shift, norm_type, eps), out
+"""
+LIGER_SOURCE = """
+import torch
+
+class LigerRMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):
+        assert casting_mode == "llama" and offset == 0.0 and not in_place
+        ctx.save_for_backward(X, W)
+        ctx.eps = eps
+        return torch.nn.functional.rms_norm(X, X.shape[-1:], W, eps)
+
+    @staticmethod
+    def backward(ctx, dY):
+        X, W = (None if saved is None else saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        with torch.enable_grad():
+            Y = torch.nn.functional.rms_norm(X, X.shape[-1:], W, ctx.eps)
+        wanted = [X] if W is None else [X, W]
+        dX, dW = (*torch.autograd.grad(Y, wanted, dY), None)[:2]
+        return dX, dW, None, None, None, None, None
+"""
+STAND_INS = {"sglang": ("sglang", "0.5.23", {SGLANG: SGLANG_SOURCE}),
+             "liger cutedsl": ("liger-kernel", "0.8.5", {LIGER: LIGER_SOURCE})}
+
+
+def as_plain_functions(monkeypatch):
+    monkeypatch.setattr(providers, "_compiled", lambda function: function)
+
+
+@pytest.mark.parametrize("without", [(), ("shift",), ("weight",), ("bias",)], ids=str)
+@pytest.mark.parametrize("op", harness.NORMS)
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_norms_arguments_and_results_are_those_of_the_definition(name, op, without, install, monkeypatch):
+    as_plain_functions(monkeypatch)
+    install(*STAND_INS[name])
+    install(*CUTLASS)
+    peer, inputs = provider_of(op, name), example_inputs(op, 2, 3, 5, 256, 4, torch.float64)
+    inputs = {key: None if key in without else value for key, value in inputs.items()} | dict(eps=1e-2)
+    frozen = tuple(inputs) if peer.forward_only else FROZEN
+    values, truth = (values_and_gradients(function, inputs, frozen) for function in (peer.build(), providers.DEFINITIONS[op]))
+    assert values.keys() == truth.keys()
+    for key, true in truth.items():
+        torch.testing.assert_close(values[key], true, rtol=1e-12, atol=1e-12, msg=lambda said, key=key: f"{key}: {said}")
+
+
+def on_cpu(monkeypatch, op, *names):
+    """eager, ours and these peers take part in a case of the op on a CPU, whatever the width."""
+    peers = [dataclasses.replace(provider_of(op, name), devices=("cpu",), width_of=0) for name in names]
+    monkeypatch.setattr(harness, "providers", lambda op: [*(provider_of(op, name) for name in ("eager", "ours")), *peers])
+
+
+@pytest.mark.parametrize("variant", ["", "fp32 residual"])
+def test_who_has_no_backward_is_gated_and_timed_forward_and_says_so(variant, install, monkeypatch, settings, stopwatch):
+    as_plain_functions(monkeypatch)
+    install(*STAND_INS["sglang"])
+    install(*CUTLASS)
+    op = "gated_residual_rms_norm_modulate"
+    on_cpu(monkeypatch, op, "sglang")
+    # A CPU's profile has no operator of sglang's: the stand-in is plain PyTorch.
+    monkeypatch.setattr(harness, "identify", lambda *given: None)
+    settings.only = ()
+    record = harness.run_case(stopwatch, harness.Case(op, "tiny", torch.bfloat16, "cpu", variant), settings)
+    row = record["contestants"][2]
+    assert (row["status"], row["forward_only"], row.get("reason")) == ("ok", True, None)
+    assert row["forward"]["rounds"] == 2
+    assert not {"backward", "forward_backward", "peak_mib"} & row.keys()
+    assert [name for name in record["samples_ms"] if "sglang" in name] == ["sglang: forward"]
+    (pooled,) = harness.pool([record, copy.deepcopy(record)])
+    assert pooled["contestants"][2]["forward"]["rounds"] == 4
+    report_kernels.check("pooled", pooled)
+    rows = [cells for cells in report_kernels.op_rows(record, {}) if cells[0] == "sglang 0.5.23"]
+    assert [cells[1] for cells in rows] == ["forward", "backward"]
+    assert rows[1][2] == "it has none"
+    run = dict(device="cpu", results=[record])
+    assert report_kernels.rows(run)[0].peer.startswith("eager")
+    assert "no backward" in "".join(report_kernels.text_table([record]))
+    report_kernels.figures(run)
+    point = record | dict(shapes="tiny/B2")
+    assert "sglang" not in "".join(report_kernels.sweep_tables([point]))
+
+
+def test_a_wrong_forward_without_a_backward_is_incorrect(install, monkeypatch, settings, stopwatch):
+    as_plain_functions(monkeypatch)
+    package, version, modules = STAND_INS["sglang"]
+    install(package, version, {SGLANG: modules[SGLANG].replace("(1 + scale)", "(1.01 + scale)")})
+    install(*CUTLASS)
+    on_cpu(monkeypatch, "rms_norm_modulate", "sglang")
+    settings.only = ()
+    row = harness.run_case(stopwatch, case_of("rms_norm_modulate"), settings)["contestants"][2]
+    assert row["status"] == "incorrect"
+    assert row["reason"].startswith("out.0")
+
+
+class StandInFa4:
+    """What PyTorch registers for FA4, on a CPU: its operators have no kernel there otherwise. Computed in plain PyTorch."""
+
+    def __init__(self, wrong=1.0):
+        self.wrong, self.calls, self.library = wrong, [], None
+
+    def register(self):
+        self.library = torch.library.Library("aten", "IMPL", "CPU")
+        self.library.impl("_scaled_dot_product_flash_attention", self.forward, "CPU")
+        self.library.impl("_scaled_dot_product_flash_attention_backward", self.backward, "CPU")
+        return self
+
+    def remove(self):
+        self.library._destroy()
+        self.library = None
+
+    def forward(self, q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+        assert not (dropout_p or is_causal or return_debug_mask)
+        self.calls.append("forward")
+        scores = q @ k.mT * scale
+        seed, offset = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
+        return scores.softmax(-1) @ v, scores.logsumexp(-1), None, None, q.shape[2], k.shape[2], seed, offset, q.new_empty(0)
+
+    def backward(self, grad, q, k, v, out, logsumexp, starts_q, starts_k, most_q, most_k, dropout_p, causal, seed, offset, *, scale=None):
+        assert (starts_q, starts_k, most_q, most_k, dropout_p, causal) == (None, None, q.shape[2], k.shape[2], 0.0, False)
+        self.calls.append("backward")
+        p = (q @ k.mT * scale - logsumexp[..., None]).exp()
+        ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
+        return ds @ k * self.wrong, ds.mT @ q, p.mT @ grad
+
+
+@pytest.fixture
+def fa4(monkeypatch):
+    """A stand-in for FA4 in PyTorch's registry, and plain PyTorch for the rotation."""
+    registry = sys.modules[torch.nn.attention.activate_flash_attention_impl.__globals__["__name__"]]
+    stand_in = StandInFa4()
+    monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, "FA4", stand_in.register)
+    monkeypatch.setattr(providers, "_rotation", lambda: providers._rotate)
+    yield stand_in
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+def flash_attention_of_a_cpu():
+    q = torch.zeros(1, 1, 2, 8)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, q, q, scale=1.0)
+
+
+@pytest.mark.parametrize("pad", [0, 16])
+def test_fa4_of_pytorch_is_switched_on_for_its_own_calls_only(pad, fa4):
+    inputs = example_inputs("rope_attention", 2, 2, 3, 24, 2, torch.float32)
+    values = values_and_gradients(providers._sdpa_fa4(pad), inputs, FROZEN)
+    assert fa4.calls == ["forward", "backward"]
+    assert fa4.library is None
+    with pytest.raises(NotImplementedError):  # the switch is undone
+        flash_attention_of_a_cpu()
+    truth = values_and_gradients(providers.DEFINITIONS["rope_attention"], inputs, FROZEN)
+    for key, true in truth.items():
+        torch.testing.assert_close(values[key], true, rtol=1e-4, atol=1e-5, msg=lambda said, key=key: f"{key}: {said}")
+
+
+def test_fa4_of_pytorch_is_switched_off_when_a_call_raises(fa4, monkeypatch):
+    inputs = example_inputs("rope_attention", 1, 2, 3, 16, 2, torch.float32)
+
+    def fail(*given, **options):
+        raise RuntimeError("FA4 SDPA unsupported")
+
+    for step in ("backward", "forward"):
+        monkeypatch.setattr(fa4, step, fail)
+        with pytest.raises(RuntimeError, match="FA4 SDPA unsupported"):
+            values_and_gradients(providers._sdpa_fa4(), inputs, FROZEN)
+        assert fa4.library is None
+        assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+def test_an_implementation_that_was_active_before_is_again(fa4, monkeypatch):
+    registry = sys.modules[torch.nn.attention.activate_flash_attention_impl.__globals__["__name__"]]
+    other = types.SimpleNamespace(remove=lambda: None)
+    monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: other)
+
+    def broken():
+        raise ImportError("no module named flash_attn.cute")
+
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+    try:
+        with providers.flash_attention_impl("FA4"):
+            assert torch.nn.attention.current_flash_attention_impl() == "FA4"
+        assert torch.nn.attention.current_flash_attention_impl() == "FA3"
+        monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, "FA4", broken)
+        with pytest.raises(ImportError), providers.flash_attention_impl("FA4"):
+            raise AssertionError("entered without FA4")
+        assert torch.nn.attention.current_flash_attention_impl() == "FA3"
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+@pytest.mark.parametrize("factor, status", [(1.0, "ok"), (1.05, "incorrect")])
+def test_the_gate_sees_fa4s_gradients(factor, status, fa4, monkeypatch, settings, stopwatch):
+    fa4.wrong, op = factor, "rope_attention"
+    peer = dataclasses.replace(provider_of(op, "sdpa FA4"), devices=("cpu",), half_only=(), module=None, also=())
+    monkeypatch.setattr(harness, "providers", lambda op: [provider_of(op, "eager"), peer])
+    settings.only = ()
+    row = harness.run_case(stopwatch, case_of(op), settings)["contestants"][1]
+    assert row["status"] == status, row.get("reason")
+    if status == "ok":
+        assert any("Fa4Attention" in name for name in row["ran"])
+        assert row["forward_backward"]["rounds"] == 2
+    else:
+        assert row["reason"].startswith("grad.qkv")
 
 
 def swapped(monkeypatch, op, first, second):
