@@ -100,7 +100,7 @@ setup(
     extras_require={
         "dali": [DALI],
         "eval": EVALUATION,
-        "peers": ["xformers", "liger-kernel", "quack-kernels", "flash-attn-4"],
+        "peers": ["xformers", "liger-kernel[cutedsl]>=0.8.3", "quack-kernels", "flash-attn-4>=4.0.0b36"],
         "demo": DEMO,
         "test": TEST,
         "dev": [*TEST, "pytest-benchmark>=5.0", "ruff>=0.8", "selenium>=4.20", DALI, *EVALUATION, *DEMO],

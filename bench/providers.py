@@ -1,7 +1,7 @@
 """Who takes part in a benchmark: eager PyTorch, torch.compile, ours, and the peers that are installed, all with the op's signature.
 
-A peer that has only a part of an op gets the rest from torch.compile, which is how one would use it. Peers that cannot run here are
-listed with the reason; nothing is left out silently.
+A peer that has only a part of an op gets the rest from torch.compile, which is how one would use it; one that has no backward takes part in
+the forward alone. Peers that cannot run here are listed with the reason; nothing is left out silently. docs/peers.md has the versions.
 """
 
 import contextlib
