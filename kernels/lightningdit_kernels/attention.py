@@ -10,6 +10,7 @@ import importlib
 import logging
 import math
 import operator
+import threading
 
 import torch
 import torch.nn.functional as nnf
@@ -286,8 +287,30 @@ def fused(
     for name, tensor in (("positions", positions), ("freqs", freqs)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"rope_attention: {name} requires a gradient, expected a constant, or backend 'sdpa', which has that gradient")
-    parameters = (q_weight, k_weight, q_bias, k_bias, bias)
-    return torch.ops.lightningdit.rope_attention(qkv, positions, freqs, *parameters, eps, center, result_dtype(qkv))[0]
+    arguments = (qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, result_dtype(qkv))
+    if torch.compiler.is_compiling():
+        return torch.ops.lightningdit.rope_attention(*arguments)[0]
+    with called_eagerly():
+        return torch.ops.lightningdit.rope_attention(*arguments)[0]
+
+
+_calls = threading.local()
+
+
+@contextlib.contextmanager
+def called_eagerly():
+    """Inside, this thread passes tensors of the caller. A compiled graph passes buffers, too, which it fills again without counting."""
+    before = is_called_eagerly()
+    _calls.eager = True
+    try:
+        yield
+    finally:
+        _calls.eager = before
+
+
+def is_called_eagerly() -> bool:
+    """Whether called_eagerly() holds in this thread."""
+    return getattr(_calls, "eager", False)
 
 
 # Package, function, the keyword of its softmax scale, what pip installs it from. Both want head dimensions that are multiples of 8.
@@ -358,7 +381,9 @@ def _fastest(index, n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased,
     if len(candidates) == 1:
         return candidates[0]
     shape = (n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased, compiled)
-    return choose("rope_attention", candidates, device, _words(*shape), lambda: measure(candidates, device, *shape))
+    # Timing takes gradients, for which the thread of a backward (that recomputes, of checkpointing) would wait for itself.
+    untimed = "a backward" if torch._C._current_graph_task_id() != -1 else ""
+    return choose("rope_attention", candidates, device, _words(*shape), lambda: measure(candidates, device, *shape), untimed)
 
 
 # As torch.compiler.assume_constant_result does, which imports the compiler: over a second of every start.

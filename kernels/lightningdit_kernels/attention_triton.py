@@ -8,8 +8,8 @@ which Triton can prove only of constants. A number of tokens is compiled once; n
 
 Two ways to the rotated q and k. Up to RESIDENT_TOKENS each program of the forward makes its own from raw qkv: at 256 tokens a key is used
 by one or two programs, and a kernel of its own would move 8 more bytes per element. Beyond, every block of keys would be remade by
-N / BLOCK_M programs, so one prologue writes q' and k' and the loops load only matrix operands. The backward has this prologue, too, which
-then also writes what each query subtracts: rotating next to its accumulators spills, and takes more instructions even at 256 tokens.
+N / BLOCK_M programs, so one prologue writes q' and k' and the loops load only matrix operands. The backward of two passes always has this
+prologue, which then also writes what each query subtracts: rotating next to its accumulators spills, and takes more instructions.
 
 cos and sin lie in one table (N, D/2, 2), interleaved so that a tile of it lies in registers just as the tile that it turns; for bf16 it is
 fp16, with an eighth of bf16's error. One small kernel makes it from positions and frequencies, along with the first token that has the same
@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightningdit_kernels.attention import is_called_eagerly
 from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
 from lightningdit_kernels.sums_triton import sum_case, sum_partials
 from lightningdit_kernels.tuning import Config, pick
@@ -672,11 +673,11 @@ def _shape_class(step: str, n: int, head_dim: int, dtype: torch.dtype, norm: boo
 
 
 def _prepares(shape_class: str, n: int) -> bool:
-    """Whether q' and k' of the forward are made by the prologue; those of the backward always are."""
+    """Whether q' and k' of the forward are made by the prologue; those of a backward of two passes always are."""
     return n > RESIDENT_TOKENS or shape_class.startswith("flash")
 
 
-# Static choices first, then candidates that are timed where they run. Chosen with the offline compiler: no spill at the shapes of the model,
+# Static choices first, then candidates that are timed where they run. Chosen with the offline compiler: no spill at the model's shapes,
 # blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. Not yet measured on a GPU.
 def _forward(m: int, n: int, warps: int, stages: int = 1) -> Config:
     return Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages)
@@ -746,29 +747,36 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-# By positions, whose death ends it; then by what else a table depends on: freqs, and the number of writes to both.
+# By positions, whose death ends it; then by what else a table depends on: freqs, the number of writes to both, and where they lie.
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _rope_table(positions, freqs, head_dim, dtype):
     """_new_rope_table, kept for the next call: a model's positions and frequencies are constant.
 
-    A CUDA graph makes its own: it may be replayed after positions were written to. Each stream has its own: it is not waited for.
+    Only an eager call of the op adds a table: a compiled graph fills its buffers anew without counting that as a write, and what is
+    allocated in its graph pool is overwritten. A backward, and a compiled graph, take one that is there.
     """
-    stream = 0
-    if positions.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return _new_rope_table(positions, freqs, head_dim, dtype)
-        stream = torch.cuda.current_stream().cuda_stream
-    if positions.is_inference() or freqs.is_inference():  # they do not count writes
+    stream = _stream_of_tables(positions)
+    if stream is None or positions.is_inference() or freqs.is_inference():  # inference tensors do not count writes
         return _new_rope_table(positions, freqs, head_dim, dtype)
-    kept = _tables.setdefault(positions, {})
-    key = (dtype, stream)
-    found = kept.get(key)
-    versions = positions._version, freqs._version
-    if found is None or found[0]() is not freqs or found[1] != versions:
-        found = kept[key] = weakref.ref(freqs), versions, _new_rope_table(positions, freqs, head_dim, dtype)
+    state = positions._version, freqs._version, positions.data_ptr(), freqs.data_ptr()
+    found = _tables.get(positions, {}).get((dtype, stream))
+    if found is None or found[0]() is not freqs or found[1] != state:
+        table = _new_rope_table(positions, freqs, head_dim, dtype)
+        if not is_called_eagerly():
+            return table
+        found = _tables.setdefault(positions, {})[dtype, stream] = weakref.ref(freqs), state, table
     return found[2]
+
+
+def _stream_of_tables(positions) -> int | None:
+    """The stream on which a kept table may be used: each has its own, since it is not waited for. None in the capture of a CUDA graph,
+    which makes its own: it may be replayed after positions were written to.
+    """
+    if not positions.is_cuda:
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
 
 
 def _new_rope_table(positions, freqs, head_dim, dtype):

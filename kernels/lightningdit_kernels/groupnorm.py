@@ -68,6 +68,9 @@ def _backward_fake(grad, x, weight, bias, *_):
 def _cuda(x, weight, bias, num_groups, eps, out_dtype):
     if torch.float64 in (x.dtype, weight.dtype, bias.dtype, out_dtype):
         return _group_norm_silu(x, weight, bias, num_groups, eps, out_dtype)
+    if x.shape[1:].numel() >= 2**31:
+        found = f"x has shape {tuple(x.shape)}, {x.shape[1:].numel()} values an image"
+        raise ValueError(f"group_norm_silu: {found}, expected fewer than 2^31: the kernel counts them in 32 bits")
     from lightningdit_kernels import groupnorm_triton
 
     x, last = x.contiguous(memory_format=_format(x)), _format(x) == torch.channels_last

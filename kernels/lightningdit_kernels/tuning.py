@@ -4,7 +4,7 @@ The candidates of a choice are ordered; the first is the starting guess. On the 
 kept below ~/.cache for this GPU, these versions of torch and triton and these kernels: one file a choice. Choices may differ from machine
 to machine, and with them the last bits of results: a run that resumes on another card, or without that folder, may differ in them from one
 that was never interrupted. With LIGHTNINGDIT_AUTOTUNE=0, and under torch.use_deterministic_algorithms(True), nothing is timed and the
-starting guess is used, which depends on the code alone. A process never changes a choice that it has used.
+starting guess is used, which depends on the code and the card alone. A process never changes a choice that it has used.
 """
 
 import contextlib
@@ -101,7 +101,12 @@ def pick(
         alone = time_candidates(op, {guess: runs[guess]}, rounds=3)
         if alone and alone[guess] < MEASURABLE_MS:
             return {}
-        times = time_candidates(op, runs)
+        try:
+            times = time_candidates(op, runs)
+        except torch.OutOfMemoryError as error:  # of another candidate than the guess, which has just run
+            _log.warning("%s: not enough memory to time all configurations (%s); it uses the starting guess, %s", op, error, guess)
+            torch.cuda.empty_cache()
+            return {}
         if not times:
             raise RuntimeError(f"{op}: none of {len(candidates)} configurations fits on this device")
         return times
@@ -132,6 +137,7 @@ def choose(
     device: torch.device,
     key: tuple[Hashable, ...],
     times_ms: Callable[[], dict[str, float]],
+    untimed: str = "",
 ) -> T:
     """The candidate that is fastest on `device`: as this process has chosen, or the file on disk says, or by measuring now.
 
@@ -144,6 +150,7 @@ def choose(
         key: what the choice depends on besides the GPU and versions.
         times_ms: milliseconds by name. A candidate that it leaves out is not chosen; {}: nothing can be said, and the starting guess is
             used, which is not kept on disk.
+        untimed: where nothing can be timed now, as in a capture; "" where something can.
     """
     place = op, key, device, id(_process_group())
     if place in _chosen:
@@ -153,9 +160,9 @@ def choose(
     if reason := unmeasured():
         name = names[0]
         _warn_once(f"{op}: nothing is timed ({reason}); it uses the starting guess, {name}")
-    elif torch.cuda.is_current_stream_capturing():
+    elif untimed := untimed or (torch.cuda.is_current_stream_capturing() and "a CUDA graph capture"):
         name = _stored(where, names) or names[0]
-        _warn_once(f"{op}: nothing can be timed inside a CUDA graph capture; it uses {name}")
+        _warn_once(f"{op}: nothing can be timed inside {untimed}; it uses {name}")
         return candidates[names.index(name)]
     else:
         name = _agreed(where, names[0], lambda: _fastest(where, names, times_ms))
@@ -192,8 +199,13 @@ def _fastest(where: dict[str, str], names: Sequence[str], times_ms: Callable[[],
     return _store(where | dict(choice=best, times_ms=times, date=time.strftime("%Y-%m-%d")), names)
 
 
-GRACE_S = 10.0  # for which another process waits for rank 0 to begin
+GRACE_S = 10.0  # for which another process waits for rank 0 to begin: the first time, since rank 0 may have other shapes
+GRACE_AGAIN_S = 0.5  # once it has waited in vain
 PATIENCE_S = 300.0  # for which one waits for an answer: several compilations
+
+
+# Of this process: how long it waits for rank 0 now, and within how many decisions it is: attention's has those of its tiles inside.
+_waits: dict[str, Any] = dict(grace_s=None, deciding=0)
 
 
 def _process_group() -> object:
@@ -210,13 +222,20 @@ def _agreed(where: dict[str, str], guess: str, decide: Callable[[], str]) -> str
         return decide()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     claim, answer = ("/".join(("lightningdit_kernels", *where.values(), what)) for what in ("claim", "choice"))
-    if rank != 0:
-        _appears(store, claim, GRACE_S)
-    if store.compare_set(claim, "", str(rank)).decode() == str(rank):
+    try:
+        if rank != 0 and not _waits["deciding"] and not _appears(store, claim, _waits["grace_s"] or GRACE_S):
+            _waits["grace_s"] = GRACE_AGAIN_S
+        claimed = store.compare_set(claim, "", str(rank)).decode() == str(rank)
+    except (AttributeError, RuntimeError) as error:  # MPI has no store, and that of a fake group cannot compare
+        _warn_once(f"the processes do not agree on what is fastest: their group's store failed: {error}")
+        return decide()
+    if claimed:
         name = guess  # also if decide() fails: others need not wait
+        _waits["deciding"] += 1
         try:
             name = decide()
         finally:
+            _waits["deciding"] -= 1
             store.set(answer, name)
         return name
     if _appears(store, answer, PATIENCE_S):
@@ -310,8 +329,15 @@ def event_ms(run: Callable[[], object], cycles: int) -> tuple[float, int, bool]:
 
 
 def cache_folder() -> Path:
-    """Where choices are kept: $XDG_CACHE_HOME/lightningdit/autotune, by default below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightningdit" / "autotune"
+    """Where choices are kept: $XDG_CACHE_HOME/lightningdit/autotune, by default below ~/.cache; without a home, in the folder of
+    temporary files.
+    """
+    if not (cache := os.environ.get("XDG_CACHE_HOME")):
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # no HOME, and a user id that the system has no name for, as in containers
+            cache = Path(tempfile.gettempdir()) / f"lightningdit-{os.getuid()}"
+    return Path(cache) / "lightningdit" / "autotune"
 
 
 @functools.cache

@@ -170,8 +170,9 @@ def test_the_rope_table_is_made_once(monkeypatch):
     before = len(attention_triton._tables)
 
     def make(*dtypes, positions=positions, freqs=freqs):
-        for dtype in dtypes:
-            attention_triton._rope_table(positions, freqs, 24, dtype)
+        with attention.called_eagerly():
+            for dtype in dtypes:
+                attention_triton._rope_table(positions, freqs, 24, dtype)
         return len(made)
 
     assert make(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16) == 2
@@ -184,10 +185,47 @@ def test_the_rope_table_is_made_once(monkeypatch):
         constants = positions.clone(), freqs.clone()
     assert make(torch.float32, torch.float32, positions=constants[0], freqs=constants[1]) == 7
     assert len(attention_triton._tables) == before + 1
+    positions.data = positions + 1  # is not counted, but lies elsewhere
+    assert make(torch.float32, torch.float32) == 8
     made.clear()
     del positions, make
     gc.collect()
     assert len(attention_triton._tables) == before
+
+
+@interpreted
+def test_what_must_not_keep_a_rope_table(monkeypatch):
+    """A compiled graph, whose buffers change without being counted, takes a table and adds none; a capture neither takes nor adds one."""
+    made, positions, freqs = [], grid(4, 4), frequencies(24)
+    monkeypatch.setattr(attention_triton, "_new_rope_table", lambda *inputs: made.append(inputs) or len(made))
+
+    def table():
+        return attention_triton._rope_table(positions, freqs, 24, torch.bfloat16)
+
+    assert [table(), table()] == [1, 2] and positions not in attention_triton._tables
+    with attention.called_eagerly():
+        kept = table()
+    assert [kept, table()] == [3, 3]
+    monkeypatch.setattr(attention_triton, "_stream_of_tables", lambda _: None)  # as in a capture
+    with attention.called_eagerly():
+        assert [table(), table()] == [4, 5]
+    monkeypatch.setattr(attention_triton, "_stream_of_tables", lambda _: 7)  # another stream, which nobody made wait
+    with attention.called_eagerly():
+        assert [table(), table()] == [6, 6]
+
+
+@interpreted
+def test_a_compiled_graph_with_two_grids_of_its_own():
+    """Inductor lets the second grid lie where the first one was, as the same object, and counts no write."""
+    inputs = inputs_of(3, 3, 1, 8, torch.float32)
+
+    def twice(qkv, bias, freqs, offset):
+        index = torch.arange(3.0)
+        first = fused(qkv, torch.cartesian_prod(index, index) + offset, freqs, bias=bias)
+        return first + fused(qkv, torch.cartesian_prod(index, index) * 3 * offset, freqs, bias=bias)
+
+    arguments = inputs["qkv"], inputs["bias"], inputs["freqs"], torch.tensor(0.5)
+    torch.testing.assert_close(torch.compile(twice, fullgraph=True)(*arguments), twice(*arguments))
 
 
 @interpreted

@@ -137,3 +137,9 @@ def test_half_precision_result_of_fp32_input():
     expected = group_norm_silu_ref(**case)
     assert out.dtype == torch.bfloat16
     assert (out.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_an_image_beyond_32_bits_is_refused():
+    x = torch.empty(1, 2, 2**15, 2**15, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match="2147483648 values an image, expected fewer than 2.31"):
+        groupnorm._cuda(x, torch.ones(2), torch.zeros(2), 1, 1e-6, x.dtype)

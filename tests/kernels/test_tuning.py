@@ -2,8 +2,12 @@
 
 import json
 import logging
+import os
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -303,6 +307,67 @@ def test_without_links_on_the_file_system(gpu, monkeypatch):
 def test_other_errors_of_a_candidate_are_not_swallowed(gpu):
     with pytest.raises(ZeroDivisionError):
         gpu.pick(bench=lambda config: 1 / 0)
+
+
+def test_no_memory_for_another_candidate_leaves_the_starting_guess(gpu, caplog):
+    """It took what the guess does not need, such as the prologue's q' and k': that is no reason to end somebody's step."""
+
+    def bench(config):
+        if config == FAST:
+            raise torch.OutOfMemoryError("2 GiB of 80")
+        return gpu.run(config)
+
+    assert gpu.pick(bench=bench) == SLOW
+    assert "not enough memory to time all configurations (2 GiB of 80)" in caplog.text
+    assert tuning.choices() == [], "the next run may have the memory"
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu.pick("another", bench=lambda config: (_ for _ in ()).throw(torch.OutOfMemoryError("the guess itself")))
+
+
+def test_without_a_home_choices_are_kept_with_temporary_files(gpu, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    assert tuning.cache_folder() == Path(tempfile.gettempdir(), f"lightningdit-{os.getuid()}", "lightningdit", "autotune")
+
+
+def test_a_backward_takes_what_is_kept_or_the_starting_guess(gpu, caplog):
+    """Timing takes gradients: the thread of a backward would wait for itself."""
+    arguments = "attention", ("sdpa", "triton"), CUDA, ("256 tokens",), gpu.times_of(sdpa=2, triton=1)
+    assert choose(*arguments, untimed="a backward") == "sdpa" and gpu.timed == []
+    assert "nothing can be timed inside a backward; it uses sdpa" in caplog.text
+    assert choose(*arguments) == "triton"
+    new_process()
+    assert choose(*arguments, untimed="a backward") == "triton"
+
+
+def test_a_group_without_a_store_that_compares(gpu, monkeypatch, caplog):
+    """As the fake process group of memory estimates has, and as MPI has none."""
+    store = mock.Mock()
+    store.check.side_effect = RuntimeError('Tried to call pure virtual function "::c10d::Store::check"')
+    monkeypatch.setattr(tuning, "_process_group", lambda: "fake")
+    monkeypatch.setattr(tuning.dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(tuning.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(tuning.dist.distributed_c10d, "_get_default_store", lambda: store)
+    assert gpu.pick() == FAST
+    assert "do not agree" in caplog.text
+
+
+def test_one_waits_long_for_rank_0_once_and_not_within_a_decision(gpu, monkeypatch):
+    store, waited = torch.distributed.HashStore(), []
+    monkeypatch.setattr(tuning, "_process_group", lambda: "group")
+    monkeypatch.setattr(tuning, "_waits", dict(grace_s=None, deciding=0))
+    monkeypatch.setattr(tuning.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(tuning.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(tuning.dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(tuning, "_appears", lambda store, key, within_s: waited.append(within_s))
+
+    def times_ms():
+        gpu.pick("a tile that attention needs")
+        return dict(sdpa=2.0, triton=1.0)
+
+    for tokens in (256, 1024):
+        assert choose("attention", ("sdpa", "triton"), CUDA, (tokens,), times_ms) == "triton"
+    assert waited == [tuning.GRACE_S, tuning.GRACE_AGAIN_S]
 
 
 def test_no_candidate_fits(gpu):
