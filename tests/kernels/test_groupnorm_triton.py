@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from lightningdit_kernels import groupnorm  # noqa: E402
 from lightningdit_kernels import groupnorm_triton as triton_kernels  # noqa: E402
 from lightningdit_kernels.groupnorm import group_norm_silu_ref  # noqa: E402
 from lightningdit_kernels.testing import assert_matches_truth, random_tensor, values_and_gradients  # noqa: E402
