@@ -492,7 +492,7 @@ def test_the_guide_names_what_there_is():
     assert targets == {"test-gpu", "bench-gpu", "levers", "convergence", "rehearse"} and all(f"\n{name}:" in makefile for name in targets)
     assert set(re.findall(r"--stage (\w+)", guide + makefile)) <= gpu.STAGES.keys()
     assert f"at most, of `test-gpu` a test {gpu_tests.TEST_S} seconds" in guide and gpu.STAGE_S == 540
-    sources = ("bench/gpu.py", "bench/gpu_tests.py", "tests/rehearsal/__main__.py", "tests/rehearsal/stand_in.py")
+    sources = ("bench/gpu.py", "bench/gpu_tests.py", "bench/step.py", "tests/rehearsal/__main__.py", "tests/rehearsal/stand_in.py")
     source = "".join((ROOT / name).read_text() for name in sources)
     assert all(f'"{option}"' in source for option in set(re.findall(r"--[a-z][a-z-]+", guide)) - {"--data"})
     assert all(name in source for name in ("stages.json", "kernels_", "gpu.log", "test_gpu.json", "test_gpu.log"))
