@@ -33,3 +33,14 @@ def kernels_or_reference(request, monkeypatch):
         pytest.skip(native.about)
     monkeypatch.setattr(native, "available", request.param)
     return request.param
+
+
+@pytest.fixture
+def few_programs_of_sums(monkeypatch):
+    """Sums of partial results in blocks of 64 columns for 8: interpreting a program takes 0.1 s, and a norm of 1,152 columns has 432."""
+    if interpreter.is_on():
+        from lightningdit_kernels import norm_triton, sums_triton, tuning
+
+        wide = tuning.Config(sums_triton.SUMS.blocks | dict(COLUMNS=64), sums_triton.SUMS.num_warps)
+        for module in (norm_triton, sums_triton):
+            monkeypatch.setattr(module, "SUMS", wide)

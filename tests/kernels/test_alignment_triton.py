@@ -119,9 +119,9 @@ def test_distance_matches_truth_with_the_table(dtype, channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_distance_of_more_tokens_than_an_integer_holds_signs_of(dtype, small_blocks, monkeypatch):
     """16 blocks of 16 tokens, and a rest."""
-    config = Config(dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=16, BLOCK_C=16), num_warps=4)
+    config = Config(dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=32, BLOCK_C=32), num_warps=4)
     monkeypatch.setattr(triton_kernels, "BACKWARD", {(80, name): [config] for name in ("bf16 long", "any")})
-    forward = [Config(dict(BLOCK_N=128, BLOCK_K=16), num_warps=4)]
+    forward = [Config(dict(BLOCK_N=128, BLOCK_K=32), num_warps=4)]
     monkeypatch.setattr(triton_kernels, "FORWARD", {(80, name): forward for name in ("fp32", "half")})
     assert triton_kernels._blocks(260, config) == 3
     assert compare_distance(tokens(1, 260, 20, 5, dtype=dtype), 0.2) <= 0.2

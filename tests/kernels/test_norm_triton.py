@@ -9,6 +9,7 @@ from lightningdit_kernels import norm_triton
 from lightningdit_kernels.norm import gated_residual_rms_norm_modulate_ref, norm_backward_ref, norm_forward_ref
 from lightningdit_kernels.testing import assert_matches_truth, poisoned_memory, random_tensor
 
+pytestmark = pytest.mark.usefixtures("few_programs_of_sums")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

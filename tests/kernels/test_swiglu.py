@@ -140,6 +140,7 @@ class TritonSwiglu(torch.autograd.Function):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 9, 74), (3, 14), (2,), (0, 4), (3, 0), (1, 2060)], ids=str)
+@pytest.mark.usefixtures("few_programs_of_sums")
 def test_triton_matches_truth(shape, dtype):
     pytest.importorskip("triton", reason="triton is not installed")
     packed = 3 * random_tensor(*shape, dtype=dtype, device=DEVICE)
