@@ -286,7 +286,7 @@ def flash_attention_impl(name: str):
 class Fa4Attention(torch.autograd.Function):
     """PyTorch's flash attention operators with FA4 behind them, on q, k, v of (B, H, N, Dh).
 
-    A function of its own, since autograd calls the backward when the forward's switch is long undone: FA2's would take FA4's logsumexp.
+    A separate function, since autograd calls the backward when the forward's switch is long undone: FA2's would take FA4's logsumexp.
     """
 
     @staticmethod

@@ -621,8 +621,14 @@ def _rope_attention_bwd_head_kernel(
         dk1 = dk0
         if D1 > 0:
             dk1 = _dot(ds_t, q1, None, PRECISION)
-        _store_turned_back(grad + H * D, table, keys, dk0, dk1, N, H, D, D0, D1, ROPE)
-    _store_turned_back(grad_qkv, TABLE, zero + queries, dq0, dq1, N, H, D, D0, D1, ROPE)
+        _store_raw_gradient(
+            dk0, dk1, raw + H * D, grad + H * D, bias, None, table, bias, PARTIAL, PARTIAL, keys,
+            N, H, D, D0, D1, EPS, False, False, False, ROPE, True,
+        )  # fmt: skip
+    _store_raw_gradient(
+        dq0, dq1, qkv, grad_qkv, bias, None, TABLE, bias, PARTIAL, PARTIAL, zero + queries,
+        N, H, D, D0, D1, EPS, False, False, False, ROPE, True,
+    )  # fmt: skip
     if BIASED:  # Column sums of the gradients as stored, by tensor cores: sums of registers took a quarter of all instructions.
         tl.debug_barrier()
         ones = tl.full([KEYS, KEYS], 1.0, tl.float32).to(dtype)
@@ -639,17 +645,6 @@ def _rope_attention_bwd_head_kernel(
             partial = PARTIAL + (tl.program_id(0).to(tl.int64) * 3 + which) * D
             _store_pair(partial, keys, 1, sum0, sum1, D, D, D0, D1, False)  # every row is the sum: one is stored
 
-
-@triton.jit
-def _store_turned_back(
-    grad, table, rows, g0, g1, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROPE: tl.constexpr
-):
-    """The gradient of raw q or k from that of q' or k'."""
-    if ROPE:
-        g0 = _rotate(g0, None, table, rows, N, -1, 0, D, True)
-        if D1 > 0:
-            g1 = _rotate(g1, None, table, rows, N, -1, D0, D, True)
-    _store_pair(grad, rows, N, g0, g1, 3 * H * D, D, D0, D1, True)
 
 
 def head_split(head_dim: int) -> tuple[int, int]:
@@ -754,7 +749,7 @@ _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _rope_table(positions, freqs, head_dim, dtype):
     """_new_rope_table, kept for the next call: a model's positions and frequencies are constant.
 
-    Only an eager call of the op adds a table: a compiled graph fills its buffers anew without counting that as a write, and what is
+    Only an eager call of the op adds a table: a compiled graph fills its buffers again without counting that as a write, and what is
     allocated in its graph pool is overwritten. A backward, and a compiled graph, take one that is there.
     """
     stream = _stream_of_tables(positions)

@@ -116,7 +116,7 @@ class PreparedFunction(triton.JITFunction):
 
 
 def _layout(arguments: tuple, values: tuple) -> _Layout | None:
-    """The layout of a call; None if no tensor is among its arguments, or something of a type that Triton may treat in a way of its own."""
+    """The layout of a call; None if no tensor is among its arguments, or something of a type that Triton may treat specially."""
     positions = tuple(i for i, argument in enumerate(arguments) if type(argument) in TENSORS)
     others = tuple(i for i in range(len(arguments)) if i not in positions)
     known = all(type(arguments[i]) in SCALARS for i in others) and all(type(value) in CONSTANTS for value in values)

@@ -216,7 +216,7 @@ def _agreed(where: dict[str, str], guess: str, decide: Callable[[], str]) -> str
     """decide() of one process for all of torch.distributed: of rank 0, or of another one where rank 0 has no need of this choice.
 
     A collective would hang where only some processes come here, as when rank 0 alone samples. Instead the first to put its claim into
-    the group's store decides, and rank 0 has a start of GRACE_S, more than processes that do the same are apart. Nobody waits for ever.
+    the group's store decides, and rank 0 has a start of GRACE_S, more than processes that do the same are apart. Every wait is bounded.
     """
     if _process_group() is None or dist.get_world_size() == 1:
         return decide()
