@@ -647,14 +647,8 @@ def _rope_attention_bwd_head_kernel(
 
 
 
-def head_split(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Channels of the main part and of the padded tail (0: none); both are powers of two of 16 or more, as matrix instructions ask.
-
-    fp32 has no tail but a wider main part, of 64 or more: with a tail of 16 channels Triton 3.6's products of three tf32 ones read memory
-    that is not theirs on an H100 ("an illegal memory access"); with 64, 128 and 256 channels they are right.
-    """
-    if dtype == torch.float32:
-        return max(64, next_power_of_2(head_dim)), 0
+def head_split(head_dim: int) -> tuple[int, int]:
+    """Channels of the main part and of the padded tail (0: none); both are powers of two of 16 or more, as matrix instructions ask."""
     main = max(16, 1 << (head_dim.bit_length() - 1))
     return main, 0 if main >= head_dim else max(16, next_power_of_2(head_dim - main))
 
@@ -662,7 +656,7 @@ def head_split(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
 def _shape_class(step: str, n: int, head_dim: int, dtype: torch.dtype, norm: bool) -> str:
     """Row of the tables: which way ("short" and "resident" rotate inside the kernel, "head" is what one program can hold of a backward),
     "norm" where that costs registers, channels."""
-    width = sum(head_split(head_dim, dtype))
+    width = sum(head_split(head_dim))
     bound = next(bound for bound in (80, 128, 256) if width <= bound)
     if dtype == torch.float32:
         return f"fp32 {bound}"
@@ -679,7 +673,9 @@ def _prepares(shape_class: str, n: int) -> bool:
 
 
 # Static choices first, then candidates that are timed where they run. Chosen with the offline compiler: no spill at the model's shapes,
-# blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. Not yet measured on a GPU.
+# blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. The first two of sm_90 for
+# resident queries are what an H100 chose. On sm_90 no forward with a tail has 64 queries for 8 warps: Triton 3.6 halves the 16 channels of
+# the tail between two groups of 4, which read shared memory that is not theirs (seen in fp32, by compute-sanitizer).
 def _forward(m: int, n: int, warps: int, stages: int = 1) -> Config:
     return Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages)
 
@@ -707,11 +703,14 @@ FORWARD = {
     (80, "fp32 128"): [_forward(64, 32, 8)],
     (80, "fp32 256"): [_forward(32, 32, 8)],
     (90, "short 80"): [_forward(64, 64, 4), _forward(64, 32, 4), _forward(128, 64, 8)],
-    (90, "resident 80"): [_forward(256, 64, 16), _forward(256, 64, 8), _forward(128, 64, 8), _forward(128, 64, 4)],
-    (90, "resident norm 80"): [_forward(128, 64, 8), _forward(128, 128, 8)],
+    (90, "resident 80"): [_forward(128, 64, 4), _forward(256, 64, 16), _forward(256, 64, 8), _forward(128, 64, 8)],
+    (90, "resident norm 80"): [_forward(128, 128, 8), _forward(128, 64, 8)],
     (90, "resident 128"): [_forward(128, 64, 8), _forward(128, 128, 8)],
+    (90, "resident 256"): [_forward(128, 32, 8)],
     (90, "flash 80"): [_forward(128, 128, 8, 2), _forward(128, 64, 8, 3), _forward(128, 64, 4, 2)],
     (90, "flash 128"): [_forward(128, 64, 8, 2)],
+    (90, "flash 256"): [_forward(128, 32, 8, 2)],
+    (90, "fp32 80"): [_forward(64, 32, 4), _forward(128, 32, 8)],
     (100, "resident 80"): [_forward(128, 64, 8), _forward(128, 64, 4), _forward(128, 128, 8)],
 }
 BACKWARD = {
@@ -735,9 +734,9 @@ PROLOGUE = Config(dict(BLOCK=64), 4, 1)  # the tail, 64 x 16, is then 16 bytes a
 ROPE_TABLE = Config(dict(BLOCK=16, CHUNK=256), 4, 1)
 
 
-def _constexprs(n, heads, head_dim, dtype, table, bias, q_weight, q_bias, eps, center, blocks):
+def _constexprs(n, heads, head_dim, table, bias, q_weight, q_bias, eps, center, blocks):
     """What every kernel is specialised on; nothing of it depends on the batch."""
-    main, tail = head_split(head_dim, dtype)
+    main, tail = head_split(head_dim)
     even = all(n % block == 0 for block in blocks)
     flags = dict(NORM=q_weight is not None, NORM_BIAS=q_bias is not None, BIASED=bias is not None, CENTER=center, ROPE=table is not None)
     return dict(N=n, H=heads, D=head_dim, D0=main, D1=tail, EPS=eps, EVEN_N=even) | flags
@@ -782,7 +781,7 @@ def _stream_of_tables(positions) -> int | None:
 
 def _new_rope_table(positions, freqs, head_dim, dtype):
     """Lines (N, 2) and table (N, D) of _rope_table_kernel. For bf16 the table is fp16, with an eighth of bf16's rounding error."""
-    n, (main, tail) = len(positions), head_split(head_dim, dtype)
+    n, (main, tail) = len(positions), head_split(head_dim)
     table = torch.empty((n, head_dim), dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32, device=positions.device)
     lines = torch.empty((n, 2), dtype=torch.int32, device=positions.device)
     block = ROPE_TABLE.blocks["BLOCK"]
@@ -815,7 +814,7 @@ def _operands(qkv, positions, freqs, parameters, eps, center, dtype):
     pointers = [qkv if a is None else a.contiguous() for a in (bias, lines, table, *parameters[:4])]
 
     def constexprs(config):
-        return _constexprs(n, heads, head_dim, dtype, table, bias, q_weight, q_bias, eps, center, config.blocks.values())
+        return _constexprs(n, heads, head_dim, table, bias, q_weight, q_bias, eps, center, config.blocks.values())
 
     return pointers, constexprs
 
@@ -940,7 +939,7 @@ def audit_cases() -> list[dict]:
 
 def _case(name, kernel, config, n, head_dim, norm, flags, kind, archs):
     present = "present"  # stands for a tensor: only whether it is None matters
-    shared = _constexprs(n, 16, head_dim, torch.bfloat16, present, present, present if norm else None, None, 1e-6, False, config.blocks.values())
+    shared = _constexprs(n, 16, head_dim, present, present, present if norm else None, None, 1e-6, False, config.blocks.values())
     constexprs = {name: value for name, value in (shared | flags | config.blocks).items() if name in kernel.arg_names}
     types = dict.fromkeys(("POSITIONS", "FREQS", "BIAS", "LSE", "ROWS", "PARTIAL"), "*fp32") | dict(TABLE="*fp16", LINES="*i32")
     if norm:
