@@ -210,6 +210,14 @@ def check_part(records: list[dict]) -> Part:
     return Part("Regressions", [line, "", *markdown(["case", "ms: median", "times the reference"], rows), ""], [row])
 
 
+def choices(run: dict) -> list[str]:
+    """What was chosen by timing on that machine, of which candidates."""
+    rows = [[chosen["op"], chosen["shape"], chosen["choice"], "; ".join(f"{name}: {number(1e3 * ms)}" for name, ms in
+             sorted(chosen["times_ms"].items(), key=lambda item: item[1]))] for chosen in run.get("choices", [])]
+    title = "What was timed there to choose among tiles, and of attention (forward and backward of 16,384 tokens) among backends:"
+    return [title, "", *markdown(["op", "shape", "choice", "candidates, us"], [list(map(cell, row)) for row in rows]), ""] if rows else []
+
+
 def harness_parts(name: str, run: dict) -> list[Part]:
     """Of a file of harness records, by topic. ValueError for another schema, an unknown kind of records, or summaries that lie."""
     if run.get("schema") != SCHEMA:
@@ -231,7 +239,7 @@ def harness_parts(name: str, run: dict) -> list[Part]:
             for record in records:
                 if record["kind"] == "op":
                     report_kernels.check(name, record)
-            lines = [*report_kernels.opening(run), "Every row: [results_kernels.md](results_kernels.md).", ""]
+            lines = [*report_kernels.opening(run), "Every row: [results_kernels.md](results_kernels.md).", "", *choices(run)]
             drawn = ("speedup", "roofline") if any(record["kind"] == "op" for record in records) else ()
             figures = {plot: lambda plot=plot: report_kernels.figures(run)[plot] for plot in drawn}
             parts.append(Part("Kernels", lines, report_kernels.rows(run), figures))

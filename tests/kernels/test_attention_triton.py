@@ -1,6 +1,7 @@
 """The Triton kernels of rope_attention, through the operator: in triton's interpreter, and on CUDA where there is one."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -317,3 +318,13 @@ def test_cuda_matches_truth(shape, norm, dtype):
     inputs = inputs_of(*shape, dtype, norm, batch=3)
     inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     assert_matches_truth(lambda **kw: rope_attention(**kw, backend="triton"), eager, inputs, frozen=("freqs",))
+
+
+def test_two_groups_of_warps_never_share_a_tail_of_16_channels_on_sm_90():
+    """Each would take 8 of them, and Triton 3.6 lets it read shared memory that is not its own: an illegal memory access on an H100."""
+    for head_dim, dtype, norm, n in itertools.product(range(8, 257, 8), (torch.float32, torch.bfloat16), (False, True), (64, 256, 1024)):
+        shape_class = attention_triton._shape_class("forward", n, head_dim, dtype, norm)
+        arch = max(known for known, name in attention_triton.FORWARD if name == shape_class and known <= 90)
+        for config in attention_triton.FORWARD[arch, shape_class]:
+            if attention_triton.head_split(head_dim)[1] == 16:
+                assert (config.blocks["BLOCK_M"], config.num_warps) != (64, 8), (head_dim, dtype, norm, n)
