@@ -674,7 +674,8 @@ def _prepares(shape_class: str, n: int) -> bool:
 
 # Static choices first, then candidates that are timed where they run. Chosen with the offline compiler: no spill at the model's shapes,
 # blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. On sm_90 an H100 had its say:
-# of "resident 80" it took the second at Dh = 72 and the third at 64, of which the first is within 4 and 11 %; with QK-norm the second, though it spills.
+# of "resident 80" it took the second at Dh = 72 and the third at 64, of which the first is within 4 and 11 %;
+# with QK-norm the second, though it spills.
 # No forward on sm_90 that may have a tail of 16 channels has 64 queries for 8 warps: two groups of 4 then take 8 channels each, and in fp32
 # Triton 3.6 lets them read shared memory that is not theirs (an illegal memory access; compute-sanitizer finds it).
 def _forward(m: int, n: int, warps: int, stages: int = 1) -> Config:
