@@ -3,9 +3,8 @@
     python bench/gpu.py --out FOLDER [--list] [--stage NAME] [--budget-s SECONDS]
 
 Each stage is a process of its own, pytest, that may take 9 minutes. FOLDER gets three files: stages.json, what every stage has come to;
-kernels_<device>.json, all results so far in one, and what was chosen by timing where they ran; gpu.log, what the stages printed. The first
-two are written anew after each stage, and a stage that crashes, hangs or runs out of time loses neither the others nor what it had measured
-itself. Before the first stage of ops all
+kernels_<device>.json, all results so far in one; gpu.log, what the stages printed. The first two are written anew after each stage, and a
+stage that crashes, hangs or runs out of time loses neither the others nor what it had measured itself. Before the first stage of ops all
 cores compile what these stages launch, side by side; what they find compiled is not part of their 9 minutes.
 
 Run again on the same FOLDER, it goes on: stages that were never begun first, then those that were cut short or failed. The stages <op>_1
@@ -41,7 +40,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder al
 
 from bench.harness import SAME, commit, merge, write  # noqa: E402
 from bench.step import CACHES  # noqa: E402
-from lightningdit_kernels import tuning  # noqa: E402
 
 # Of its plugins only this one (run_limited): others that are installed cost seconds a process.
 PYTEST = (sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin")
@@ -257,8 +255,7 @@ def results_file(state: dict, out: Path) -> Path | None:
     merged = merge(results)
     left = {name: state[name]["status"] if name in state else "not begun" for name in STAGES if not finished(state.get(name))}
     path = out / f"kernels_{re.sub(r'[^a-z0-9]+', '_', merged.get('gpu', 'cpu').lower()).strip('_')}.json"
-    kept = [{key: entry[key] for key in ("op", "shape", "choice", "times_ms")} for entry in tuning.choices_here()]
-    write(path, merged | dict(choices=kept) | (dict(stages_missing=left) if left else {}))
+    write(path, merged | (dict(stages_missing=left) if left else {}))
     return path
 
 

@@ -157,8 +157,9 @@ def found_of(results: Results, cuda: bool) -> list[tuple[Goal, Found | None, str
 
 def lines(results: Results) -> list[str]:
     """Two tables: on a GPU and on a CPU."""
-    out = ["## Goals on a GPU", "", f"One H200, bf16, measured side by side in one run. What no file holds is {UNMEASURED}. A ratio is how",
-           "many times better ours is than a peer; the column has the one to the fastest peer.", ""]
+    out = ["## Goals on a GPU", "", "Goals are for one H200. What was measured is of the GPU that the file names, in bf16, side by side",
+           f"with the peers of the same run. What no file holds is {UNMEASURED}. A ratio is how many times better ours is than",
+           "a peer; the column has the one to the fastest peer.", ""]
     for cuda in (True, False):
         rows = []
         for goal, found, name in found_of(results, cuda):

@@ -211,11 +211,18 @@ def check_part(records: list[dict]) -> Part:
 
 
 def choices(run: dict) -> list[str]:
-    """What was chosen by timing on that machine, of which candidates."""
+    """By hand: what was chosen by timing on that machine, of which candidates; and what compiled graphs take for attention there."""
     rows = [[chosen["op"], chosen["shape"], chosen["choice"], "; ".join(f"{name}: {number(1e3 * ms)}" for name, ms in
              sorted(chosen["times_ms"].items(), key=lambda item: item[1]))] for chosen in run.get("choices", [])]
     title = "What was timed there to choose among tiles, and of attention (forward and backward of 16,384 tokens) among backends:"
-    return [title, "", *markdown(["op", "shape", "choice", "candidates, us"], [list(map(cell, row)) for row in rows]), ""] if rows else []
+    lines = [title, "", *markdown(["op", "shape", "choice", "candidates, us"], [list(map(cell, row)) for row in rows]), ""] if rows else []
+    if found := run.get("compiled_attention"):
+        names = ("triton_ms", "sdpa_compiled_ms", "sdpa_and_two_copies_ms")
+        cells = [["{tokens} tokens, {heads} x {head_dim}, QK-norm {qk_norm}".format(**row), *(number(row[name]) for name in names)]
+                 for row in found["rows"]]
+        title = f"Attention in a compiled graph, ms, from which `auto` has its estimate ({found['note']}):"
+        lines += [title, "", *markdown(["shape", "ours", "PyTorch's, compiled", "SDPA and two copies"], cells), ""]
+    return lines
 
 
 def harness_parts(name: str, run: dict) -> list[Part]:
@@ -385,6 +392,19 @@ def lever_parts(name: str, content: dict) -> list[Part]:
                  {"": lambda: levers.figure(content)})]
 
 
+def host_parts(name: str, content: dict) -> list[Part]:
+    """CPU time of a training step, by hand, in pairs with a commit before; now against before, and against the official graph."""
+    taken = content["host_ms"]
+    table = markdown(["contestant", "CPU time of a step, ms"], [[cell(who), ", ".join(map(number, ms))] for who, ms in taken.items()])
+    rows = []
+    for who in ("ours compiled with triton attention", "ours eager"):
+        before, now = (next(ms for full, ms in taken.items() if full.startswith(f"{who}, {when}")) for when in ("before", "now"))
+        ratio = statistics.median(old / new for old, new in zip(before, now, strict=True))
+        rows.append(Row(f"CPU time of a step, {who}", "XL/1, 256 tokens, batch 8", f"{number(statistics.median(now))} ms", "",
+                        f"before: {number(statistics.median(before))} ms", ratio))
+    return [Part("Training", [content["what"] + ".", "", *table, ""], rows)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """Files PREFIX_*.json: what they say, and the command that makes one. ValueError from `parts` for a file that is not what it seems."""
@@ -399,6 +419,7 @@ KINDS = dict(
     kernels=HARNESS, step=HARNESS, growth=HARNESS, sampling=HARNESS, tokenizer=HARNESS, latents=HARNESS, images=HARNESS, check=HARNESS,
     demo=Kind(demo_parts, "python bench/demo.py", "Training"),
     spin=Kind(spin_parts, "by hand", "Training"),
+    host=Kind(host_parts, "by hand: bench/step.py --steps 50 under the stand-in", "Training"),
     levers=Kind(lever_parts, "python bench/levers.py", "Training"),
     solvers=Kind(solver_parts, "python bench/solvers.py", "Sampling"),
     tokenizer_study=Kind(study_parts, "python bench/tokenizer_study.py --publish", "Tokenizers"),

@@ -10,7 +10,6 @@ import importlib
 import logging
 import math
 import operator
-import threading
 
 import torch
 import torch.nn.functional as nnf
@@ -33,7 +32,7 @@ _log = logging.getLogger("lightningdit_kernels")
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn", "xformers")
 
 # The starting guess of "auto" on CUDA for bf16 and fp16, until it is timed on the GPU at hand: (compute capability, N, Dh) -> the backend
-# that won forward + backward in bench_attention.py. Without a row, not yet measured, the guess is "sdpa".
+# that was fastest, or level, forward + backward. Without a row, not yet measured, the guess is "sdpa".
 MEASURED = {((9, 0), n, head_dim): "triton" for n, head_dim in ((256, 64), (256, 72), (1024, 72))}
 
 
@@ -288,29 +287,7 @@ def fused(
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"rope_attention: {name} requires a gradient, expected a constant, or backend 'sdpa', which has that gradient")
     arguments = (qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, result_dtype(qkv))
-    if torch.compiler.is_compiling():
-        return torch.ops.lightningdit.rope_attention(*arguments)[0]
-    with called_eagerly():
-        return torch.ops.lightningdit.rope_attention(*arguments)[0]
-
-
-_calls = threading.local()
-
-
-@contextlib.contextmanager
-def called_eagerly():
-    """Inside, this thread passes tensors of the caller. A compiled graph passes buffers, too, which it fills again without counting."""
-    before = is_called_eagerly()
-    _calls.eager = True
-    try:
-        yield
-    finally:
-        _calls.eager = before
-
-
-def is_called_eagerly() -> bool:
-    """Whether called_eagerly() holds in this thread."""
-    return getattr(_calls, "eager", False)
+    return torch.ops.lightningdit.rope_attention(*arguments)[0]
 
 
 # Package, function, the keyword of its softmax scale, what pip installs it from. Both want head dimensions that are multiples of 8.
@@ -411,9 +388,9 @@ def _words(n, heads, head_dim, dtype, out_dtype, rope, qk_norm, biased, compiled
 
 MEASURED_TOKENS = 16_384  # of a batch, at least one sample: with 16 heads and N = 256, 8 programs of the forward on an SM of an H200
 BYTES_A_VALUE = 128  # that PyTorch's way takes for each of the B * N * H * Dh values of q in eager mode: fp32 copies of q and k, mostly
-# Passes over qkv, a copy each, that stand for what a compiler makes of rotation, bias and their gradients, and of QK-norm with them: what
-# compiled graphs took on an H100 beyond attention itself, with N = 256 and 1,024, Dh = 64 and 72, was 4.1 to 4.7, and 11.2 passes.
-PASSES, PASSES_NORM = 4, 11
+# Copies of qkv that stand for what a compiler makes of rotation, bias, QK-norm and their gradients. On an H100 compiled graphs with the
+# first two took attention and 5.1 to 5.7 copies, the backward's own included, and with QK-norm 12.2; the parts are an estimate.
+PASSES = dict(rope=2, bias=2, qk_norm=7)
 WRONG = 0.05  # distance from fp32, relative to its norm. bf16 is within 0.01.
 
 
@@ -468,7 +445,7 @@ def _measure(candidates, device, n, heads, head_dim, dtype, out_dtype, rope, qk_
     with torch.autocast(device.type, out_dtype, enabled=out_dtype != dtype):
         correct = [backend for backend in candidates if _correct(backend, ways[backend], inputs, grad)]
         if compiled:
-            passes = PASSES if qk_norm == "none" else PASSES_NORM
+            passes = sum(PASSES[name] for name, given in (("rope", rope), ("bias", biased), ("qk_norm", qk_norm != "none")) if given)
             ways |= {backend: functools.partial(_as_compiled, way, passes) for backend, way in ways.items() if backend != "triton"}
         return time_candidates("rope_attention", {backend: functools.partial(_step, ways[backend], inputs, grad) for backend in correct})
 
@@ -481,7 +458,7 @@ def _step(attention, inputs, grad):
 
 
 def _as_compiled(attention, passes, qkv, **_):
-    for _ in range(passes):  # one more, in the backward, puts the gradients of q, k and v together
+    for _ in range(passes):  # one more, in the backward, puts the gradients of q, k and v together whatever is asked
         qkv = qkv.clone()
     return attention(qkv)
 

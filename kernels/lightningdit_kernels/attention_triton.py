@@ -29,15 +29,13 @@ per program, added in a fixed order.
 
 import functools
 import math
-import weakref
 
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightningdit_kernels.attention import is_called_eagerly
 from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
+from lightningdit_kernels.plans_triton import planned
 from lightningdit_kernels.sums_triton import sum_case, sum_partials
 from lightningdit_kernels.tuning import Config, pick
 
@@ -673,11 +671,12 @@ def _prepares(shape_class: str, n: int) -> bool:
 
 
 # Static choices first, then candidates that are timed where they run. Chosen with the offline compiler: no spill at the model's shapes,
-# blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. On sm_90 an H100 had its say:
-# of "resident 80" it took the second at Dh = 72 and the third at 64, of which the first is within 4 and 11 %;
-# with QK-norm the second, though it spills.
-# No forward on sm_90 that may have a tail of 16 channels has 64 queries for 8 warps: two groups of 4 then take 8 channels each, and in fp32
-# Triton 3.6 lets them read shared memory that is not theirs (an illegal memory access; compute-sanitizer finds it).
+# blocks of 128 so that L2 is read little, and then two programs on a multiprocessor where registers allow it. On sm_90 an H100 had its
+# say: of "resident 80" it took the second at Dh = 72 and the third at 64, where the first takes 4 and 10 % longer; with QK-norm the
+# second, which spills, so that the audit does not let it be first.
+# On sm_90 no forward with a tail of 16 channels has 64 queries for 8 warps. In fp32 such a kernel died of an illegal memory access: a
+# product read shared memory that is not its own (compute-sanitizer). The cause is unknown; ptxas spills uniform registers, which hold the
+# products' descriptors, three times as often there as in its neighbours, all of which were right.
 def _forward(m: int, n: int, warps: int, stages: int = 1) -> Config:
     return Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages)
 
@@ -749,39 +748,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-# By positions, whose death ends it; then by what else a table depends on: freqs, the number of writes to both, and where they lie.
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def _rope_table(positions, freqs, head_dim, dtype):
-    """_new_rope_table, kept for the next call: a model's positions and frequencies are constant.
-
-    Only an eager call of the op adds a table: a compiled graph fills its buffers again without counting that as a write, and what is
-    allocated in its graph pool is overwritten. A backward, and a compiled graph, take one that is there.
-    """
-    stream = _stream_of_tables(positions)
-    if stream is None or positions.is_inference() or freqs.is_inference():  # inference tensors do not count writes
-        return _new_rope_table(positions, freqs, head_dim, dtype)
-    state = positions._version, freqs._version, positions.data_ptr(), freqs.data_ptr()
-    found = _tables.get(positions, {}).get((dtype, stream))
-    if found is None or found[0]() is not freqs or found[1] != state:
-        table = _new_rope_table(positions, freqs, head_dim, dtype)
-        if not is_called_eagerly():
-            return table
-        found = _tables.setdefault(positions, {})[dtype, stream] = weakref.ref(freqs), state, table
-    return found[2]
-
-
-def _stream_of_tables(positions) -> int | None:
-    """The stream on which a kept table may be used: each has its own, since it is not waited for. None in the capture of a CUDA graph,
-    which makes its own: it may be replayed after positions were written to.
-    """
-    if not positions.is_cuda:
-        return 0
-    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
-
-
-def _new_rope_table(positions, freqs, head_dim, dtype):
     """Lines (N, 2) and table (N, D) of _rope_table_kernel. For bf16 the table is fp16, with an eighth of bf16's rounding error."""
     n, (main, tail) = len(positions), head_split(head_dim)
     table = torch.empty((n, head_dim), dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32, device=positions.device)
@@ -821,6 +788,7 @@ def _operands(qkv, positions, freqs, parameters, eps, center, dtype):
     return pointers, constexprs
 
 
+@planned
 def rope_attention_fwd(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center, out_dtype):
     """out (B, N, H*D) in out_dtype and lse (B, H, N) in fp32 of the operator lightningdit::rope_attention. D: a multiple of 8 up to 256."""
     batch, n, _, heads, head_dim = qkv.shape
@@ -856,6 +824,7 @@ def _bias_sums(partial):
     return partial[:, :, :, -3:]
 
 
+@planned
 def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight, q_bias, k_bias, bias, eps, center):
     """Gradients of qkv, q_weight, k_weight, q_bias, k_bias and bias, each in its dtype; empty for what is None."""
     batch, n, _, heads, head_dim = qkv.shape
@@ -865,7 +834,7 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
     if qkv.dtype != out.dtype:
         shape_class = shape_class.replace("head", "flash")  # one program a head keeps q' in grad_qkv
     sums = 4 * (q_weight is not None) + 3 * (bias is not None)  # rows of every program: q_weight, q_bias, k_weight, k_bias; q, k, v of bias
-    partial = qkv.new_zeros((batch, heads, 0, sums, head_dim), dtype=torch.float32)
+    partial = qkv.new_empty((batch, heads, 0, sums, head_dim), dtype=torch.float32)
     if out.numel():
         pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out.dtype)
         scales = dict(SCALE=1 / math.sqrt(head_dim), LOG2_SCALE=LOG2E.value / math.sqrt(head_dim), PRECISION=_precision(out.dtype))

@@ -7,6 +7,7 @@ Whatever is out of the ordinary takes Triton's way, which is slower and never wr
 
 import functools
 import operator
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ _address, _device, _dtype = torch.Tensor.data_ptr, torch.Tensor.get_device, oper
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # without a check whether CUDA was initialised: there are tensors
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _runtime, _compilation = knobs.runtime, knobs.compilation
+watching = threading.local()  # .plan: who notes what this thread launches (plans_triton.py)
 
 
 def fast_launch(kernel: Any) -> Any:
@@ -43,6 +45,11 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not below n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def is_watched() -> bool:
+    """Whether somebody set a knob of Triton, or wants to see every launch."""
+    return bool(_runtime.__dict__ or _compilation.__dict__ or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,7 @@ class PreparedFunction(triton.JITFunction):
         layout = self.layouts.get(kinds, _layout)
         if layout is _layout:
             layout = self.layouts[kinds] = _layout(arguments, values)
-        watched = _runtime.__dict__ or _compilation.__dict__ or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls
-        if layout is None or watched or self.pre_run_hooks or type(grid) is not tuple:
+        if layout is None or is_watched() or self.pre_run_hooks or type(grid) is not tuple:
             return self.run(*arguments, grid=grid, warmup=False, **constants)
         tensors = layout.tensors(arguments)
         addresses, devices = [*map(_address, tensors)], [*map(_device, tensors)]
@@ -92,12 +98,20 @@ class PreparedFunction(triton.JITFunction):
         for where, name, value in names:
             if where.get(name) is not value:  # which Triton refuses
                 return self.run(*arguments, grid=grid, warmup=False, **constants)
+        if (plan := getattr(watching, "plan", None)) is not None:
+            plan.launches.append((grid, variant, layout.positions, addresses))
         filled = filled.copy()
         for position, address in zip(layout.positions, addresses, strict=True):
             filled[position] = address
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, _current_stream(device), function, metadata, None, None, None, *filled)
         return kernel
+
+    def run(self, *arguments, **options):
+        """Triton's way, which no plan has."""
+        if (plan := getattr(watching, "plan", None)) is not None:
+            plan.prepared = False
+        return super().run(*arguments, **options)
 
     def _first(self, layout, key, grid, arguments, constants):
         """Launches as Triton does, and keeps what it launched."""

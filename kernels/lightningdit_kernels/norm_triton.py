@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
+from lightningdit_kernels.plans_triton import planned
 from lightningdit_kernels.sums_triton import SUMS, add_rows
 from lightningdit_kernels.tuning import Config, pick
 
@@ -356,6 +357,7 @@ def _backward_class(width: int, stream: torch.dtype, with_grad_residual: bool) -
     return shape_class if (80, shape_class) in BACKWARD else str(pieces(width)[0])
 
 
+@planned
 def norm_fwd(x, y, gate, scale, shift, weight, bias, eps: float, center: bool, out_dtype: torch.dtype):
     """Launches the forward: arguments as in norm.norm_forward_ref. Returns x' (None without y), h, mean (None unless center), rstd."""
     x, (B, N, D) = x.contiguous(), x.shape
@@ -379,6 +381,7 @@ def norm_fwd(x, y, gate, scale, shift, weight, bias, eps: float, center: bool, o
     return residual, h, mean, rstd
 
 
+@planned
 def norm_bwd(
     grad_residual, grad_h, residual, y, gate, scale, weight, bias, mean, rstd, branch_dtype=None, shift_dtype=None
 ) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
+from lightningdit_kernels.plans_triton import planned
 from lightningdit_kernels.sums_triton import sum_case, sum_partials
 from lightningdit_kernels.tuning import Config, pick
 
@@ -113,6 +114,7 @@ def _launch(op: str, launch, like: Tensor, hidden: int, key: tuple):
     launch(pick(op, CONFIGS, like.device, _shape_class(hidden), (hidden, *key), launch))
 
 
+@planned
 def swiglu_fwd(packed: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """Launches the forward on packed (..., 2F) and bias (2F,); returns (..., F)."""
     packed, F = packed.contiguous(), packed.shape[-1] // 2
@@ -131,6 +133,7 @@ def swiglu_fwd(packed: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> T
     return out
 
 
+@planned
 def swiglu_bwd(grad: Tensor, packed: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Launches the backward: the gradients to packed and to bias."""
     grad, packed, F = grad.contiguous(), packed.contiguous(), grad.shape[-1]

@@ -1,6 +1,5 @@
 """The Triton kernels of rope_attention, through the operator: in triton's interpreter, and on CUDA where there is one."""
 
-import gc
 import itertools
 
 import pytest
@@ -172,59 +171,6 @@ def test_one_program_a_head_needs_gradients_in_the_operands_dtype(monkeypatch):
 
 
 @interpreted
-def test_the_rope_table_is_made_once(monkeypatch):
-    """One table serves all calls with the same positions and frequencies, until one of them is written to, and as long as they live."""
-    made = []
-    monkeypatch.setattr(attention_triton, "_new_rope_table", lambda *inputs: made.append(inputs) or (made, made))
-    positions, freqs = grid(4, 4), frequencies(24)
-    before = len(attention_triton._tables)
-
-    def make(*dtypes, positions=positions, freqs=freqs):
-        with attention.called_eagerly():
-            for dtype in dtypes:
-                attention_triton._rope_table(positions, freqs, 24, dtype)
-        return len(made)
-
-    assert make(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16) == 2
-    assert make(torch.float32, freqs=freqs.clone()) == 3  # the same values in another tensor: nobody compares
-    freqs.mul_(2)
-    assert make(torch.float32, torch.float32) == 4
-    positions.add_(1)
-    assert make(torch.float32, torch.float32) == 5
-    with torch.inference_mode():  # tensors made here do not count writes
-        constants = positions.clone(), freqs.clone()
-    assert make(torch.float32, torch.float32, positions=constants[0], freqs=constants[1]) == 7
-    assert len(attention_triton._tables) == before + 1
-    positions.data = positions + 1  # is not counted, but lies elsewhere
-    assert make(torch.float32, torch.float32) == 8
-    made.clear()
-    del positions, make
-    gc.collect()
-    assert len(attention_triton._tables) == before
-
-
-@interpreted
-def test_what_must_not_keep_a_rope_table(monkeypatch):
-    """A compiled graph, whose buffers change without being counted, takes a table and adds none; a capture neither takes nor adds one."""
-    made, positions, freqs = [], grid(4, 4), frequencies(24)
-    monkeypatch.setattr(attention_triton, "_new_rope_table", lambda *inputs: made.append(inputs) or len(made))
-
-    def table():
-        return attention_triton._rope_table(positions, freqs, 24, torch.bfloat16)
-
-    assert [table(), table()] == [1, 2] and positions not in attention_triton._tables
-    with attention.called_eagerly():
-        kept = table()
-    assert [kept, table()] == [3, 3]
-    monkeypatch.setattr(attention_triton, "_stream_of_tables", lambda _: None)  # as in a capture
-    with attention.called_eagerly():
-        assert [table(), table()] == [4, 5]
-    monkeypatch.setattr(attention_triton, "_stream_of_tables", lambda _: 7)  # another stream, which nobody made wait
-    with attention.called_eagerly():
-        assert [table(), table()] == [6, 6]
-
-
-@interpreted
 def test_a_compiled_graph_with_two_grids_of_its_own():
     """Inductor lets the second grid lie where the first one was, as the same object, and counts no write."""
     inputs = inputs_of(3, 3, 1, 8, torch.float32)
@@ -320,11 +266,11 @@ def test_cuda_matches_truth(shape, norm, dtype):
     assert_matches_truth(lambda **kw: rope_attention(**kw, backend="triton"), eager, inputs, frozen=("freqs",))
 
 
-def test_two_groups_of_warps_never_share_a_tail_of_16_channels_on_sm_90():
-    """Each would take 8 of them, and Triton 3.6 lets it read shared memory that is not its own: an illegal memory access on an H100."""
+def test_a_forward_with_16_channels_never_has_64_queries_for_8_warps_on_sm_90():
+    """In fp32 such a kernel reads shared memory that is not its own: an illegal memory access on an H100."""
     for head_dim, dtype, norm, n in itertools.product(range(8, 257, 8), (torch.float32, torch.bfloat16), (False, True), (64, 256, 1024)):
         shape_class = attention_triton._shape_class("forward", n, head_dim, dtype, norm)
         arch = max(known for known, name in attention_triton.FORWARD if name == shape_class and known <= 90)
         for config in attention_triton.FORWARD[arch, shape_class]:
-            if attention_triton.head_split(head_dim)[1] == 16:
+            if head_dim > 16 and 16 in attention_triton.head_split(head_dim):
                 assert (config.blocks["BLOCK_M"], config.num_warps) != (64, 8), (head_dim, dtype, norm, n)

@@ -1,0 +1,164 @@
+"""Calls of a launcher that are played back: which buffers it makes and what it launches depends on the form of its arguments alone.
+
+A launcher is Python that makes outputs, chooses tiles and launches two or three kernels. The form of a call is the dtypes, shapes and
+strides of its tensors, and its other arguments. The first call of a form chooses tiles and compiles; the second is watched, and from the
+third on its plan is carried out: the same buffers, the same launches, with the addresses of the day. Whatever is out of the ordinary is
+left to the launcher, which is slower and never wrong.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightningdit_kernels.launch_triton import TENSORS, is_watched, watching
+
+MOST_PLANS = 1024  # of a launcher: batches may have any size
+VALUES = (type(None), bool, int, float, torch.dtype)
+_aten = torch.ops.aten
+BUFFERS = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
+NOT_YET, NEVER = "the first call was made", "the launcher does what no plan can have"
+
+_address, _device = torch.Tensor.data_ptr, torch.Tensor.get_device
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the buffers that a launcher makes, what it launches, and whether that is all."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffers, self.launches, self.prepared, self.known = [], [], True, True
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **options or {})
+        if function in BUFFERS:
+            self.buffers.append(result)
+        else:
+            self.known &= function.is_view
+        return result
+
+    def __enter__(self):
+        watching.plan = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        watching.plan = None
+        return super().__exit__(*error)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """buffers: size, stride and dtype. launches: grid, what launch_triton keeps of a variant, and (position, source, offset) of addresses;
+    a source is the place of a tensor among arguments and buffers. results: None or the place of one. names: globals of the kernels."""
+
+    buffers: tuple
+    launches: tuple
+    results: tuple | int | None
+    names: tuple
+
+
+def planned(launcher: Callable) -> Callable:
+    """Decorates a launcher of positional arguments that returns a tensor, or a tuple of tensors and None.
+
+    It may launch prepared kernels and make empty buffers, views of them too, and nothing else; where in an argument a kernel begins to
+    read must be where that begins; and what it does must follow from the form of the call.
+    """
+    plans: dict[tuple, _Plan | str] = {}
+
+    @functools.wraps(launcher)
+    def call(*arguments):
+        tensors, form = [], []
+        for argument in arguments:
+            kind = type(argument)
+            if kind in TENSORS:
+                tensors.append(argument)
+                form.append((argument.dtype, argument.shape, argument.stride()))
+            elif kind in VALUES:
+                form.append((kind, repr(argument) if kind is float else argument))  # 0.0 equals -0.0
+            else:
+                return launcher(*arguments)
+        addresses, devices = [*map(_address, tensors)], [*map(_device, tensors)]
+        device = devices[0]
+        ordinary = device >= 0 and devices.count(device) == len(devices) and device == _current_device()
+        if not ordinary or functools.reduce(operator.or_, addresses) & 15 or is_watched() or getattr(watching, "plan", None) is not None:
+            return launcher(*arguments)
+        form = (device, id(dist.GroupMember.WORLD) if dist.is_available() else None, *form)  # processes of a group agree on tiles
+        plan = plans.get(form)
+        if type(plan) is not _Plan or any(where.get(name) is not value for where, name, value in plan.names):
+            return _first_calls(launcher, arguments, tensors, addresses, plans, form)
+        like = tensors[0].device
+        buffers = [torch.empty_strided(size, stride, dtype=dtype, device=like) for size, stride, dtype in plan.buffers]
+        addresses += map(_address, buffers)
+        stream = _current_stream(device)
+        for (x, y, z), (_, run, function, metadata, filled, _), sources in plan.launches:
+            filled = filled.copy()
+            for position, source, offset in sources:
+                filled[position] = addresses[source] + offset
+            run(x, y, z, stream, function, metadata, None, None, None, *filled)
+        tensors += buffers
+        if type(plan.results) is int:
+            return tensors[plan.results]
+        return tuple([None if place is None else tensors[place] for place in plan.results])
+
+    call.plans = plans
+    return call
+
+
+def _first_calls(launcher, arguments, tensors, addresses, plans, form):
+    """Calls the launcher, and makes a plan of the second call: one with no two arguments at one address, nor in a capture."""
+    plan = plans.get(form)
+    if plan is None:
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plans[form] = NOT_YET
+    if plan is not NOT_YET or len({*addresses}) < len(addresses) or torch.cuda.is_current_stream_capturing():
+        return launcher(*arguments)
+    with _Watch() as watch:
+        results = launcher(*arguments)
+    if watch.prepared:
+        plans[form] = _plan_of(watch, tensors, results) if watch.known else NEVER
+    return results
+
+
+def _plan_of(watch, tensors, results):
+    """The plan of what was watched; NEVER if some address or result is unknown."""
+    everything = [*tensors, *watch.buffers]
+    begins = [tensor.data_ptr() for tensor in everything]
+    ends = [begin + tensor.untyped_storage().nbytes() for begin, tensor in zip(begins[len(tensors) :], watch.buffers, strict=True)]
+
+    def source(address):
+        """An argument that begins there, or the buffer in which it lies."""
+        if address in begins[: len(tensors)]:
+            return begins.index(address), 0
+        inside = [place for place, end in enumerate(ends, len(tensors)) if address == begins[place] or begins[place] < address < end]
+        return (inside[0], address - begins[inside[0]]) if inside else None
+
+    launches, names = [], []
+    for grid, variant, positions, launched in watch.launches:
+        sources = [*map(source, launched)]
+        if None in sources:
+            return NEVER
+        launches.append(((*grid, 1, 1)[:3], variant, tuple((p, *found) for p, found in zip(positions, sources, strict=True))))
+        names += [name for name in variant[-1] if name not in names]
+    places, free = [], [*range(len(everything))]
+    for result in results if isinstance(results, tuple) else [results]:
+        place = None if result is None else next((place for place in free if _same(everything[place], result)), -1)
+        if place == -1:
+            return NEVER
+        if place is not None:
+            free.remove(place)  # no two results are one, not even empty ones
+        places.append(place)
+    results = tuple(places) if isinstance(results, tuple) else places[0]
+    return _Plan(tuple((b.shape, b.stride(), b.dtype) for b in watch.buffers), tuple(launches), results, tuple(names))
+
+
+def _same(tensor, result):
+    return all(getattr(tensor, what) == getattr(result, what) for what in ("shape", "dtype")) and (
+        tensor.data_ptr() == result.data_ptr() and tensor.stride() == result.stride()
+    )
