@@ -161,6 +161,8 @@ def figures_of(kind, content):
         return [("arms", "plain", "reconstruction", "psnr"), ("arms", "aligned", "generation", "fd_classifier")]
     if kind == "spin":
         return [("images_per_second_beside_other_programs", "3000"), ("images_per_second_alone", "default")]
+    if kind == "host":
+        return [("host_ms", who, 0) for who in content["host_ms"]]
     if kind == "chaos":
         return [("runs", 0, "lives"), ("steps",)]
     if kind == "solvers":
