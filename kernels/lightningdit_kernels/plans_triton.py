@@ -8,6 +8,7 @@ left to the launcher, which is slower and never wrong.
 
 import functools
 import operator
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ MOST_PLANS = 1024  # of a launcher: batches may have any size
 VALUES = (type(None), bool, int, float, torch.dtype)
 _aten = torch.ops.aten
 BUFFERS = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
+_one_watch = threading.Lock()  # modes have flags of the whole process
 NOT_YET, NEVER = "the first call was made", "the launcher does what no plan can have"
 
 _address, _device = torch.Tensor.data_ptr, torch.Tensor.get_device
@@ -33,14 +35,23 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.buffers, self.launches, self.prepared, self.known = [], [], True, True
+        self.buffers, self.launches, self.kept, self.prepared, self.known = [], [], [], True, True
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # or PyTorch imports the compiler, which takes seconds
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **options or {})
-        if function in BUFFERS:
+        if not (self.prepared and self.known):  # timing of candidates, too: nothing of it is kept
+            self.buffers.clear(), self.launches.clear(), self.kept.clear()
+        elif function in BUFFERS:
             self.buffers.append(result)
-        else:
-            self.known &= function.is_view
+        else:  # a view by its memory: below autograd `contiguous` comes as one operator, which copies or does not
+            memory = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
+            results = result if isinstance(result, (tuple, list)) else [result]
+            self.known &= all(isinstance(r, torch.Tensor) and r.untyped_storage().data_ptr() in memory for r in results)
+            self.kept.append(result)  # its address may not become a buffer's
         return result
 
     def __enter__(self):
@@ -90,7 +101,7 @@ def planned(launcher: Callable) -> Callable:
             return launcher(*arguments)
         form = (device, id(dist.GroupMember.WORLD) if dist.is_available() else None, *form)  # processes of a group agree on tiles
         plan = plans.get(form)
-        if type(plan) is not _Plan or any(where.get(name) is not value for where, name, value in plan.names):
+        if type(plan) is not _Plan or _changed(plan):
             return _first_calls(launcher, arguments, tensors, addresses, plans, form)
         like = tensors[0].device
         buffers = [torch.empty_strided(size, stride, dtype=dtype, device=like) for size, stride, dtype in plan.buffers]
@@ -110,18 +121,27 @@ def planned(launcher: Callable) -> Callable:
     return call
 
 
+def _changed(plan):
+    """Whether a global of a kernel was set."""
+    return any(where.get(name) is not value for where, name, value in plan.names)
+
+
 def _first_calls(launcher, arguments, tensors, addresses, plans, form):
     """Calls the launcher, and makes a plan of the second call: one with no two arguments at one address, nor in a capture."""
-    plan = plans.get(form)
-    if plan is None:
-        if len(plans) >= MOST_PLANS:
-            plans.clear()
-        plans[form] = NOT_YET
-    if plan is not NOT_YET or len({*addresses}) < len(addresses) or torch.cuda.is_current_stream_capturing():
-        return launcher(*arguments)
-    with _Watch() as watch:
+    plan, capturing = plans.get(form), torch.cuda.is_current_stream_capturing()
+    if plan is not NOT_YET or capturing or len({*addresses}) < len(addresses) or not _one_watch.acquire(blocking=False):
         results = launcher(*arguments)
-    if watch.prepared:
+        if plan is None and not capturing:  # a capture chooses nothing that is kept, nor does a call that raises
+            if len(plans) >= MOST_PLANS:
+                plans.clear()
+            plans[form] = NOT_YET
+        return results
+    try:
+        with _Watch() as watch:
+            results = launcher(*arguments)
+    finally:
+        _one_watch.release()
+    if watch.prepared:  # else a variant was compiled: the next call may be watched
         plans[form] = _plan_of(watch, tensors, results) if watch.known else NEVER
     return results
 
@@ -146,7 +166,7 @@ def _plan_of(watch, tensors, results):
             return NEVER
         launches.append(((*grid, 1, 1)[:3], variant, tuple((p, *found) for p, found in zip(positions, sources, strict=True))))
         names += [name for name in variant[-1] if name not in names]
-    places, free = [], [*range(len(everything))]
+    places, free = [], [*range(len(tensors), len(everything)), *range(len(tensors))]
     for result in results if isinstance(results, tuple) else [results]:
         place = None if result is None else next((place for place in free if _same(everything[place], result)), -1)
         if place == -1:
