@@ -1,16 +1,6 @@
 """Launches that launch_triton prepares are those of Triton: under the stand-in, whose driver is asked for neither."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-from rehearsal import stand_in
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Launches each case by Triton, then twice by the prepared function, and prints {case: [what reached
 # the launcher is the same, how many of the two launches Triton's binder saw]}, and what else it saw.
@@ -167,21 +157,8 @@ print(json.dumps([found, seen]))
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory):
-    if reason := stand_in.unavailable():
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("launches")
-    script = folder / "script.py"  # Triton reads the source of a kernel from its file
-    script.write_text(SCRIPT, encoding="utf-8")
-    with stand_in.environment(stand_in.CARDS["h100"], folder / "cache") as variables:
-        variables.pop("TRITON_INTERPRET", None)
-        path = os.pathsep.join([str(ROOT / "kernels"), variables.get("PYTHONPATH", "")])
-        options = {"capture_output": True, "text": True, "check": False}
-        done = subprocess.run(
-            [sys.executable, script], env=variables | {"PYTHONPATH": path}, **options
-        )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def printed(probe):
+    return probe(SCRIPT)
 
 
 def test_the_launcher_gets_what_triton_gives_it(printed):

@@ -1,16 +1,6 @@
 """Calls that plans_triton plays back launch what the launcher launches: under the stand-in, with its launches and buffers in order."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-from rehearsal import stand_in
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Prints {case: [whether the third call and the launcher itself launch the same on the same buffers, whether it was played back]},
 # and what else it saw.
@@ -22,7 +12,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from lightningdit_kernels import plans_triton
 from lightningdit_kernels.attention_triton import rope_attention_bwd, rope_attention_fwd
-from lightningdit_kernels.norm_triton import norm_bwd, norm_fwd
+from lightningdit_kernels.norm_triton import _norm_fwd_kernel, norm_bwd, norm_fwd
 from lightningdit_kernels.swiglu_triton import swiglu_bwd, swiglu_fwd
 
 launched, call = [], CudaLauncher.__call__
@@ -138,6 +128,9 @@ noted_launches = []
 knobs.runtime.launch_enter_hook.add(noted_launches.append)
 seen["hook"] = [bodies(make()), len(noted_launches)]
 knobs.runtime.launch_enter_hook.remove(noted_launches.append)
+_norm_fwd_kernel.pre_run_hooks.append(hook := lambda *arguments, **options: noted_launches.append("pre"))
+seen["hook before a launch"] = [bodies(make()), noted_launches[-1]]
+_norm_fwd_kernel.pre_run_hooks.remove(hook)
 seen["other eps"] = [bodies((*make()[:7], eps, True, torch.bfloat16)) for eps in (0.0, 0.0, 0.0, -0.0)]
 seen["one tensor twice"] = [bodies((*(a := make())[:6], a[5] if twice else a[6], 0.5, True, HALF)) for twice in (1, 1, 1, 0, 0, 1)]
 most, plans_triton.MOST_PLANS = plans_triton.MOST_PLANS, 3
@@ -172,20 +165,8 @@ print(json.dumps([found, seen]))
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory):
-    if reason := stand_in.unavailable():
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("plans")
-    script = folder / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    with stand_in.environment(stand_in.CARDS["h100"], folder / "cache") as variables:
-        variables.pop("TRITON_INTERPRET", None)
-        path = os.pathsep.join([str(ROOT / "kernels"), variables.get("PYTHONPATH", "")])
-        options = {"capture_output": True, "text": True, "check": False}
-        environment = variables | {"PYTHONPATH": path, "LIGHTNINGDIT_AUTOTUNE": "0"}
-        done = subprocess.run([sys.executable, script], env=environment, **options)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def printed(probe):
+    return probe(SCRIPT, LIGHTNINGDIT_AUTOTUNE="0")
 
 
 def test_what_is_played_back_is_what_the_launcher_does(printed):
@@ -202,8 +183,9 @@ def test_what_is_out_of_the_ordinary_is_left_to_the_launcher(printed):
     assert seen["misaligned"] == 1
     assert seen["of the host"] == "ValueError"
     assert seen["hook"] == [1, 1]
+    assert seen["hook before a launch"] == [1, "pre"]
     assert seen["other eps"] == [1, 1, 0, 1]
-    assert seen["one tensor twice"] == [1, 1, 1, 1, 0, 0]  # nothing is told apart by an address that two have
+    assert seen["one tensor twice"] == [1, 1, 1, 1, 0, 0]  # the addresses of two arguments must differ
 
 
 def test_plans_are_not_kept_without_end(printed):
