@@ -393,9 +393,9 @@ def lever_parts(name: str, content: dict) -> list[Part]:
 
 
 def host_parts(name: str, content: dict) -> list[Part]:
-    """CPU time of a training step, by hand, in pairs with a commit before; now against before, and against the official graph."""
+    """CPU time of a training step, by hand, in pairs with a commit before."""
     taken = content["host_ms"]
-    table = markdown(["contestant", "CPU time of a step, ms"], [[cell(who), ", ".join(map(number, ms))] for who, ms in taken.items()])
+    table = markdown(["step", "CPU time, ms"], [[cell(who), ", ".join(map(number, ms))] for who, ms in taken.items()])
     rows = []
     for who in ("ours compiled with triton attention", "ours eager"):
         before, now = (next(ms for full, ms in taken.items() if full.startswith(f"{who}, {when}")) for when in ("before", "now"))

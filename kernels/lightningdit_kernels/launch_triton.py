@@ -27,7 +27,15 @@ _address, _device, _dtype = torch.Tensor.data_ptr, torch.Tensor.get_device, oper
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # without a check whether CUDA was initialised: there are tensors
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _runtime, _compilation = knobs.runtime, knobs.compilation
-watching = threading.local()  # .plan: who notes what this thread launches (plans_triton.py)
+
+
+class _Watching(threading.local):
+    """.by: who notes what this thread launches, for plans_triton."""
+
+    by = None
+
+
+watching = _Watching()
 
 
 def fast_launch(kernel: Any) -> Any:
@@ -63,6 +71,21 @@ class _Layout:
     variants: dict[tuple, tuple] = field(default_factory=dict)
 
 
+def is_changed(variant: tuple) -> bool:
+    """Whether a global that the kernel uses was set since it was compiled."""
+    return any(where.get(name) is not value for where, name, value in variant[-1])
+
+
+def enqueue(variant: tuple, grid: tuple, positions: tuple[int, ...], addresses: list[int], device: int) -> None:
+    """Launches a variant on the device's current stream, with addresses at these positions of its arguments."""
+    _, run, function, metadata, filled, _ = variant
+    filled = filled.copy()
+    for position, address in zip(positions, addresses, strict=True):
+        filled[position] = address
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, _current_stream(device), function, metadata, None, None, None, *filled)
+
+
 class PreparedFunction(triton.JITFunction):
     """A kernel that keeps what launches its variants: CompiledKernel.run, with the arguments that triton 3.6 to 3.9 give it.
 
@@ -94,23 +117,17 @@ class PreparedFunction(triton.JITFunction):
         variant = layout.variants.get(key)
         if variant is None:
             return self._first(layout, key, grid, arguments, constants)
-        kernel, run, function, metadata, filled, names = variant
-        for where, name, value in names:
-            if where.get(name) is not value:  # which Triton refuses
-                return self.run(*arguments, grid=grid, warmup=False, **constants)
-        if (plan := getattr(watching, "plan", None)) is not None:
-            plan.launches.append((grid, variant, layout.positions, addresses))
-        filled = filled.copy()
-        for position, address in zip(layout.positions, addresses, strict=True):
-            filled[position] = address
-        x, y, z = (*grid, 1, 1)[:3]
-        run(x, y, z, _current_stream(device), function, metadata, None, None, None, *filled)
-        return kernel
+        if is_changed(variant):  # which Triton refuses
+            return self.run(*arguments, grid=grid, warmup=False, **constants)
+        if watching.by is not None:
+            watching.by.launches.append((self, grid, variant, layout.positions, addresses))
+        enqueue(variant, grid, layout.positions, addresses, device)
+        return variant[0]
 
     def run(self, *arguments, **options):
         """Triton's way, which no plan has."""
-        if (plan := getattr(watching, "plan", None)) is not None:
-            plan.prepared = False
+        if watching.by is not None:
+            watching.by.prepared = False
         return super().run(*arguments, **options)
 
     def _first(self, layout, key, grid, arguments, constants):

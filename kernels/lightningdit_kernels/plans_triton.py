@@ -16,18 +16,15 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightningdit_kernels.launch_triton import TENSORS, is_watched, watching
+from lightningdit_kernels.launch_triton import TENSORS, _address, _current_device, _device, enqueue, is_changed, is_watched, watching
 
 MOST_PLANS = 1024  # of a launcher: batches may have any size
 VALUES = (type(None), bool, int, float, torch.dtype)
 _aten = torch.ops.aten
 BUFFERS = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
 _one_watch = threading.Lock()  # modes have flags of the whole process
-NOT_YET, NEVER = "the first call was made", "the launcher does what no plan can have"
-
-_address, _device = torch.Tensor.data_ptr, torch.Tensor.get_device
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+WATCHES = 3  # of a form, in which a kernel took Triton's way: a variant may be new to it, but not for ever
+NEVER = "the launcher does what no plan can have"
 
 
 class _Watch(TorchDispatchMode):
@@ -55,23 +52,22 @@ class _Watch(TorchDispatchMode):
         return result
 
     def __enter__(self):
-        watching.plan = self
+        watching.by = self
         return super().__enter__()
 
     def __exit__(self, *error):
-        watching.plan = None
+        watching.by = None
         return super().__exit__(*error)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """buffers: size, stride and dtype. launches: grid, what launch_triton keeps of a variant, and (position, source, offset) of addresses;
-    a source is the place of a tensor among arguments and buffers. results: None or the place of one. names: globals of the kernels."""
+    """buffers: size, stride and dtype. launches: kernel, grid, what launch_triton keeps of a variant, positions of addresses, and for each
+    its (source, offset); a source is the place of a tensor among arguments and buffers. results: None or the place of one."""
 
     buffers: tuple
     launches: tuple
     results: tuple | int | None
-    names: tuple
 
 
 def planned(launcher: Callable) -> Callable:
@@ -80,7 +76,7 @@ def planned(launcher: Callable) -> Callable:
     It may launch prepared kernels and make empty buffers, views of them too, and nothing else; where in an argument a kernel begins to
     read must be where that begins; and what it does must follow from the form of the call.
     """
-    plans: dict[tuple, _Plan | str] = {}
+    plans: dict[tuple, _Plan | int | str] = {}  # by form; of one without a plan how often it may be watched, or NEVER
 
     @functools.wraps(launcher)
     def call(*arguments):
@@ -97,21 +93,17 @@ def planned(launcher: Callable) -> Callable:
         addresses, devices = [*map(_address, tensors)], [*map(_device, tensors)]
         device = devices[0]
         ordinary = device >= 0 and devices.count(device) == len(devices) and device == _current_device()
-        if not ordinary or functools.reduce(operator.or_, addresses) & 15 or is_watched() or getattr(watching, "plan", None) is not None:
+        if not ordinary or functools.reduce(operator.or_, addresses) & 15 or is_watched() or watching.by is not None:
             return launcher(*arguments)
         form = (device, id(dist.GroupMember.WORLD) if dist.is_available() else None, *form)  # processes of a group agree on tiles
         plan = plans.get(form)
-        if type(plan) is not _Plan or _changed(plan):
+        if type(plan) is not _Plan or any(kernel.pre_run_hooks or is_changed(variant) for kernel, _, variant, _, _ in plan.launches):
             return _first_calls(launcher, arguments, tensors, addresses, plans, form)
         like = tensors[0].device
         buffers = [torch.empty_strided(size, stride, dtype=dtype, device=like) for size, stride, dtype in plan.buffers]
         addresses += map(_address, buffers)
-        stream = _current_stream(device)
-        for (x, y, z), (_, run, function, metadata, filled, _), sources in plan.launches:
-            filled = filled.copy()
-            for position, source, offset in sources:
-                filled[position] = addresses[source] + offset
-            run(x, y, z, stream, function, metadata, None, None, None, *filled)
+        for _, grid, variant, positions, sources in plan.launches:
+            enqueue(variant, grid, positions, [addresses[source] + offset for source, offset in sources], device)
         tensors += buffers
         if type(plan.results) is int:
             return tensors[plan.results]
@@ -121,28 +113,25 @@ def planned(launcher: Callable) -> Callable:
     return call
 
 
-def _changed(plan):
-    """Whether a global of a kernel was set."""
-    return any(where.get(name) is not value for where, name, value in plan.names)
-
-
 def _first_calls(launcher, arguments, tensors, addresses, plans, form):
     """Calls the launcher, and makes a plan of the second call: one with no two arguments at one address, nor in a capture."""
     plan, capturing = plans.get(form), torch.cuda.is_current_stream_capturing()
-    if plan is not NOT_YET or capturing or len({*addresses}) < len(addresses) or not _one_watch.acquire(blocking=False):
+    if type(plan) is not int or capturing or len({*addresses}) < len(addresses) or not _one_watch.acquire(blocking=False):
         results = launcher(*arguments)
         if plan is None and not capturing:  # a capture chooses nothing that is kept, nor does a call that raises
             if len(plans) >= MOST_PLANS:
                 plans.clear()
-            plans[form] = NOT_YET
+            plans[form] = WATCHES
         return results
     try:
         with _Watch() as watch:
             results = launcher(*arguments)
     finally:
         _one_watch.release()
-    if watch.prepared:  # else a variant was compiled: the next call may be watched
-        plans[form] = _plan_of(watch, tensors, results) if watch.known else NEVER
+    if watch.prepared and watch.known:
+        plans[form] = _plan_of(watch, tensors, results)
+    else:
+        plans[form] = plan - 1 if watch.known and plan > 1 else NEVER
     return results
 
 
@@ -159,26 +148,23 @@ def _plan_of(watch, tensors, results):
         inside = [place for place, end in enumerate(ends, len(tensors)) if address == begins[place] or begins[place] < address < end]
         return (inside[0], address - begins[inside[0]]) if inside else None
 
-    launches, names = [], []
-    for grid, variant, positions, launched in watch.launches:
+    launches = []
+    for kernel, grid, variant, positions, launched in watch.launches:
         sources = [*map(source, launched)]
         if None in sources:
             return NEVER
-        launches.append(((*grid, 1, 1)[:3], variant, tuple((p, *found) for p, found in zip(positions, sources, strict=True))))
-        names += [name for name in variant[-1] if name not in names]
+        launches.append((kernel, grid, variant, positions, sources))
     places, free = [], [*range(len(tensors), len(everything)), *range(len(tensors))]
     for result in results if isinstance(results, tuple) else [results]:
-        place = None if result is None else next((place for place in free if _same(everything[place], result)), -1)
+        place = None if result is None else next((place for place in free if _place(everything[place]) == _place(result)), -1)
         if place == -1:
             return NEVER
         if place is not None:
             free.remove(place)  # no two results are one, not even empty ones
         places.append(place)
     results = tuple(places) if isinstance(results, tuple) else places[0]
-    return _Plan(tuple((b.shape, b.stride(), b.dtype) for b in watch.buffers), tuple(launches), results, tuple(names))
+    return _Plan(tuple((b.shape, b.stride(), b.dtype) for b in watch.buffers), tuple(launches), results)
 
 
-def _same(tensor, result):
-    return all(getattr(tensor, what) == getattr(result, what) for what in ("shape", "dtype")) and (
-        tensor.data_ptr() == result.data_ptr() and tensor.stride() == result.stride()
-    )
+def _place(tensor):
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
