@@ -62,7 +62,7 @@ test: $(READY)
 	$(if $(PARALLEL),OMP_NUM_THREADS=1 )$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
 # The newest stack: what `pip install` gives a newcomer today. Only what depends on torch's and triton's versions is run again.
-# AUDIT='--arch 90' audits for Hopper only, as CI does to save time.
+# AUDIT='--arch 90 --launched' audits what training launches on Hopper, as CI does to save time.
 NEWEST := .venv-newest/bin/python
 NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing)) \
   $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for named GPUs, on a machine without one, and judges the machine code.
 
-    python -m lightningdit_kernels.audit [--op norm] [--arch 90] [--write]
+    python -m lightningdit_kernels.audit [--op norm] [--arch 90] [--launched | --write]
 
 Each <op>_triton.py lists (kernel, configuration) pairs in audit_cases(), and in workloads() what training launches: XL/1 in bf16 with the
 attention backend "triton" (the default, "auto", takes PyTorch's attention until a GPU has been measured), the VA-VAE in bf16 and fp32. The
@@ -23,21 +23,23 @@ import argparse
 import concurrent.futures
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from lightningdit_kernels import interpreter, issue_floor, traffic
-from lightningdit_kernels.machine_code import OPS, SHARED, Code, Sass, cases_of, compile_case, occupancy
+from lightningdit_kernels.machine_code import OPS, SHARED, Code, Sass, cases_of, compile_kernel, occupancy, read_kernels
 from lightningdit_kernels.traffic import Measurement
 
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).resolve().parent.parent / "audit.json"  # in a checkout; an installed package has none
 JOBS = 2  # compilers at work at once: one needs up to 1 GiB
+BATCH = 8  # cases that a compiler compiles and disassembles as one job
 PROGRESS_S = 15  # between lines that say how many are compiled
 REGISTER_SLACK = 8  # registers are allocated in eights: less is noise
 SHARED_SLACK = 1024  # bytes
@@ -151,9 +153,19 @@ def list_cases(op: str) -> list[dict]:
     return [{key: case[key] for key in case.keys() - {"kernel"}} for case in cases_of(op)]
 
 
-def compile_named(op: str, name: str, arch: int) -> tuple[Code, Sass]:
-    """compile_case of one case. For a process of prepare_compiler."""
-    return compile_case(next(case for case in cases_of(op) if case["name"] == name), arch)
+def compile_named(op: str, names: list[str], arch: int) -> list[tuple[Code, Sass] | str]:
+    """compile_case of each, or why it does not compile: triton's errors do not all survive the way between processes, their text does.
+
+    For a process of prepare_compiler.
+    """
+    cases, compiled, faults = {case["name"]: case for case in cases_of(op)}, {}, {}
+    for name in names:
+        try:
+            compiled[name] = compile_kernel(cases[name], arch)
+        except Exception as error:
+            faults[name] = _last_line(error)
+    read = faults | dict(zip(compiled, read_kernels([*compiled.values()], arch), strict=True))
+    return [read[name] for name in names]
 
 
 def prepare_compiler() -> None:
@@ -161,37 +173,47 @@ def prepare_compiler() -> None:
     os.environ.pop(interpreter.VARIABLE, None)
 
 
-def audit(ops: list[str], archs: list[int]) -> list[Result]:
-    """Every case in order, compiled by JOBS processes while one more runs the workloads; then the workloads."""
+def audit(ops: list[str], archs: list[int], launched: set[str] | None = None) -> list[Result]:
+    """Every case in order, compiled by JOBS processes while one more runs the workloads; then the workloads.
+
+    Args: launched: names of the cases to compile, "op: name", in place of all; no workload is run then.
+    """
     with traffic.forked(JOBS, prepare_compiler) as compilers, traffic.pool() as interpreters:
-        listed = [(op, case) for op, cases in zip(ops, compilers.map(list_cases, ops), strict=True) for case in cases]
-        jobs = [(op, case, arch) for op, case in listed for arch in archs if arch in case.get("archs", ARCHS)]
-        futures = [compilers.submit(compile_named, op, case["name"], arch) for op, case, arch in jobs]
-        workloads = _submit_workloads(interpreters, ops) if issue_floor.ARCH in archs else []
+        results, by_job = [], {}
+        for op, cases in zip(ops, compilers.map(list_cases, ops), strict=True):
+            for case, arch in itertools.product(cases, archs):
+                name = f"{Path(op).stem}: {case['name']}"
+                if arch in case.get("archs", ARCHS) and (launched is None or name in launched):
+                    results.append(Result(name, arch, case, None, []))
+                    by_job.setdefault((op, arch), []).append(results[-1])
+        batches = [(job, some[at : at + BATCH]) for job, some in by_job.items() for at in range(0, len(some), BATCH)]
+        futures = {}  # the results of each
+        for (op, arch), some in batches:
+            futures[compilers.submit(compile_named, op, [result.case["name"] for result in some], arch)] = some
+        workloads = _submit_workloads(interpreters, ops) if issue_floor.ARCH in archs and launched is None else []
         counted = [future for _, _, future in workloads]
         while left := concurrent.futures.wait([*futures, *counted], timeout=PROGRESS_S).not_done:
-            done = [sum(future not in left for future in some) for some in (futures, counted)]
-            print(f"{done[0]} of {len(futures)} compiled, {done[1]} of {len(counted)} workloads counted", file=sys.stderr, flush=True)
+            done = sum(len(some) for future, some in futures.items() if future not in left)
+            total = f"{len(counted) - len(left & {*counted})} of {len(counted)} workloads counted"
+            print(f"{done} of {len(results)} compiled, {total}", file=sys.stderr, flush=True)
         measured = [(op, *_measured(op, name, future)) for op, name, future in workloads]
         measurements = {op: [one for of, _, one in measured if of == op and one] for op in ops}
-        results, launched = [], []
         compiled: dict[str, dict[str, tuple[Code, Sass]]] = {op: {} for op in ops}  # for issue_floor.ARCH
-        for (op, case, arch), future in zip(jobs, futures, strict=True):
-            result = Result(f"{Path(op).stem}: {case['name']}", arch, case, None, [])
-            results.append(result)
-            if error := future.exception():
-                # triton's compilation errors do not all survive the way between processes, their text does
-                result.faults.append(_last_line(error))
-                continue
-            result.code, sass = future.result()
-            if arch == issue_floor.ARCH:
-                compiled[op][case["name"]] = result.code, sass
-                launched.append((result, load_of, (case["name"], measurements[op], compiled[op])))
+        loads = []
+        for future, ((op, arch), some) in zip(futures, batches, strict=True):
+            for result, read in zip(some, future.result(), strict=True):
+                if isinstance(read, str):
+                    result.faults.append(read)
+                    continue
+                result.code, sass = read
+                if arch == issue_floor.ARCH and launched is None:
+                    compiled[op][result.case["name"]] = result.code, sass
+                    loads.append((result, load_of, (result.case["name"], measurements[op], compiled[op])))
     for op, result, measurement in measured:
         results.append(result)
         if measurement:
-            launched.append((result, workload_load, (measurement, compiled[op])))
-    for result, load, arguments in launched:
+            loads.append((result, workload_load, (measurement, compiled[op])))
+    for result, load, arguments in loads:
         try:
             result.load = load(*arguments)
         except ValueError as error:
@@ -242,6 +264,12 @@ def read_table(path: Path) -> Table:
     return {section: content.get(section, {}) for section in SECTIONS}
 
 
+def launched_cases(path: Path) -> set[str]:
+    """Names of the cases that training launches: those with a load in the committed table, whatever triton it was written with."""
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    return {name for name, by_arch in cases.items() if "traffic" in by_arch.get(str(issue_floor.ARCH), {})}
+
+
 def write_table(path: Path, table: Table) -> None:
     """One line per case or workload and architecture, so that a diff shows what changed."""
     parts = [f' "triton": {json.dumps(importlib.metadata.version("triton"))}']
@@ -287,7 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", metavar="OP", help=f"{', '.join(OPS)}, or a .py file with audit_cases(); default: all ops")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHS, help="default: all three")
     parser.add_argument("--table", type=Path, default=TABLE, help="the committed table (default: kernels/audit.json)")
-    parser.add_argument("--write", action="store_true", help="replace these rows of the table by what was found")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--launched", action="store_true",
+                      help="only the cases that training launches, by the table, and their machine code only: a fifth of the time")
+    only.add_argument("--write", action="store_true", help="replace these rows of the table by what was found")
     options = parser.parse_args(arguments)
     for op in options.op or ():
         if op not in OPS and not Path(op).is_file():
@@ -295,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ImportError("the audit needs triton: pip install triton (Linux only)")
 
-    if options.table != TABLE and not options.table.is_file() and not options.write:
+    if (options.table != TABLE or options.launched) and not options.table.is_file() and not options.write:
         parser.error(f"--table is {options.table}, expected a file, or --write to make it")
 
     ops = []
@@ -316,7 +347,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{op}: has no Triton kernel yet, nothing to audit")
     begin = time.perf_counter()
     archs = tuple(options.arch or ARCHS)
-    results = audit(ops, list(archs)) if ops else []
+    launched = {name for name in launched_cases(options.table) if name.partition(":")[0] in stems} if options.launched else None
+    if launched is not None:
+        if not launched:
+            parser.error(f"--launched: {options.table} has no case of {', '.join(sorted(stems))} with a load, expected one at least")
+        table = dict(cases={name: _without_loads(rows) for name, rows in table["cases"].items() if name in launched}, workloads={})
+    results = audit(ops, list(archs), launched) if ops else []
     missing = [] if options.write else no_longer_there(table, results, stems, archs)
     if not results and not missing:
         print("no cases")
@@ -337,6 +373,11 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.write:
         renew_table(options.table, table, results, stems, archs)
     return int(failed > 0)
+
+
+def _without_loads(by_arch: dict[str, dict]) -> dict[str, dict]:
+    loads = {field.name for field in fields(Load)}
+    return {arch: {name: value for name, value in row.items() if name not in loads} for arch, row in by_arch.items()}
 
 
 def judge(result: Result, before: dict | None) -> None:

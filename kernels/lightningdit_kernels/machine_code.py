@@ -14,8 +14,10 @@ import functools
 import importlib
 import importlib.util
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,25 +78,31 @@ class Sass:
 _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*)$"
 )
-_LABEL = re.compile(r"^\s*(\.L_x_\w+):")
+_INSTRUCTION_BYTES = 16
 
 
 def read_sass(text: str) -> Sass:
-    """The output of nvdisasm -c. Several branches back to one head are one loop, up to the last of
-    them.
+    """The output of nvdisasm --binary."""
+    return _sass_of(_instructions(text), 0)
+
+
+def _instructions(text: str) -> list[re.Match[str]]:
+    return [found for line in text.splitlines() if (found := _INSTRUCTION.match(line))]
+
+
+def _sass_of(instructions: Iterable[re.Match[str]], begin: int) -> Sass:
+    """The Sass of a kernel whose first instruction is number `begin` of what was disassembled.
+
+    Several branches back to one head are one loop, up to the last of them.
     """
     opcodes: list[str] = []
-    labels: dict[str, int] = {}
     loops: dict[int, int] = {}
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(opcodes)
-        elif instruction := _INSTRUCTION.match(line):
-            target = re.search(r"\.L_x_\w+", instruction[2])
-            head = labels.get(target[0], len(opcodes)) if target else len(opcodes)
-            if instruction[1].startswith("BRA") and head < len(opcodes):
-                loops[head] = len(opcodes)
-            opcodes.append(instruction[1])
+    for at, (opcode, operands) in enumerate(found.groups() for found in instructions):
+        target = re.search(r"\b0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        head = int(target[1], 16) // _INSTRUCTION_BYTES - begin if target else at
+        if head < at:
+            loops[head] = at
+        opcodes.append(opcode)
     return Sass(tuple(opcodes), tuple(sorted(loops.items())))
 
 
@@ -223,6 +231,11 @@ def compile_case(case: dict[str, Any], arch: int, **options: int) -> tuple[Code,
 
     For a process in which TRITON_INTERPRET is not set.
     """
+    return read_kernels([compile_kernel(case, arch, **options)], arch)[0]
+
+
+def compile_kernel(case: dict[str, Any], arch: int, **options: int) -> Any:
+    """What triton compiled of a case; as compile_case."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -240,21 +253,55 @@ def compile_case(case: dict[str, Any], arch: int, **options: int) -> tuple[Code,
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
     launch = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
     launch |= COMPILE_OPTIONS | options
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
-    usage, sass = _disassemble(
-        compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    )
-    metadata = compiled.metadata
-    return describe(usage, sass, metadata.shared, metadata.num_warps, metadata.tmem_size), sass
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
 
 
-def _disassemble(cubin: bytes, tools: Path) -> tuple[str, Sass]:
+def read_kernels(compiled: Sequence[Any], arch: int) -> list[tuple[Code, Sass]]:
+    """Reads kernels that compile_kernel compiled for sm_<arch>, with one start of nvdisasm, which
+    takes it as long as a compilation.
+    """
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cubins = [kernel.asm["cubin"] for kernel in compiled]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        commands = ([tools / "cuobjdump", "-res-usage", path], [tools / "nvdisasm", "-c", path])
-        usage, sass = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for command in commands
-        )
-    return usage, read_sass(sass)
+        usages = []
+        for cubin in cubins:
+            path.write_bytes(cubin)
+            usages.append(_output_of(tools / "cuobjdump", "-res-usage", path))
+        codes = [_code_of(cubin) for cubin in cubins]
+        path.write_bytes(b"".join(codes))
+        name = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+        instructions = _instructions(_output_of(tools / "nvdisasm", "--binary", name, path))
+    lengths = [len(code) // _INSTRUCTION_BYTES for code in codes]
+    assert len(instructions) == sum(lengths), "nvdisasm lists other instructions than there are"
+    read, begin = [], 0
+    for kernel, usage, length in zip(compiled, usages, lengths, strict=True):
+        sass = _sass_of(instructions[begin : begin + length], begin)
+        begin += length
+        block = kernel.metadata
+        code = describe(usage, sass, block.shared, block.num_warps, block.tmem_size)
+        read.append((code, sass))
+    return read
+
+
+def _output_of(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _code_of(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in an ELF file of 64 bits: its section .text.<kernel>."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    # Of a section: where its name is among the names, where it begins, its size.
+    sections = [
+        struct.unpack_from("<I20xQQ", cubin, table + size * index) for index in range(count)
+    ]
+    found = [
+        cubin[begin : begin + length]
+        for name, begin, length in sections
+        if cubin[sections[names][1] + name :].startswith(b".text.")
+    ]
+    (code,) = found
+    return code

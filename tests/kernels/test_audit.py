@@ -44,39 +44,60 @@ FAULTS = {  # case of the probes -> what the audit says of it; the others are fi
 }
 
 
-def run_audit(*arguments):
-    """The command, with TRITON_INTERPRET set as it is in this very process: it must compile all the same."""
+AUDITOR = """
+import contextlib, io, json, sys
+from lightningdit_kernels.audit import main
+for line in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(json.loads(line))
+    print(json.dumps([code, printed.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_audit():
+    """run_audit(arguments) -> exit code and output of the command, with TRITON_INTERPRET set as it is in this very process: it must compile
+    all the same. One process for all, because it takes seconds to import torch, and as long again in the one that its compilers are forked
+    from.
+    """
     package = Path(audit.__file__).parents[1]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(package)}
-    command = [sys.executable, "-m", "lightningdit_kernels.audit", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-c", AUDITOR]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+
+        def run(*arguments):
+            print(json.dumps([*map(str, arguments)]), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_every_probe_gets_its_verdict(tmp_path):
+def test_every_probe_gets_its_verdict(tmp_path, run_audit):
     table = tmp_path / "audit.json"
-    done = run_audit("--op", PROBES, "--table", table, "--write")
-    assert done.returncode == 1, done.stdout + done.stderr
-    rows = re.findall(r"^probes_triton: (.+?)  +(80|90|100) .*?(ok|FAILS: .*)$", done.stdout, re.M)
+    code, printed = run_audit("--op", PROBES, "--table", table, "--write")
+    assert code == 1, printed
+    rows = re.findall(r"^probes_triton: (.+?)  +(80|90|100) .*?(ok|FAILS: .*)$", printed, re.M)
     assert len(rows) == 17
     for name, _, said in rows:
         assert re.fullmatch(f"FAILS: {FAULTS[name]}.*" if name in FAULTS else "ok", said), f"{name}: {said}"
-    assert "audit.json is not written" in done.stdout and not table.exists()
+    assert "audit.json is not written" in printed and not table.exists()
 
     # On the kernels that pass: a table is written, holds, is missed where a row lacks, and growth against it fails.
     good = tmp_path / "good.py"
     source = PROBES.read_text().replace("    return [\n", "    cases = [\n")
     good.write_text(source + '    return [case for case in cases if case["name"] == "warpgroup product"]\n')
-    assert run_audit("--op", good, "--table", table, "--write", "--arch", 90).returncode == 0
-    assert run_audit("--op", good, "--table", table, "--arch", 90).returncode == 0
+    assert run_audit("--op", good, "--table", table, "--write", "--arch", 90)[0] == 0
+    assert run_audit("--op", good, "--table", table, "--arch", 90)[0] == 0
     content = json.loads(table.read_text())
     row = content["cases"]["good: warpgroup product"]["90"]
     assert row["hgmma"] > 0 and row["local_loads"] == 0 and row["shared"] == 16384
     row["shared"] //= 2
     table.write_text(json.dumps(content))
-    done = run_audit("--op", good, "--table", table, "--arch", 90, "--arch", 100)
-    assert done.returncode == 1
-    assert "shared grew from 8192 to 16384" in done.stdout and "not in audit.json: add it with --write" in done.stdout
+    code, printed = run_audit("--op", good, "--table", table, "--arch", 90, "--arch", 100)
+    assert code == 1
+    assert "shared grew from 8192 to 16384" in printed and "not in audit.json: add it with --write" in printed
 
 
 TWICE = '''
@@ -112,43 +133,55 @@ def workloads():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_a_kernel_that_reads_twice_fails_against_the_table(tmp_path):
+def test_a_kernel_that_reads_twice_fails_against_the_table(tmp_path, run_audit):
     """L2 sees both reads; PyTorch's copy of the result shows in the workload; a launch that the audit does not compile is a fault too."""
     table, file = tmp_path / "audit.json", tmp_path / "planted.py"
     imports = "import triton\nimport triton.language as tl\n"
     file.write_text(f"{imports}REPEAT, LAUNCHED, CLONED = 1, 1, False\n{TWICE}")
-    assert run_audit("--op", file, "--table", table, "--write").returncode == 0
+    assert run_audit("--op", file, "--table", table, "--write")[0] == 0
     content = json.loads(table.read_text())
     row = content["cases"]["planted: twice"]["90"]
     assert (row["traffic"], row["l2"]) == (1.0, 1.0)
     assert content["workloads"]["planted: twice"]["90"] == dict(traffic=1.0, l2=1.0, memory_us=row["memory_us"], issue_us=None)
 
+    launched = "--op", file, "--table", table, "--launched"
+    code, printed = run_audit(*launched)
+    assert code == 0
+    assert "1 compiled and 0 workloads counted" in printed
+    fewer = tmp_path / "fewer.json"
+    row["registers"] -= 9
+    fewer.write_text(json.dumps(content))
+    code, printed = run_audit("--op", file, "--table", fewer, "--launched")
+    assert code == 1
+    assert "registers grew" in printed
+    del row["traffic"]
+    fewer.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        audit.main(["--op", str(file), "--table", str(fewer), "--launched"])
+
     file.write_text(f"{imports}REPEAT, LAUNCHED, CLONED = 3, 3, True\n{TWICE}")
-    done = run_audit("--op", file, "--table", table)
-    assert done.returncode == 1
-    of_case, of_workload = re.findall(r"^planted: twice .*FAILS: (.*)$", done.stdout, re.M)
+    code, printed = run_audit("--op", file, "--table", table)
+    assert code == 1
+    of_case, of_workload = re.findall(r"^planted: twice .*FAILS: (.*)$", printed, re.M)
     assert of_case == "l2 grew from 1.0 to 2.000"
     assert of_workload == "traffic grew from 1.0 to 2.000; l2 grew from 1.0 to 3.000"
 
     file.write_text(f"{imports}REPEAT, LAUNCHED, CLONED = 1, 3, False\n{TWICE}")
-    done = run_audit("--op", file, "--table", table)
-    assert done.returncode == 1
-    assert "launches twice_kernel in a configuration that no case compiles" in done.stdout
+    code, printed = run_audit("--op", file, "--table", table)
+    assert code == 1
+    assert "launches twice_kernel in a configuration that no case compiles" in printed
 
 
 SASS = """
         /*0000*/                   LDG.E.128 R4, [R2.64] ;
-.L_x_0:
         /*0010*/              @!P0 LDG.E.64.CONSTANT R8, [R2.64] ;
         /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8] ;
-.L_x_1:
         /*0030*/               @P1 LDG.E.U16 R8, [R2.64] ;
-        /*0040*/               @P2 BRA `(.L_x_1) ;
-        /*0050*/               @P3 BRA `(.L_x_0) ;
+        /*0040*/               @P2 BRA 0x30 ;
+        /*0050*/               @P3 BRA 0x10 ;
         /*0060*/                   STG.E.128 [R2.64], R4 ;
         /*0070*/                   EXIT ;
-.L_x_2:
-        /*0080*/                   BRA `(.L_x_2);
+        /*0080*/                   BRA 0x80;
         /*0090*/                   NOP;
 """
 

@@ -11,22 +11,18 @@ from lightningdit_kernels.machine_code import Code, read_sass
 
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
-.L_x_0:
         /*0010*/                   LDG.E.128 R4, [R2.64] ;
         /*0020*/                   FFMA R4, R4, R5, R6 ;
         /*0030*/                   IMAD R8, R4, R5, R6 ;
-.L_x_1:
         /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8] ;
         /*0050*/                   MUFU.EX2 R8, R8 ;
-        /*0060*/               @P2 BRA `(.L_x_1) ;
-        /*0070*/               @P3 BRA `(.L_x_0) ;
-.L_x_3:
+        /*0060*/               @P2 BRA 0x40 ;
+        /*0070*/               @P3 BRA 0x10 ;
         /*0080*/                   IADD3 R2, R2, 0x1, RZ ;
-        /*0090*/               @P3 BRA `(.L_x_3) ;
+        /*0090*/               @P3 BRA 0x80 ;
         /*00a0*/                   STG.E.128 [R2.64], R4 ;
         /*00b0*/                   EXIT ;
-.L_x_2:
-        /*00c0*/                   BRA `(.L_x_2);
+        /*00c0*/                   BRA 0xc0;
         /*00d0*/                   NOP;
 """
 CODE = Code(64, 0, 0, 0, 0, 4, 0, 1, 0, 0, 1.0, 1.0, 0, 0)

@@ -121,8 +121,9 @@ static void invalidate(unsigned long long capture) {
 static FILE *trace(void) {
   static FILE *file;
   static int tried;
+  if (tried) return file; /* opened at the first launch: most processes have none */
   const char *path = getenv("STAND_IN_TRACE");
-  if (!tried && path && *path) { /* at the first launch: most processes have none */
+  if (path && *path) {
     char name[4096];
     snprintf(name, sizeof name, "%s.%d", path, getpid());
     file = fopen(name, "a");
@@ -478,18 +479,43 @@ static int hold(int64_t bytes) {
   return room;
 }
 
-typedef struct Block {
+typedef struct {
   char *start;
   size_t size;
   int on_host;
-  struct Block *next;
 } Block;
 
+/* In the order of their addresses: a launch asks for the type of each, and a model has hundreds. */
 static Block *blocks;
+static size_t blocks_used, blocks_room;
 enum { COPIED = 1 << 20, READ_BACK_AS_ZERO = 1 << 16 }; /* bytes */
 
 static size_t whole_pages(size_t size) {
   return size ? (size + 4095) & ~(size_t)4095 : 4096;
+}
+
+/* How many blocks start at `pointer` or before it. The caller has the lock. */
+static size_t blocks_until(const char *pointer) {
+  size_t low = 0, high = blocks_used;
+  while (low < high) {
+    size_t middle = (low + high) / 2;
+    if (blocks[middle].start <= pointer)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+static void insert(Block block) {
+  if (blocks_used == blocks_room) {
+    blocks_room = blocks_room ? 2 * blocks_room : 64;
+    blocks = realloc(blocks, blocks_room * sizeof *blocks);
+    assert(blocks);
+  }
+  Block *place = blocks + blocks_until(block.start);
+  memmove(place + 1, place, (blocks + blocks_used++ - place) * sizeof *blocks);
+  *place = block;
 }
 
 static int reserve(void **out, size_t size, int on_host) {
@@ -506,9 +532,7 @@ static int reserve(void **out, size_t size, int on_host) {
     pthread_mutex_unlock(&lock);
     return fail(OUT_OF_MEMORY);
   }
-  Block *block = malloc(sizeof *block);
-  *block = (Block){start, size, on_host, blocks};
-  blocks = block;
+  insert((Block){start, size, on_host});
   pthread_mutex_unlock(&lock);
   *out = start;
   return OK;
@@ -516,15 +540,13 @@ static int reserve(void **out, size_t size, int on_host) {
 
 static int give_back(void *start) {
   pthread_mutex_lock(&lock);
-  for (Block **link = &blocks; *link; link = &(*link)->next)
-    if ((*link)->start == start) {
-      Block *block = *link;
-      *link = block->next;
-      if (!block->on_host) hold(-(int64_t)block->size);
-      munmap(block->start, whole_pages(block->size));
-      free(block);
-      break;
-    }
+  size_t place = blocks_until(start);
+  if (place && blocks[place - 1].start == start) {
+    Block block = blocks[place - 1];
+    memmove(blocks + place - 1, blocks + place, (blocks_used-- - place) * sizeof *blocks);
+    if (!block.on_host) hold(-(int64_t)block.size);
+    munmap(block.start, whole_pages(block.size));
+  }
   pthread_mutex_unlock(&lock);
   return OK;
 }
@@ -536,7 +558,7 @@ static void begin_as_fork(void) {
   if (held) munmap(held, SLOTS * sizeof *held);
   if (opened) close(memory_file); /* a fork may close all files, and use their numbers again */
   held = NULL;
-  blocks = NULL;
+  blocks_used = 0;
   opened = used = 0;
   slot = -1;
   after_fork();
@@ -548,12 +570,10 @@ __attribute__((constructor)) static void follow_forks(void) {
 static enum cudaMemoryType memory_type(const void *pointer) {
   enum cudaMemoryType type = cudaMemoryTypeUnregistered;
   pthread_mutex_lock(&lock);
-  for (Block *block = blocks; block; block = block->next)
-    if ((char *)pointer >= block->start &&
-        (char *)pointer < block->start + (block->size ? block->size : 1)) {
-      type = block->on_host ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
-      break;
-    }
+  size_t until = blocks_until(pointer);
+  const Block *block = blocks + until - 1;
+  if (until && (const char *)pointer < block->start + (block->size ? block->size : 1))
+    type = block->on_host ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
   pthread_mutex_unlock(&lock);
   return type;
 }
