@@ -103,7 +103,8 @@ def run_limited(command: list, log: Path, limit_s: float, watched: Path | None =
     """
     before = os.environ.get("PYTHONPATH")  # packages that a machine without a registry was brought
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([before] if before else [])])
-    environment = os.environ | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # Without the options that somebody gives their own pytest: they may be of plugins that are not loaded, and change what is printed.
+    environment = os.environ | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     begin, seen = time.monotonic(), None
 
     def overdue():

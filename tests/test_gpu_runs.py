@@ -146,6 +146,7 @@ def test_no_stage_loses_another(tmp_path, monkeypatch, run_stages):
     monkeypatch.setattr(gpu, "STAGES", {name: [str(tmp_path / "test_stub.py"), "-k", name, "-p", "no:cacheprovider"] for name in names})
     monkeypatch.setattr(gpu, "commit", lambda: "b")  # as CONFTEST says
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--option-of-a-plugin")
     out, child, run_limited = tmp_path / "out", tmp_path / "child", gpu.run_limited
 
     def wait_for_child(hung):
