@@ -262,6 +262,8 @@ def read_kernels(compiled: Sequence[Any], arch: int) -> list[tuple[Code, Sass]]:
     """
     import triton
 
+    if not compiled:
+        return []
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     cubins = [kernel.asm["cubin"] for kernel in compiled]
     with tempfile.TemporaryDirectory() as folder:

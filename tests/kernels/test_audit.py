@@ -93,6 +93,11 @@ def test_every_probe_gets_its_verdict(tmp_path, run_audit):
     content = json.loads(table.read_text())
     row = content["cases"]["good: warpgroup product"]["90"]
     assert row["hgmma"] > 0 and row["local_loads"] == 0 and row["shared"] == 16384
+    bad = tmp_path / "bad.py"  # alone in its batch
+    bad.write_text(source + '    return [case for case in cases if case["name"] == "does not compile"]\n')
+    code, printed = run_audit("--op", bad, "--table", tmp_path / "bad.json", "--write", "--arch", 90)
+    assert code == 1
+    assert "FAILS: CompilationError" in printed
     row["shared"] //= 2
     table.write_text(json.dumps(content))
     code, printed = run_audit("--op", good, "--table", table, "--arch", 90, "--arch", 100)
