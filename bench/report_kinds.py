@@ -419,7 +419,7 @@ KINDS = dict(
     kernels=HARNESS, step=HARNESS, growth=HARNESS, sampling=HARNESS, tokenizer=HARNESS, latents=HARNESS, images=HARNESS, check=HARNESS,
     demo=Kind(demo_parts, "python bench/demo.py", "Training"),
     spin=Kind(spin_parts, "by hand", "Training"),
-    host=Kind(host_parts, "by hand: bench/step.py --steps 50 under the stand-in", "Training"),
+    host=Kind(host_parts, "by hand: bench/step.py --steps N under the stand-in, in turns", "Training"),
     levers=Kind(lever_parts, "python bench/levers.py", "Training"),
     solvers=Kind(solver_parts, "python bench/solvers.py", "Sampling"),
     tokenizer_study=Kind(study_parts, "python bench/tokenizer_study.py --publish", "Tokenizers"),

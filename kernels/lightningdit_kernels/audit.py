@@ -201,7 +201,8 @@ def audit(ops: list[str], archs: list[int], launched: set[str] | None = None) ->
         compiled: dict[str, dict[str, tuple[Code, Sass]]] = {op: {} for op in ops}  # for issue_floor.ARCH
         loads = []
         for future, ((op, arch), some) in zip(futures, batches, strict=True):
-            for result, read in zip(some, future.result(), strict=True):
+            error = future.exception()
+            for result, read in zip(some, [_last_line(error)] * len(some) if error else future.result(), strict=True):
                 if isinstance(read, str):
                     result.faults.append(read)
                     continue
@@ -264,10 +265,16 @@ def read_table(path: Path) -> Table:
     return {section: content.get(section, {}) for section in SECTIONS}
 
 
-def launched_cases(path: Path) -> set[str]:
-    """Names of the cases that training launches: those with a load in the committed table, whatever triton it was written with."""
-    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    return {name for name, by_arch in cases.items() if "traffic" in by_arch.get(str(issue_floor.ARCH), {})}
+def launched_cases(path: Path) -> dict[str, dict[str, dict]]:
+    """Rows of the cases that training launches: those with a load in the committed table, whatever triton it was written with.
+
+    Raises: ValueError if the file is something else.
+    """
+    try:
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        return {name: by_arch for name, by_arch in cases.items() if "traffic" in by_arch.get(str(issue_floor.ARCH), {})}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not an audit table: {error!r}") from error
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -332,6 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     ops = []
     try:
         table = read_table(options.table)
+        launched = launched_cases(options.table) if options.launched else None
     except ValueError as error:
         parser.error(f"--table: {error}")
     if options.write and (options.op or options.arch) and options.table.is_file() and not any(table.values()):
@@ -347,13 +355,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{op}: has no Triton kernel yet, nothing to audit")
     begin = time.perf_counter()
     archs = tuple(options.arch or ARCHS)
-    launched = {name for name in launched_cases(options.table) if name.partition(":")[0] in stems} if options.launched else None
     if launched is not None:
+        launched = {name: rows for name, rows in launched.items() if name.partition(":")[0] in stems}
         if not launched:
             parser.error(f"--launched: {options.table} has no case of {', '.join(sorted(stems))} with a load, expected one at least")
         table = dict(cases={name: _without_loads(rows) for name, rows in table["cases"].items() if name in launched}, workloads={})
-    results = audit(ops, list(archs), launched) if ops else []
-    missing = [] if options.write else no_longer_there(table, results, stems, archs)
+    results = audit(ops, list(archs), None if launched is None else {*launched}) if ops else []
+    expected = table if launched is None else dict(cases=launched, workloads={})
+    missing = [] if options.write else no_longer_there(expected, results, stems, archs)
     if not results and not missing:
         print("no cases")
         return 0

@@ -45,12 +45,19 @@ FAULTS = {  # case of the probes -> what the audit says of it; the others are fi
 
 
 AUDITOR = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys, traceback
 from lightningdit_kernels.audit import main
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what compilers print
 for line in sys.stdin:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = main(json.loads(line))
-    print(json.dumps([code, printed.getvalue()]), flush=True)
+        try:
+            code = main(json.loads(line))
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            code = traceback.print_exc(file=printed)
+    print(json.dumps([code, printed.getvalue()]), file=answers, flush=True)
 """
 
 
@@ -161,8 +168,12 @@ def test_a_kernel_that_reads_twice_fails_against_the_table(tmp_path, run_audit):
     assert "registers grew" in printed
     del row["traffic"]
     fewer.write_text(json.dumps(content))
-    with pytest.raises(SystemExit):
-        audit.main(["--op", str(file), "--table", str(fewer), "--launched"])
+    assert run_audit("--op", file, "--table", fewer, "--launched")[0] == 2
+    content["triton"], content["cases"]["planted: gone"] = "1.0", {"90": dict(traffic=1.0)}
+    fewer.write_text(json.dumps(content))
+    code, printed = run_audit("--op", file, "--table", fewer, "--launched")
+    assert code == 1
+    assert "is in the table, but is not compiled any more" in printed
 
     file.write_text(f"{imports}REPEAT, LAUNCHED, CLONED = 3, 3, True\n{TWICE}")
     code, printed = run_audit("--op", file, "--table", table)

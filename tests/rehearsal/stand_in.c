@@ -485,7 +485,7 @@ typedef struct {
   int on_host;
 } Block;
 
-/* In the order of their addresses: a launch asks for the type of each, and a model has hundreds. */
+/* Sorted by address: a launch looks up the block of each of its pointers, and there are hundreds. */
 static Block *blocks;
 static size_t blocks_used, blocks_room;
 enum { COPIED = 1 << 20, READ_BACK_AS_ZERO = 1 << 16 }; /* bytes */
@@ -571,9 +571,11 @@ static enum cudaMemoryType memory_type(const void *pointer) {
   enum cudaMemoryType type = cudaMemoryTypeUnregistered;
   pthread_mutex_lock(&lock);
   size_t until = blocks_until(pointer);
-  const Block *block = blocks + until - 1;
-  if (until && (const char *)pointer < block->start + (block->size ? block->size : 1))
-    type = block->on_host ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+  if (until) {
+    const Block *block = &blocks[until - 1];
+    if ((const char *)pointer < block->start + (block->size ? block->size : 1))
+      type = block->on_host ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+  }
   pthread_mutex_unlock(&lock);
   return type;
 }
