@@ -162,7 +162,7 @@ def compile_named(op: str, names: list[str], arch: int) -> list[tuple[Code, Sass
     for name in names:
         try:
             compiled[name] = compile_kernel(cases[name], arch)
-        except Exception as error:
+        except Exception as error:  # whatever the compiler raises is the verdict on this case, and the others get theirs
             faults[name] = _last_line(error)
     read = faults | dict(zip(compiled, read_kernels([*compiled.values()], arch), strict=True))
     return [read[name] for name in names]
@@ -186,28 +186,29 @@ def audit(ops: list[str], archs: list[int], launched: set[str] | None = None) ->
                 if arch in case.get("archs", ARCHS) and (launched is None or name in launched):
                     results.append(Result(name, arch, case, None, []))
                     by_job.setdefault((op, arch), []).append(results[-1])
-        batches = [(job, some[at : at + BATCH]) for job, some in by_job.items() for at in range(0, len(some), BATCH)]
-        futures = {}  # the results of each
-        for (op, arch), some in batches:
-            futures[compilers.submit(compile_named, op, [result.case["name"] for result in some], arch)] = some
+        futures = {}  # the op and the results of each
+        for (op, arch), listed in by_job.items():
+            for at in range(0, len(listed), BATCH):
+                some = listed[at : at + BATCH]
+                futures[compilers.submit(compile_named, op, [result.case["name"] for result in some], arch)] = op, some
         workloads = _submit_workloads(interpreters, ops) if issue_floor.ARCH in archs and launched is None else []
         counted = [future for _, _, future in workloads]
         while left := concurrent.futures.wait([*futures, *counted], timeout=PROGRESS_S).not_done:
-            done = sum(len(some) for future, some in futures.items() if future not in left)
+            done = sum(len(some) for future, (_, some) in futures.items() if future not in left)
             total = f"{len(counted) - len(left & {*counted})} of {len(counted)} workloads counted"
             print(f"{done} of {len(results)} compiled, {total}", file=sys.stderr, flush=True)
         measured = [(op, *_measured(op, name, future)) for op, name, future in workloads]
         measurements = {op: [one for of, _, one in measured if of == op and one] for op in ops}
         compiled: dict[str, dict[str, tuple[Code, Sass]]] = {op: {} for op in ops}  # for issue_floor.ARCH
         loads = []
-        for future, ((op, arch), some) in zip(futures, batches, strict=True):
+        for future, (op, some) in futures.items():
             error = future.exception()
             for result, read in zip(some, [_last_line(error)] * len(some) if error else future.result(), strict=True):
                 if isinstance(read, str):
                     result.faults.append(read)
                     continue
                 result.code, sass = read
-                if arch == issue_floor.ARCH and launched is None:
+                if result.arch == issue_floor.ARCH and launched is None:
                     compiled[op][result.case["name"]] = result.code, sass
                     loads.append((result, load_of, (result.case["name"], measurements[op], compiled[op])))
     for op, result, measurement in measured:

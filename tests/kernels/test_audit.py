@@ -55,8 +55,9 @@ for line in sys.stdin:
             code = main(json.loads(line))
         except SystemExit as end:
             code = end.code
-        except Exception:
-            code = traceback.print_exc(file=printed)
+        except Exception:  # the test that asked sees it; the process serves the next one
+            code = None
+            traceback.print_exc(file=printed)
     print(json.dumps([code, printed.getvalue()]), file=answers, flush=True)
 """
 
