@@ -75,9 +75,7 @@ class Sass:
 
 
 # The x is that of HGMMA.64x64x16.
-_INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*)$"
-)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*)$")
 _INSTRUCTION_BYTES = 16
 
 
