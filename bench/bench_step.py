@@ -17,13 +17,14 @@ fresh process with empty compiler caches; the first call, which finds them as th
 
 import functools
 import os
+import re
 import time
 
 import pytest
 import torch
 
 from bench import step
-from bench.harness import Monitor, Timer, gpu_state, interleave, make_timers, ran, reason_of, rounds_for, short, summary, synchronize
+from bench.harness import OURS, Monitor, Timer, gpu_state, interleave, make_timers, ran, reason_of, rounds_for, short, summary, synchronize
 from bench.providers import serving
 from bench.scaling import PEAK_TFLOPS
 from lightningdit.images import digits, to_pixels
@@ -96,7 +97,7 @@ def prepare(trainer, gate, contestant, device, official=None, most=None):
             seen = ran(lambda: trainer.step(model, batch, skip=True), device)
             if not official:
                 contestant.prove(seen, device)
-            row.update(peak_mib=round(trainer.peak_mib(model, batch), 1), ran=[one for one in seen if one.startswith("lightningdit::")])
+            row.update(peak_mib=round(trainer.peak_mib(model, batch), 1), ran=[one for one in seen if re.search(OURS, one)])
 
         most = most or trainer.config.batch_size
         count = largest_by_trial([most >> halving for halving in range(most.bit_length())], attempt, device)

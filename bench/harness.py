@@ -36,7 +36,7 @@ from lightningdit.checkpoint import write_text
 from lightningdit.config import ModelConfig
 from lightningdit.memory import free_memory, is_out_of_memory, largest_by_trial
 from lightningdit.model import LightningDiT
-from lightningdit_kernels import native
+from lightningdit_kernels import library, native
 from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
 from lightningdit_kernels.tuning import cycles_to_enqueue, event_ms
 
@@ -409,8 +409,11 @@ def short(value: float) -> float:
 # Who ran, and in how much memory
 
 
-TELLING = re.compile(r"lightningdit::|sglang::|Torch-Compiled|CompiledFxGraph|scaled_dot_product|flash|xformers|quack|Liger|Fused|Fa4")
-OURS, COMPILED = r"lightningdit::", r"Torch-Compiled|CompiledFxGraph"
+# Of what torch.compile makes of our operators only their kernels are left, to whose names Inductor adds a number.
+_SOURCES = [path.read_text("utf-8") for path in Path(library.__file__).parent.glob("*_triton.py")]
+KERNELS = re.findall(r"^def (_\w+_kernel)\(", "\n".join(_SOURCES), re.MULTILINE)
+OURS, COMPILED = rf"lightningdit::|^(?:{'|'.join(KERNELS)})(?:_\d+)?$", r"Torch-Compiled|CompiledFxGraph"
+TELLING = re.compile(rf"{OURS}|{COMPILED}|sglang::|scaled_dot_product|flash|xformers|quack|Liger|Fused|Fa4")
 
 
 def ran(run: Callable[[], object], device: str) -> list[str]:

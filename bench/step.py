@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # as a script, this folder al
 import torch  # noqa: E402
 
 import lightningdit.model  # noqa: E402
-from bench.harness import COMPILED, Case, cpu_peak_mib, nbytes, synchronize  # noqa: E402
+from bench.harness import COMPILED, OURS, Case, cpu_peak_mib, nbytes, synchronize  # noqa: E402
 from bench.providers import EAGER  # noqa: E402
 from lightningdit import config as configuration  # noqa: E402
 from lightningdit import optim  # noqa: E402
@@ -86,7 +86,8 @@ class Contestant:
     def prove(self, seen: list[str], device: str) -> None:
         """AssertionError if what ran, by harness.ran, is not this contestant. Attention on CUDA may be PyTorch's own."""
         ops = {found[1] for one in seen if (found := re.match(r"lightningdit::(\w+?)(?:_backward)?$", one))}
-        ran = {kernel for kernel, own in KERNELS.items() if ops & set(own)}
+        ops |= {found[1] for one in seen if (found := re.match(r"_(norm|rope_attention|swiglu)_", one)) and re.search(OURS, one)}
+        ran = {kernel for kernel, own in KERNELS.items() if ops & {kernel, *own}}
         optional = {"attention"} if device == "cuda" and self.attention == "auto" and "attention" not in self.off else set()
         wanted = set(KERNELS) - set(self.off)
         assert ran | optional == wanted | optional, f"{self.name} is not what ran: expected kernels {sorted(wanted)}, saw {sorted(ran)}"

@@ -3,8 +3,6 @@
 B batch, N tokens, H heads, Dh head dimension. q' and k' are q and k after QK-norm and rotation: what attention compares.
 """
 
-import concurrent.futures
-import contextlib
 import functools
 import importlib
 import logging
@@ -25,7 +23,7 @@ from lightningdit_kernels.library import (
     result_dtype,
     triton_available,
 )
-from lightningdit_kernels.tuning import choose, time_candidates
+from lightningdit_kernels.tuning import choose, in_thread, time_candidates
 
 _log = logging.getLogger("lightningdit_kernels")
 
@@ -397,19 +395,10 @@ WRONG = 0.05  # distance from fp32, relative to its norm. bf16 is within 0.01.
 def measure(candidates, device, *shape) -> dict[str, float]:
     """Milliseconds of a forward and backward by backend, for those that compute it correctly; {}: the GPU's memory does not suffice.
 
-    The arguments are those of _measure. It runs in a thread, where nothing of the caller's is in force that belongs to a thread: fake
-    tensors and the tracing of torch.compile, hooks on saved tensors, other dispatch modes, autocast, no_grad and inference_mode.
+    The arguments are those of _measure, which runs in a thread.
     """
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device) if on_gpu else None
-
-    def work():
-        with torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext():  # makes the device the current one, too
-            return _measure(candidates, device, *shape)
-
     try:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(work).result()
+        return in_thread(lambda: _measure(candidates, device, *shape), device)
     except torch.OutOfMemoryError:
         _log.warning("rope_attention: not enough memory to time %s; it uses the starting guess, %s", ", ".join(candidates), candidates[0])
         return {}

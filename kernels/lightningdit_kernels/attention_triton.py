@@ -862,7 +862,7 @@ def rope_attention_bwd(grad, qkv, out, lse, positions, freqs, q_weight, k_weight
         of_q, of_k, of_q_bias, of_k_bias = gradients[:4]
         sum_partials(_norm_sums(partial), of_q, of_q_bias, of_k, of_k_bias)
     if bias is not None:
-        sum_partials(_bias_sums(partial), *gradients[4])
+        sum_partials(_bias_sums(partial), gradients[4])
     return grad_qkv, *(qkv.new_empty(0) if a is None else a for a in gradients)
 
 
@@ -895,7 +895,7 @@ def audit_cases() -> list[dict]:
                     blocks = cdiv(n, config.blocks.get("BLOCK", n))
                     shape = (2, 16, blocks, 7 if norm else 3, head_dim)
                     partial = _bias_sums(torch.empty(shape, device="meta"))
-                    cases.append(sum_case(f"sum_bias {label} sm_{arch}", partial, ("*fp32",) * 3, (arch,)))
+                    cases.append(sum_case(f"sum_bias {label} sm_{arch}", partial, ("*fp32",), (arch,)))
         if large and norm:
             partial = _norm_sums(torch.empty((2, 16, 1, 7, head_dim), device="meta"))
             cases.append(sum_case(f"sum_norm {label}", partial, ("*fp32", None, "*fp32", None)))

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.functional_tensor import FunctionalTensor
 from triton import knobs
 from triton.compiler import CompiledKernel
+
+from lightningdit_kernels import graph_triton
 
 MOST_VARIANTS = 1024  # of one layout: scalars are part of the key, and a batch may have any size
 TENSORS = (torch.Tensor, torch.nn.Parameter)  # another subclass may have no address
@@ -104,6 +107,8 @@ class PreparedFunction(triton.JITFunction):
         layout = self.layouts.get(kinds, _layout)
         if layout is _layout:
             layout = self.layouts[kinds] = _layout(arguments, values)
+        if layout is None and FunctionalTensor in kinds:
+            return graph_triton.launch(self, grid, arguments, constants)
         if layout is None or is_watched() or self.pre_run_hooks or type(grid) is not tuple:
             return self.run(*arguments, grid=grid, warmup=False, **constants)
         tensors = layout.tensors(arguments)

@@ -5,12 +5,17 @@ torch.autocast, in the autocast dtype, because a matrix product is what consumes
 """
 
 import functools
+import hashlib
 import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, get_eval_frame_callback, set_code_exec_strategy
 from torch._library.autograd import Info, make_autograd_impl
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.compiler import config as compiler_config
 
 triton_available = importlib.util.find_spec("triton") is not None  # a plain bool, which torch.compile can read
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -53,6 +58,17 @@ def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.T
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} ({why})")
 
 
+def _sources() -> str:
+    """A hash of this package, which names what compiled graphs have inside."""
+    digest = hashlib.sha256(os.environ.get("LIGHTNINGDIT_AUTOTUNE", "").encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# A compiled graph has our launches inside. PyTorch keeps graphs on disk by what its compiler was given, the names of operators.
+compiler_config.cache_key_tag += f" lightningdit_kernels {_sources()}"
+
 # The namespace of the operators, torch.ops.lightningdit. Dropping this object would unregister them.
 LIBRARY = torch.library.Library("lightningdit", "DEF")
 CUDA: dict[str, Callable] = {}  # what serves each operator there: without a GPU the tests give it CPU tensors, in triton's interpreter
@@ -67,10 +83,24 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
         CUDA[name] = cuda
         _ON_CUDA[name] = _hidden(_on_its_device(cuda))
         LIBRARY.impl(name, _ON_CUDA[name], "CUDA")
+        if triton_available:
+            torch.library.register_torch_dispatch(f"lightningdit::{name}", FunctionalTensorMode, _in_a_graph(cuda), lib=LIBRARY)
     for key, implementation in (("CompositeExplicitAutograd", reference), ("CPU", cpu)):
         if implementation is not None:
             LIBRARY.impl(name, _hidden(implementation), key)
     torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
+
+
+def _in_a_graph(function: Callable) -> Callable:
+    """A torch_dispatch rule by which torch.compile sees what function launches. Triton is imported by the first call."""
+
+    @functools.cache
+    def rule():
+        from lightningdit_kernels.graph_triton import torch_dispatch_rule
+
+        return torch_dispatch_rule(function)
+
+    return lambda *arguments: rule()(*arguments)
 
 
 def _hidden(function: Callable) -> Callable:

@@ -212,11 +212,14 @@ def _setup_norm(ctx, inputs, output):
     x, scale, shift, weight, _, ctx.center, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # those of mean and rstd would be launches that fill them with zeros
     ctx.shift_dtype = None if shift is None else shift.dtype
     ctx.save_for_backward(x, scale, weight, mean, rstd)
 
 
 def _norm_backward(ctx, grad_h, *_):
+    if grad_h is None:
+        return (None,) * 7
     dx, dscale, dshift, dweight = torch.ops.lightningdit.rms_norm_modulate_backward(grad_h, *ctx.saved_tensors, ctx.center, ctx.shift_dtype)
     return _wanted(ctx, dx, dscale, dshift, dweight, None, None, None)
 

@@ -402,8 +402,7 @@ def norm_bwd(
     dx = torch.empty_like(residual)
     dy = None if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype)
     wanted = (True, shift_dtype is not None, y is not None, bias is not None)
-    partial = iter(new((sum(wanted), B, chunks, D)))
-    sums = [next(partial) if want else None for want in wanted]
+    sums = [new((B, chunks, D)) if want else None for want in wanted]
     dscale = new((B, D), dtype=scale.dtype)
     dshift = new((B, D), dtype=shift_dtype) if shift_dtype is not None else None
     dgate = new((B, D), dtype=gate.dtype) if y is not None else None

@@ -40,10 +40,13 @@ def add_rows(
 @fast_launch
 @triton.jit(do_not_specialize=["K"])
 def _sum_kernel(
-    partial, out_0, out_1, out_2, out_3, K, WIDTH: tl.constexpr, INNER: tl.constexpr, STRIDES: tl.constexpr,
+    partial, out_0, out_1, out_2, out_3, K, WIDTH: tl.constexpr, INNER: tl.constexpr, STRIDES: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """out_i[group] = sum over k < K of partial[k // INNER, group, k % INNER, i], each of WIDTH columns. An output may be None."""
+    """out_i[group] = sum over k < K of partial[k // INNER, group, k % INNER, i], each of WIDTH columns. An output may be None.
+
+    APART, unless 0: all outputs lie in out_0, as many values apart.
+    """
     blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     group, which = tl.program_id(0) // blocks, tl.program_id(1)
     columns = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -52,7 +55,9 @@ def _sum_kernel(
     partial += group * STRIDES[1] + which * STRIDES[3]
     tile = add_rows(partial, rows, ROWS, K, tl.cdiv(K, ROWS), columns, mask, INNER, STRIDES[0], STRIDES[2], UNROLL)
     total, own = tl.sum(tile, 0, keep_dims=True), group * WIDTH + columns
-    if which == 0:
+    if APART:
+        tl.store(out_0 + which * APART + own, total.to(out_0.dtype.element_ty), mask=mask)
+    elif which == 0:
         if out_0 is not None:
             tl.store(out_0 + own, total.to(out_0.dtype.element_ty), mask=mask)
     elif which == 1:
@@ -66,28 +71,32 @@ def _sum_kernel(
             tl.store(out_3 + own, total.to(out_3.dtype.element_ty), mask=mask)
 
 
-def _constants(partial: Tensor) -> dict:
+def _constants(partial: Tensor, outputs: int) -> dict:
     """What the kernel is specialised on. The outer size is not: it grows with the batch."""
-    return dict(WIDTH=partial.shape[4], INNER=max(1, partial.shape[2]), STRIDES=partial.stride()[:4])
+    apart = partial.shape[1] * partial.shape[4] if outputs < partial.shape[3] else 0
+    return dict(WIDTH=partial.shape[4], INNER=max(1, partial.shape[2]), STRIDES=partial.stride()[:4], APART=apart)
 
 
 def sum_partials(partial: Tensor, *outputs: Tensor | None) -> None:
     """Writes outputs[i] = partial[:, :, :, i].sum((0, 2)), rounded once to its dtype.
 
-    partial: (outer, groups, inner, up to 4 outputs, columns), fp32, dense columns. outputs: contiguous, groups * columns values each.
+    partial: (outer, groups, inner, up to 4 outputs, columns), fp32, dense columns. outputs: contiguous, groups * columns values each, or
+        one tensor that has them one after another.
     """
     outer, groups, inner, count, width = partial.shape
-    assert partial.stride(4) == 1 and count == len(outputs) <= MAX_OUTPUTS, (partial.shape, partial.stride(), len(outputs))
+    complete = len(outputs) == count or len(outputs) == 1 and outputs[0].numel() == count * groups * width
+    assert partial.stride(4) == 1 and complete and count <= MAX_OUTPUTS, (partial.shape, partial.stride(), len(outputs))
     if groups * count * width:
         grid = (groups * cdiv(width, SUMS.blocks["COLUMNS"]), count)
-        padded = (*outputs, *(None for _ in range(MAX_OUTPUTS - count)))
-        _sum_kernel[grid](partial, *padded, outer * inner, **_constants(partial), **SUMS.launch())
+        padded = (*outputs, *(None for _ in range(MAX_OUTPUTS - len(outputs))))
+        _sum_kernel[grid](partial, *padded, outer * inner, **_constants(partial, len(outputs)), **SUMS.launch())
 
 
 def sum_case(name: str, partial: Tensor, outputs: tuple[str | None, ...], archs: tuple[int, ...] = (80, 90, 100)) -> dict:
     """A launch of sum_partials for audit_cases(). outputs: types of their pointers, such as "*fp32"."""
     types = dict(partial="*fp32", K="i32") | {f"out_{i}": kind for i, kind in enumerate(outputs)}
-    constexprs = {f"out_{i}": None for i in range(MAX_OUTPUTS) if not types.get(f"out_{i}")} | _constants(partial) | SUMS.blocks
+    absent = {f"out_{i}": None for i in range(MAX_OUTPUTS) if not types.get(f"out_{i}")}
+    constexprs = absent | _constants(partial, len(outputs)) | SUMS.blocks
     signature = {name: "constexpr" if name in constexprs else types[name] for name in _sum_kernel.arg_names}
     return dict(
         name=name, kernel=_sum_kernel, signature=signature, constexprs=constexprs,

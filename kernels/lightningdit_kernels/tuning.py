@@ -7,6 +7,7 @@ that was never interrupted. With LIGHTNINGDIT_AUTOTUNE=0, and under torch.use_de
 starting guess is used, which depends on the code and the card alone. A process never changes a choice that it has used.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -159,15 +160,22 @@ def choose(
     where = dict(op=op, gpu=_gpu(device), shape=" ".join(map(str, key)), versions=versions())
     if reason := unmeasured():
         name = names[0]
-        _warn_once(f"{op}: nothing is timed ({reason}); it uses the starting guess, {name}")
-    elif untimed := untimed or (torch.cuda.is_current_stream_capturing() and "a CUDA graph capture"):
+        warn_once(f"{op}: nothing is timed ({reason}); it uses the starting guess, {name}")
+    elif untimed := untimed or _untimed():
         name = _stored(where, names) or names[0]
-        _warn_once(f"{op}: nothing can be timed inside {untimed}; it uses {name}")
+        warn_once(f"{op}: nothing can be timed inside {untimed}; it uses {name}")
         return candidates[names.index(name)]
     else:
         name = _agreed(where, names[0], lambda: _fastest(where, names, times_ms))
     _chosen[place] = candidates[names.index(name) if name in names else 0]
     return _chosen[place]
+
+
+def _untimed() -> str:
+    """Where nothing can be timed, or ""."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None:
+        return "a trace of torch.compile"
+    return "a CUDA graph capture" if torch.cuda.is_current_stream_capturing() else ""
 
 
 def unmeasured() -> str:
@@ -227,7 +235,7 @@ def _agreed(where: dict[str, str], guess: str, decide: Callable[[], str]) -> str
             _waits["grace_s"] = GRACE_AGAIN_S
         claimed = store.compare_set(claim, "", str(rank)).decode() == str(rank)
     except (AttributeError, RuntimeError) as error:  # MPI has no store, and that of a fake group cannot compare
-        _warn_once(f"the processes do not agree on what is fastest: their group's store failed: {error}")
+        warn_once(f"the processes do not agree on what is fastest: their group's store failed: {error}")
         return decide()
     if claimed:
         name = guess  # also if decide() fails: others need not wait
@@ -253,6 +261,21 @@ def _appears(store, key: str, within_s: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def in_thread(work: Callable[[], T], device: torch.device) -> T:
+    """work() on the caller's current stream, in a thread where nothing of the caller's is in force that belongs to a thread: fake tensors
+    and the tracing of torch.compile, hooks on saved tensors, other dispatch modes, autocast, no_grad and inference_mode.
+    """
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device) if on_gpu else None
+
+    def run():
+        with torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext():  # makes the device the current one, too
+            return work()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 LIMIT_S = 20.0  # of compilation in one choice: further candidates are left out
@@ -392,7 +415,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _warn_once(f"autotune choice {path} is ignored: {type(error).__name__}: {error}")
+        warn_once(f"autotune choice {path} is ignored: {type(error).__name__}: {error}")
         return None
 
 
@@ -418,7 +441,7 @@ def _store(entry: dict[str, Any], names: Sequence[str]) -> str:
                 return other
             os.replace(partial, path)
     except OSError as error:
-        _warn_once(f"the autotune choice for {entry['op']} is not kept: {error}")
+        warn_once(f"the autotune choice for {entry['op']} is not kept: {error}")
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):
@@ -427,5 +450,5 @@ def _store(entry: dict[str, Any], names: Sequence[str]) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     _log.warning("%s", message)

@@ -327,7 +327,7 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LIGHTNINGDIT_AUTOTUNE", raising=False)
-    tuning._warn_once.cache_clear()
+    tuning.warn_once.cache_clear()
     return fake
 
 

@@ -46,6 +46,15 @@ def test_a_part_of_the_columns_and_an_output_that_is_not_wanted():
         torch.testing.assert_close(outputs[i].double(), partial.double().sum((0, 2))[:, i])
 
 
+def test_one_output_for_all():
+    """As attention sums the gradient of its bias: q, k and v of every head."""
+    partial = random_tensor(2, 4, 3, 7, 24, device=DEVICE)[:, :, :, -3:]
+    with poisoned_memory():
+        together = torch.empty(3, 4, 24, device=DEVICE)
+        sum_partials(partial, together)
+    assert torch.equal(together, torch.stack(sums_of(partial, (torch.float32,) * 3)))
+
+
 def test_nothing_to_write():
     sum_partials(torch.empty(3, 0, 2, 1, 8, device=DEVICE), torch.empty(0, 8, device=DEVICE))
 

@@ -69,7 +69,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LIGHTNINGDIT_AUTOTUNE", raising=False)
-    tuning._warn_once.cache_clear()
+    tuning.warn_once.cache_clear()
     return fake
 
 
