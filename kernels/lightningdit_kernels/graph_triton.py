@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from triton import knobs
 
-from lightningdit_kernels.tuning import in_thread, unmeasured, warn_once
+from lightningdit_kernels.tuning import in_thread, rehearsing, unmeasured, warn_once
 
 
 def torch_dispatch_rule(function: Callable) -> Callable:
@@ -58,7 +58,10 @@ def _exporting() -> bool:
 
 
 def _choose_tiles(operator, function, arguments) -> None:
-    """Calls function once on random tensors like the arguments: nothing can be timed on those of a trace."""
+    """Has function choose its tiles on random tensors like the arguments: nothing can be timed on those of a trace.
+
+    What it only launches is not compiled: in the graph it would be once more, by Inductor.
+    """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
 
     def work():
@@ -69,6 +72,7 @@ def _choose_tiles(operator, function, arguments) -> None:
             values = torch.randn(extent, generator=generator, dtype=tensor.dtype, device=device)
             return values.as_strided(tensor.shape, tensor.stride())
 
+        rehearsing.now = True  # of a thread that ends with this
         function(*(like(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
 
     try:
