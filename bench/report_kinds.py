@@ -402,6 +402,8 @@ def host_parts(name: str, content: dict) -> list[Part]:
         ratio = statistics.median(old / new for old, new in zip(before, now, strict=True))
         rows.append(Row(f"CPU time of a step, {who}", "XL/1, 256 tokens, batch 8", f"{number(statistics.median(now))} ms", "",
                         f"before: {number(statistics.median(before))} ms", ratio))
+    first = [[cell(who), ", ".join(map(number, seconds))] for who, seconds in content["first_step_s"].items()]
+    table += ["", *markdown(["first step of ours compiled, both CPUs, nothing beside it", "s"], first)]
     return [Part("Training", [content["what"] + ".", "", *table, ""], rows)]
 
 

@@ -162,7 +162,7 @@ def figures_of(kind, content):
     if kind == "spin":
         return [("images_per_second_beside_other_programs", "3000"), ("images_per_second_alone", "default")]
     if kind == "host":
-        return [("host_ms", who, 0) for who in content["host_ms"]]
+        return [(figure, who, 0) for figure in ("host_ms", "first_step_s") for who in content[figure]]
     if kind == "chaos":
         return [("runs", 0, "lives"), ("steps",)]
     if kind == "solvers":
