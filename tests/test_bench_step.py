@@ -100,6 +100,17 @@ def test_swapped_contestants_are_noticed(settings, monkeypatch, stopwatch):
         bench_step.bench_step(stopwatch, settings, "tiny", "kernels", REQUEST)
 
 
+def test_a_graph_on_a_gpu_proves_itself_by_its_kernels():
+    """Inductor launches them itself: no operator is called."""
+    kernels = ["CompiledFxGraph", "_norm_fwd_kernel_0", "_norm_bwd_kernel", "_swiglu_fwd_kernel_4", "_rope_attention_fwd_kernel_2"]
+    compiled = step.Contestant("ours compiled with triton attention", (), True, "triton")
+    compiled.prove(kernels, "cuda")
+    with pytest.raises(AssertionError, match="expected kernels .*, saw \\['attention', 'norm'\\]"):
+        compiled.prove([*kernels[:3], kernels[4], "_swiglu_forward_kernel"], "cuda")  # the last is Liger's
+    with pytest.raises(AssertionError, match="expected kernels \\['attention', 'norm'\\]"):
+        step.Contestant("ours compiled without swiglu", ("swiglu",), True).prove(kernels, "cuda")
+
+
 @needs_kernels
 def test_who_is_wrong_is_not_timed(settings, monkeypatch, stopwatch):
     module = step.Contestant("ours eager").module()
