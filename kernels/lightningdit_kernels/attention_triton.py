@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lightningdit_kernels.graph_triton import placeholder
 from lightningdit_kernels.launch_triton import cdiv, fast_launch, next_power_of_2
 from lightningdit_kernels.plans_triton import planned
 from lightningdit_kernels.sums_triton import sum_case, sum_partials
@@ -768,19 +769,21 @@ def _prologue(qkv, pointers, constexprs, dtype, out=None, grad=None, lse=None):
     rows = None if out is None else torch.empty((batch, heads, 2, n), dtype=torch.float32, device=qkv.device)
     grid = (batch * heads * cdiv(n, PROLOGUE.blocks["BLOCK"]),)
     bias, _, *pointers = pointers
+    given = [placeholder(qkv) if a is None else a for a in (out, grad, lse)]
     _rope_attention_prologue_kernel[grid](
-        qkv, bias, *pointers, *(qkv if a is None else a for a in (out, grad, lse)), prepared, prepared if rows is None else rows,
+        qkv, bias, *pointers, *given, prepared, placeholder(prepared) if rows is None else rows,
         SCALE=1 / math.sqrt(head_dim), WITH_ROWS=rows is not None, **constexprs(PROLOGUE), **PROLOGUE.launch(),
     )  # fmt: skip
     return prepared, rows
 
 
 def _operands(qkv, positions, freqs, parameters, eps, center, dtype):
-    """What the launchers share: BIAS to K_BIAS of the kernels, qkv standing for what is None, and the constexprs given a Config."""
+    """What the launchers share: BIAS to K_BIAS of the kernels, a placeholder for what is None, and the constexprs given a Config."""
     _, n, _, heads, head_dim = qkv.shape
     q_weight, _, q_bias, _, bias = parameters
     lines, table = (None, None) if positions is None else _rope_table(positions, freqs, head_dim, dtype)
-    pointers = [qkv if a is None else a.contiguous() for a in (bias, lines, table, *parameters[:4])]
+    absent = placeholder(qkv)
+    pointers = [absent if a is None else a.contiguous() for a in (bias, lines, table, *parameters[:4])]
 
     def constexprs(config):
         return _constexprs(n, heads, head_dim, table, bias, q_weight, q_bias, eps, center, config.blocks.values())
@@ -800,7 +803,7 @@ def rope_attention_fwd(qkv, positions, freqs, q_weight, k_weight, q_bias, k_bias
     shape_class = _shape_class("forward", n, head_dim, out_dtype, q_weight is not None)
     prepare = _prepares(shape_class, n)
     pointers, constexprs = _operands(qkv, positions, freqs, parameters, eps, center, out_dtype)
-    prepared = _prologue(qkv, pointers, constexprs, out_dtype)[0] if prepare else qkv
+    prepared = _prologue(qkv, pointers, constexprs, out_dtype)[0] if prepare else placeholder(qkv)
 
     def launch(config):
         grid = (batch * heads * cdiv(n, config.blocks["BLOCK_M"]),)

@@ -3,10 +3,10 @@
 An operator that a compiled graph calls costs its host 40 us: PyTorch's way into Python, and ours to two or three launches. Of a graph
 that has the launches themselves nothing of that is left. torch.library.triton_op does the same, for operators that it makes.
 
-Triton's options are Inductor's here, of which COMPILE_OPTIONS are none: where Triton's default is not ours, from 3.10 on, products and
-sums of these kernels are not fused.
+torch 2.11 drops all options of a launch but warps and stages, and with them COMPILE_OPTIONS; torch 2.15 keeps them.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,25 +16,28 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from triton import knobs
 
-from lightningdit_kernels.tuning import in_thread, rehearsing, unmeasured, warn_once
+from lightningdit_kernels.tuning import in_thread, process_group, rehearsing, unmeasured, warn_once
 
 
 def torch_dispatch_rule(function: Callable) -> Callable:
     """For torch.library.register_torch_dispatch with FunctionalTensorMode: an operator that function serves on CUDA is what it launches.
 
-    Where sizes are symbols the operator stays what it is: tiles and grids are chosen by number. So it does in torch.export, whose
-    programs are for any machine.
+    Where sizes are symbols the operator stays what it is: tiles and grids are chosen by number. So it does where tiles cannot be timed for
+    want of memory, because PyTorch would keep a graph with those of the starting guess, and in torch.export, whose programs are for any
+    machine.
     """
     tried = set()
 
     def rule(mode, operator, types, arguments, options):
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        form = (*map(_form, arguments),)
-        if options or not all(map(_known, tensors)) or not torch.cuda.is_available() or knobs.runtime.interpret or _exporting():
+        known = not options and all(map(_known, tensors)) and not any(isinstance(a, (torch.SymInt, torch.SymFloat)) for a in arguments)
+        if not known or not torch.cuda.is_available() or knobs.runtime.interpret or _exporting():
             return mode.__torch_dispatch__(operator, types, arguments, options)
+        form = (id(process_group()), *map(_form, arguments))
         if form not in tried and not unmeasured():
+            if not _choose_tiles(operator, function, arguments):
+                return mode.__torch_dispatch__(operator, types, arguments, options)
             tried.add(form)
-            _choose_tiles(operator, function, arguments)
         with mode:
             return function(*arguments)
 
@@ -48,7 +51,7 @@ def _known(tensor: Tensor) -> bool:
 
 
 def _form(argument: Any) -> Any:
-    return (argument.dtype, argument.shape, argument.stride()) if isinstance(argument, Tensor) else argument
+    return (argument.device, argument.dtype, argument.shape, argument.stride()) if isinstance(argument, Tensor) else argument
 
 
 def _exporting() -> bool:
@@ -57,10 +60,10 @@ def _exporting() -> bool:
     return custom_triton_ops_decomposition_disabled()
 
 
-def _choose_tiles(operator, function, arguments) -> None:
+def _choose_tiles(operator, function, arguments) -> bool:
     """Has function choose its tiles on random tensors like the arguments: nothing can be timed on those of a trace.
 
-    What it only launches is not compiled: in the graph it would be once more, by Inductor.
+    What it only launches is not compiled: in the graph it would be once more, by Inductor. Returns whether the memory sufficed.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
 
@@ -77,8 +80,19 @@ def _choose_tiles(operator, function, arguments) -> None:
 
     try:
         in_thread(work, device)
+        return True
     except torch.OutOfMemoryError:
-        warn_once(f"{operator}: not enough memory to time its configurations before it is compiled")
+        warn_once(f"{operator}: not enough memory to time its configurations; the compiled graph calls it as it is")
+        torch.cuda.empty_cache()
+        return False
+
+
+def placeholder(tensor: Tensor) -> Tensor:
+    """What to give a kernel for a pointer that it does not read: the tensor, whose dtype counts, or in a trace a small one like it.
+
+    Inductor may store a value once for each argument that it is.
+    """
+    return tensor.new_empty(1) if type(tensor) is FunctionalTensor else tensor
 
 
 def launch(kernel: Any, grid: tuple, arguments: tuple, constants: dict) -> None:
@@ -114,6 +128,6 @@ def _remembered(analyse: Callable) -> Callable:
         key = function, tuple(values)
         if key not in known:
             known[key] = analyse(kernel, arguments, *rest)
-        return known[key]
+        return copy.copy(known[key])
 
     return call

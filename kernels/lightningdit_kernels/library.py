@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,16 +59,20 @@ def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.T
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} ({why})")
 
 
+@functools.cache
 def _sources() -> str:
-    """A hash of this package, which names what compiled graphs have inside."""
-    digest = hashlib.sha256(os.environ.get("LIGHTNINGDIT_AUTOTUNE", "").encode())
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-# A compiled graph has our launches inside. PyTorch keeps graphs on disk by what its compiler was given, the names of operators.
-compiler_config.cache_key_tag += f" lightningdit_kernels {_sources()}"
+def _tag_graphs() -> None:
+    """Has PyTorch keep compiled graphs on disk for these sources alone: it knows an operator by name, and our launches are in its graph."""
+    others = re.sub(r" lightningdit_kernels/\w+", "", compiler_config.cache_key_tag)
+    timed = os.environ.get("LIGHTNINGDIT_AUTOTUNE") != "0"
+    compiler_config.cache_key_tag = f"{others} lightningdit_kernels/{_sources()}{'' if timed else '_untimed'}"
+
 
 # The namespace of the operators, torch.ops.lightningdit. Dropping this object would unregister them.
 LIBRARY = torch.library.Library("lightningdit", "DEF")
@@ -88,7 +93,12 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
     for key, implementation in (("CompositeExplicitAutograd", reference), ("CPU", cpu)):
         if implementation is not None:
             LIBRARY.impl(name, _hidden(implementation), key)
-    torch.library.register_fake(f"lightningdit::{name}", fake, lib=LIBRARY)
+
+    def traced(*arguments):
+        _tag_graphs()  # here, since from torch 2.15 on a thread does not see the tag of another
+        return fake(*arguments)
+
+    torch.library.register_fake(f"lightningdit::{name}", functools.wraps(fake)(traced), lib=LIBRARY)
 
 
 def _in_a_graph(function: Callable) -> Callable:

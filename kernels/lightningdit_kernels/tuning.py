@@ -5,6 +5,9 @@ kept below ~/.cache for this GPU, these versions of torch and triton and these k
 to machine, and with them the last bits of results: a run that resumes on another card, or without that folder, may differ in them from one
 that was never interrupted. With LIGHTNINGDIT_AUTOTUNE=0, and under torch.use_deterministic_algorithms(True), nothing is timed and the
 starting guess is used, which depends on the code and the card alone. A process never changes a choice that it has used.
+
+A graph that torch.compile keeps on disk has the choices of the process that compiled it, whatever the files say later. Processes whose
+graphs are on disk take no part in an agreement: others, whose are not, wait once for GRACE_S.
 """
 
 import concurrent.futures
@@ -170,7 +173,7 @@ def choose(
             used, which is not kept on disk.
         untimed: where nothing can be timed now, as in a capture; "" where something can.
     """
-    place = op, key, device, id(_process_group())
+    place = op, key, device, id(process_group())
     if place in _chosen:
         return _chosen[place]
     names = [str(candidate) for candidate in candidates]
@@ -233,7 +236,7 @@ PATIENCE_S = 300.0  # for which one waits for an answer: several compilations
 _waits: dict[str, Any] = dict(grace_s=None, deciding=0)
 
 
-def _process_group() -> object:
+def process_group() -> object:
     return dist.GroupMember.WORLD if dist.is_available() else None
 
 
@@ -243,7 +246,7 @@ def _agreed(where: dict[str, str], guess: str, decide: Callable[[], str]) -> str
     A collective would hang where only some processes come here, as when rank 0 alone samples. Instead the first to put its claim into
     the group's store decides, and rank 0 has a start of GRACE_S, more than processes that do the same are apart. Every wait is bounded.
     """
-    if _process_group() is None or dist.get_world_size() == 1:
+    if process_group() is None or dist.get_world_size() == 1:
         return decide()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     claim, answer = ("/".join(("lightningdit_kernels", *where.values(), what)) for what in ("claim", "choice"))

@@ -344,7 +344,7 @@ def test_a_group_without_a_store_that_compares(gpu, monkeypatch, caplog):
     """As the fake process group of memory estimates has, and as MPI has none."""
     store = mock.Mock()
     store.check.side_effect = RuntimeError('Tried to call pure virtual function "::c10d::Store::check"')
-    monkeypatch.setattr(tuning, "_process_group", lambda: "fake")
+    monkeypatch.setattr(tuning, "process_group", lambda: "fake")
     monkeypatch.setattr(tuning.dist, "get_world_size", lambda: 8)
     monkeypatch.setattr(tuning.dist, "get_rank", lambda: 3)
     monkeypatch.setattr(tuning.dist.distributed_c10d, "_get_default_store", lambda: store)
@@ -354,7 +354,7 @@ def test_a_group_without_a_store_that_compares(gpu, monkeypatch, caplog):
 
 def test_one_waits_long_for_rank_0_once_and_not_within_a_decision(gpu, monkeypatch):
     store, waited = torch.distributed.HashStore(), []
-    monkeypatch.setattr(tuning, "_process_group", lambda: "group")
+    monkeypatch.setattr(tuning, "process_group", lambda: "group")
     monkeypatch.setattr(tuning, "_waits", dict(grace_s=None, deciding=0))
     monkeypatch.setattr(tuning.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(tuning.dist, "get_rank", lambda: 1)
@@ -490,7 +490,7 @@ def test_two_processes_of_no_group_take_what_was_kept_first(two):
 def test_a_silent_rank_is_not_waited_for_for_ever(gpu, monkeypatch, caplog):
     store = torch.distributed.HashStore()
     store.set("lightningdit_kernels/op/card (sm_90)/key/" + tuning.versions() + "/claim", "0")
-    monkeypatch.setattr(tuning, "_process_group", lambda: store)
+    monkeypatch.setattr(tuning, "process_group", lambda: store)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)

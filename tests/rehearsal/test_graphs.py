@@ -71,7 +71,7 @@ print(json.dumps(out))
 MORE = (
     PREAMBLE
     + """
-import sys
+import sys, threading
 sys.path.append(os.environ["REPOSITORY"])
 from lightningdit.model import LightningDiT
 
@@ -81,12 +81,12 @@ for batch in (2, 3, 5):
     swiglu(new(batch, 64, 512))
     out[f"batch {batch}"] = launches(lambda: swiglu(new(batch, 64, 512))), launches(lambda: ops.swiglu(new(batch, 64, 512)))
 
-def last_is_fastest(op, runs, rounds=20):
+def second_is_fastest(op, runs, rounds=20):
     for run in runs.values():
         run()
-    return {name: float(len(runs) - i) for i, name in enumerate(runs)}
+    return {name: 1.0 if i == 1 else 2.0 for i, name in enumerate(runs)}
 
-tuning.time_candidates = last_is_fastest
+tuning.time_candidates = second_is_fastest
 torch.manual_seed(1)
 random = torch.cuda.get_rng_state()
 norm = torch.compile(ops.rms_norm_modulate)
@@ -94,6 +94,36 @@ arguments = new(2, 32, 512), new(2, 512)[:1].expand(2, 512)
 norm(*arguments)
 out["chosen"] = launches(lambda: norm(*arguments)), launches(lambda: ops.rms_norm_modulate(*arguments))
 out["random numbers"] = [torch.equal(random, torch.cuda.get_rng_state())]
+
+def fails(*arguments, **options):
+    raise torch.OutOfMemoryError
+
+drawn, torch.randn = torch.randn, fails
+torch._dynamo.reset()
+other = new(2, 32, 256), new(2, 256)
+norm(*other)
+out["no memory to time"] = launches(lambda: norm(*other))
+torch.randn = drawn
+
+def peak_bytes(function):
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+def attend(qkv):
+    return ops.rope_attention(qkv * 2, backend="triton")
+
+qkv, compiled = new(2, 1024, 3, 2, 64), torch.compile(attend)
+with torch.no_grad():
+    compiled(qkv)
+    out["bytes"] = peak_bytes(lambda: compiled(qkv)), peak_bytes(lambda: attend(qkv)), qkv.nbytes
+tags = []
+thread = threading.Thread(target=lambda: (torch.compile(ops.swiglu)(new(4, 64, 512)), tags.append(torch.compiler.config.cache_key_tag)))
+thread.start()
+thread.join()
+out["tags"] = [*tags, torch.compiler.config.cache_key_tag]
 
 for policy in ("selective", "full"):
     torch._dynamo.reset()
@@ -144,12 +174,18 @@ def launches(probe, lists):
 
 @pytest.fixture(scope="module")
 def more(probe, lists):
-    return probe(MORE, REPOSITORY=str(KERNELS.parent), XDG_CACHE_HOME=lists["STAND_IN_TRACE"], **lists)
+    return probe(
+        MORE, REPOSITORY=str(KERNELS.parent), XDG_CACHE_HOME=lists["STAND_IN_TRACE"], **lists
+    )
 
 
 def ours(launches):
     """Those of kernels of this project: PyTorch's own are mangled, Inductor's are triton_..."""
-    return [launch for launch in launches if launch[1].startswith("_") and not launch[1].startswith("_Z")]
+    return [
+        launch
+        for launch in launches
+        if launch[1].startswith("_") and not launch[1].startswith("_Z")
+    ]
 
 
 def test_a_graph_launches_what_the_operator_does(launches):
@@ -159,8 +195,9 @@ def test_a_graph_launches_what_the_operator_does(launches):
 
 
 def test_a_graph_launches_nothing_else(launches):
-    """Neither a copy of a buffer nor one of an argument."""
-    assert [case for case, both in launches.items() if len(both[1]) > len(both[0])] == []
+    """Neither a copy of a buffer nor one of an argument: as many of PyTorch's as in eager mode, or fewer."""
+    others = {case: [len(one) - len(ours(one)) for one in both] for case, both in launches.items()}
+    assert {case: counts for case, counts in others.items() if counts[1] > counts[0]} == {}
 
 
 @pytest.mark.parametrize("case", ["batch 2", "batch 3", "batch 5", "chosen"])
@@ -170,8 +207,27 @@ def test_a_graph_has_the_same_grid_and_tile(more, case):
 
 
 def test_the_fastest_tile_is_in_the_graph(more):
-    """The last candidate has two rows at a time, and another grid or block than the first."""
-    assert more["chosen"][0] != []
+    """The second candidate, of 4 warps; the first has 2."""
+    (launch,) = more["chosen"][0]
+    assert launch[0].split()[3] == "128"
+
+
+def test_a_graph_gets_no_tile_for_want_of_memory(more):
+    """PyTorch would keep it on disk. Called as it is, the operator times its tiles when there is memory: the second has 2 warps."""
+    (launch,) = more["no memory to time"]
+    assert launch[0].split()[3] == "64"
+
+
+def test_what_is_absent_takes_no_memory(more):
+    """Inductor stores a value once for every argument that it is: here for the prologue and for the attention."""
+    graph, eager, qkv = more["bytes"]
+    assert graph <= eager + 1.1 * qkv
+
+
+def test_every_thread_tags_its_graphs(more):
+    first, second = more["tags"]
+    assert first == second
+    assert "lightningdit_kernels/" in first
 
 
 def test_choosing_tiles_draws_no_random_numbers(more):
