@@ -65,7 +65,7 @@ test: $(READY)
 # AUDIT='--arch 90 --launched' audits what training launches on Hopper, as CI does to save time.
 NEWEST := .venv-newest/bin/python
 NEWEST_TESTS := tests/kernels $(addprefix tests/test_,$(addsuffix .py,model flow sampler solvers optim checkpoint levers checkpointing)) \
-  $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)
+  tests/rehearsal/test_graphs.py $(addprefix tests/test_train_distributed.py::test_,only_calls_that_wait_are_counted the_warning_is_worded_as_the_installed_pytorch_words_it)
 
 test-newest: $(STAMP) .venv-newest/.installed
 	$(ON_PATH) OMP_NUM_THREADS=1 $(NEWEST) -m pytest $(NEWEST_TESTS) --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
