@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from triton import knobs
 
-from lightningdit_kernels.tuning import in_thread, process_group, rehearsing, unmeasured, warn_once
+from lightningdit_kernels.tuning import in_thread, process_group, unmeasured, warn_once
 
 
 def torch_dispatch_rule(function: Callable) -> Callable:
@@ -61,9 +61,9 @@ def _exporting() -> bool:
 
 
 def _choose_tiles(operator, function, arguments) -> bool:
-    """Has function choose its tiles on random tensors like the arguments: nothing can be timed on those of a trace.
+    """Calls function on random tensors like the arguments, for its tiles: nothing can be timed on those of a trace.
 
-    What it only launches is not compiled: in the graph it would be once more, by Inductor. Returns whether the memory sufficed.
+    Returns whether the memory sufficed.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
 
@@ -75,7 +75,6 @@ def _choose_tiles(operator, function, arguments) -> bool:
             values = torch.randn(extent, generator=generator, dtype=tensor.dtype, device=device)
             return values.as_strided(tensor.shape, tensor.stride())
 
-        rehearsing.now = True  # of a thread that ends with this
         function(*(like(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
 
     try:

@@ -20,7 +20,6 @@ import logging
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,15 +74,6 @@ def architecture(device: torch.device) -> int:
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
-class _Rehearsing(threading.local):
-    """.now: whether this thread calls launchers for their choices alone. What is timed is launched all the same."""
-
-    now = False
-
-
-rehearsing = _Rehearsing()
-
-
 def pick(
     op: str,
     configs: Table,
@@ -110,13 +100,6 @@ def pick(
         return candidates[0]
 
     def times_ms():
-        before, rehearsing.now = rehearsing.now, False
-        try:
-            return timed()
-        finally:
-            rehearsing.now = before
-
-    def timed():
         runs = {str(config): functools.partial(bench, config) for config in candidates}
         guess = next(iter(runs))
         alone = time_candidates(op, {guess: runs[guess]}, rounds=3)

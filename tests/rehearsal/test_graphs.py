@@ -95,6 +95,10 @@ norm(*arguments)
 out["chosen"] = launches(lambda: norm(*arguments)), launches(lambda: ops.rms_norm_modulate(*arguments))
 out["random numbers"] = [torch.equal(random, torch.cuda.get_rng_state())]
 
+rope = dict(positions=new(64, 2, dtype=FLOAT, grad=False), freqs=new(18, dtype=FLOAT, grad=False))
+attention = torch.compile(lambda qkv: ops.rope_attention(qkv, **rope, backend="triton"))
+out["timed attention"] = launches(lambda: attention(new(2, 64, 3, 2, 72, grad=False)))
+
 def fails(*arguments, **options):
     raise torch.OutOfMemoryError
 
@@ -210,6 +214,13 @@ def test_the_fastest_tile_is_in_the_graph(more):
     """The second candidate, of 4 warps; the first has 2."""
     (launch,) = more["chosen"][0]
     assert launch[0].split()[3] == "128"
+
+
+def test_attention_is_timed_with_its_table(more):
+    """Its lines are addresses: of a table that nobody wrote they may be any."""
+    names = [name for _, name in more["timed attention"]]
+    assert names.index("_rope_table_kernel") < names.index("_rope_attention_fwd_kernel")
+    assert names.count("_rope_attention_fwd_kernel") > 3  # of each candidate, and of the graph
 
 
 def test_a_graph_gets_no_tile_for_want_of_memory(more):
