@@ -5,18 +5,18 @@ torch.autocast, in the autocast dtype, because a matrix product is what consumes
 """
 
 import functools
-import hashlib
 import importlib.util
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, get_eval_frame_callback, set_code_exec_strategy
 from torch._library.autograd import Info, make_autograd_impl
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.compiler import config as compiler_config
+
+from lightningdit_kernels.tuning import sources_hash
 
 triton_available = importlib.util.find_spec("triton") is not None  # a plain bool, which torch.compile can read
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,19 +59,11 @@ def check_shape(op: str, expected: tuple[int, ...], why: str, **tensors: torch.T
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} ({why})")
 
 
-@functools.cache
-def _sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _tag_graphs() -> None:
     """Has PyTorch keep compiled graphs on disk for these sources alone: it knows an operator by name, and our launches are in its graph."""
     others = re.sub(r" lightningdit_kernels/\w+", "", compiler_config.cache_key_tag)
     timed = os.environ.get("LIGHTNINGDIT_AUTOTUNE") != "0"
-    compiler_config.cache_key_tag = f"{others} lightningdit_kernels/{_sources()}{'' if timed else '_untimed'}"
+    compiler_config.cache_key_tag = f"{others} lightningdit_kernels/{sources_hash()[:16]}{'' if timed else '_untimed'}"
 
 
 # The namespace of the operators, torch.ops.lightningdit. Dropping this object would unregister them.

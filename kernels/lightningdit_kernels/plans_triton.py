@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightningdit_kernels.launch_triton import TENSORS, _address, _current_device, _device, enqueue, is_changed, is_watched, watching
+from lightningdit_kernels.tuning import process_group
 
 MOST_PLANS = 1024  # of a launcher: batches may have any size
 VALUES = (type(None), bool, int, float, torch.dtype)
@@ -95,7 +95,7 @@ def planned(launcher: Callable) -> Callable:
         ordinary = device >= 0 and devices.count(device) == len(devices) and device == _current_device()
         if not ordinary or functools.reduce(operator.or_, addresses) & 15 or is_watched() or watching.by is not None:
             return launcher(*arguments)
-        form = (device, id(dist.GroupMember.WORLD) if dist.is_available() else None, *form)  # processes of a group agree on tiles
+        form = (device, id(process_group()), *form)  # processes of a group agree on tiles
         plan = plans.get(form)
         if type(plan) is not _Plan or any(kernel.pre_run_hooks or is_changed(variant) for kernel, _, variant, _, _ in plan.launches):
             return _first_calls(launcher, arguments, tensors, addresses, plans, form)

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -367,16 +368,22 @@ def cache_folder() -> Path:
 
 
 @functools.cache
+def sources_hash(pattern: str = "") -> str:
+    """Of the modules of this package whose names match completely; "": of all."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if not pattern or re.fullmatch(pattern, path.stem):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
 def versions() -> str:
     """For which a choice holds: torch, triton, and a hash of the sources that are measured."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem.endswith("_triton") or path.stem in ("attention", "tuning"):
-            sources.update(path.read_bytes())
-    triton = "absent"
+    measured, triton = sources_hash(r".*_triton|attention|tuning"), "absent"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         triton = importlib.metadata.version("triton")
-    return f"torch {torch.__version__}, triton {triton}, kernels {sources.hexdigest()[:8]}"
+    return f"torch {torch.__version__}, triton {triton}, kernels {measured[:8]}"
 
 
 @functools.cache
