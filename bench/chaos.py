@@ -48,7 +48,7 @@ from lightningdit.optional import progress_bar  # noqa: E402
 
 STEPS, EVERY = 20, 3  # updates of a run; updates between two checkpoints
 TINY = ("--model.depth 1 --model.hidden-size 16 --model.num-heads 2 --batch-size 8 --optim.warmup 2 --optim.schedule constant "
-        f"--log-every 2 --sample-every 1000 --validate-every 1000 --sample-num 1 --sample.num-steps 1 --final-samples 0 "
+        f"--log-every 2 --precision fp32 --sample-every 1000 --validate-every 1000 --sample-num 1 --sample.num-steps 1 --final-samples 0 "
         f"--score.every 0 --steps {STEPS} --checkpoint-every {EVERY}").split()
 NAN_STEPS = (5, 13)  # updates whose loss is NaN in some runs; 1 is the first update
 RTOL, ATOL = 2e-4, 2e-5  # between numbers of processes: sums in another order, amplified by 20 steps of Adam
@@ -311,14 +311,15 @@ class Campaign:
         self.folder, self.seed, self.quiet, self.lock = Path(folder), seed, {}, threading.Lock()
         self.arguments = [*TINY, "--data.cache", str(self.folder / "latents")]
 
-    def reference(self, processes, mode, nans):
+    def reference(self, processes, mode, nans, precision="fp32"):
         """(outcome, counts of writes) of the quiet run; NaNs are left out of it by the policy skip."""
         with self.lock:
-            key = (processes, mode if processes > 1 else "none", nans)
+            key = (processes, mode if processes > 1 else "none", precision, nans)
             if key not in self.quiet:
-                name = "quiet_" + "_".join(map(str, (*key[:2], len(nans))))
-                life = Life([*self.arguments, "--run", self.folder / name, "--parallel", mode, "--guard.policy", "skip"],
-                            self.folder / "lives" / name, processes, faults=[Fault("nan", n=step) for step in nans])
+                name = "quiet_" + "_".join(map(str, (*key[:3], len(nans))))
+                options = "--run", self.folder / name, "--parallel", mode, "--guard.policy", "skip", "--precision", precision
+                life = Life([*self.arguments, *options], self.folder / "lives" / name, processes,
+                            faults=[Fault("nan", n=step) for step in nans])
                 codes = life.wait()
                 if any(codes):
                     raise RuntimeError(f"the quiet run {name} ended with {codes}:\n{life.text()}")
@@ -361,6 +362,8 @@ class Campaign:
         world, mode = rng.choice([1, 1, 1, 1, 2, 2, 4]), rng.choice(["ddp", "fsdp"])
         policy = rng.choice(["stop", "stop", "skip", "rollback"])  # with "stop", NaNs come once, as from a faulty device
         nans = () if policy == "stop" else NAN_STEPS
+        # bf16 is compared bitwise only; once there is a run, "auto" means what it was begun with.
+        precision = "bf16" if index % 2 and not elastic else "fp32"
         run, settings = self.folder / f"run_{index:04d}", set()
         faulty, happened, damaged, lost, lives = rng.randint(2, 4), [], [], 0, 0
         begun = unclear = hung = missed = 0
@@ -375,8 +378,9 @@ class Campaign:
             settings.add((world, mode if world > 1 else "none"))
             last = lives >= faulty
             faults, after = ([Fault("nan", n=n) for n in nans], None) if last else self.plan(rng, world, nans, run)
-            life = Life([*self.arguments, "--run", run, "--parallel", mode, "--guard.policy", policy], self.folder / "lives" / run.name,
-                        world, faults=faults)
+            asked = "auto" if (run / "config.yaml").is_file() else precision
+            options = "--run", run, "--parallel", mode, "--guard.policy", policy, "--precision", asked
+            life = Life([*self.arguments, *options], self.folder / "lives" / run.name, world, faults=faults)
             if after is not None:
                 with contextlib.suppress(TimeoutError):
                     multiprocessing.connection.wait([p.sentinel for p in life.processes], timeout=after)
@@ -404,7 +408,7 @@ class Campaign:
         corruption = f"processes ended with {codes}: {text[-1500:]}" if any(codes) else None
         if corruption is None:
             exact = len(settings) == 1
-            true, _ = self.reference(*((world, mode) if exact else (1, "ddp")), nans)
+            true, _ = self.reference(*((world, mode) if exact else (1, "ddp")), nans, precision)
             corruption = difference(outcome(run), true, exact)
         result = dict(index=index, processes=sorted({w for w, _ in settings}), policy=policy, bitwise=len(settings) == 1, lives=lives,
                       faults=happened + damaged, lost_steps=lost, unclear_ends=unclear, hung=hung, missed=missed, stacks=stacks,

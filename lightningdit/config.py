@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from .checkpoint import write_text
+from .distributed import bf16_units
 from .model import PRESETS
 from .optional import optional
 
@@ -262,7 +263,8 @@ class DiTConfig:
     micro_batch: int | Literal["auto"] | None = None
     compile: bool = False  # torch.compile, block by block
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # auto: bf16 autocast with an fp32 residual stream on CUDA, fp32 on CPU; fp8: bf16, and the blocks' linear layers by torchao in float8
+    # auto: bf16 autocast with an fp32 residual stream where the device multiplies bf16 in hardware (CUDA, AVX512-BF16, AMX), else fp32;
+    # a run keeps what it meant. fp8: bf16, and the blocks' linear layers by torchao in float8
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # over several processes; auto: by size and memory
     deterministic: bool = False  # bitwise equal runs on the same hardware, some slower
@@ -288,7 +290,7 @@ class DiTConfig:
         return self.data.image_size // self.tokenizer.downsample
 
     def use_bf16(self, device):
-        return self.precision in ("bf16", "fp8") or (self.precision == "auto" and device.type == "cuda")
+        return self.precision in ("bf16", "fp8") or (self.precision == "auto" and bool(bf16_units(device)))
 
     def precision_on(self, device):
         return "fp8" if self.precision == "fp8" else "bf16" if self.use_bf16(device) else "fp32"
@@ -296,7 +298,7 @@ class DiTConfig:
     def check_device(self, device):
         """ConfigError where this device cannot do what the configuration asks for."""
         require(not self.model.bf16_residual or self.use_bf16(device), "model.bf16_residual", True,
-                f"false, or precision = bf16: precision = {self.precision} is fp32 on {device.type}")
+                f"false, or precision = bf16: precision = {self.precision} is fp32 on this {device.type}")
         capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
         require(self.precision != "fp8" or capable, "precision", "fp8", f"bf16 or fp32 on this {device.type} device: float8 products need "
                 "CUDA of compute capability 8.9 or higher (Ada, Hopper, Blackwell)")
@@ -553,7 +555,9 @@ class VAVAEConfig:
     compile: bool = False  # torch.compile, level by level
     channels_last: bool | None = None  # None: yes; convolutions of cuDNN and of oneDNN both want it
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, with losses and latents in fp32; fp32 on CPU
+    # auto: bf16 autocast, with losses and latents in fp32, on CUDA and on CPUs that multiply bf16 in hardware (AVX512-BF16, AMX),
+    # else fp32; a run keeps what it meant
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int | None = None  # of the CPU; None: PyTorch's choice. The last bits of every sum, and so the weights, depend on their number
     log_every: int = 100  # steps
     checkpoint_every: int = 5_000
@@ -579,7 +583,7 @@ class VAVAEConfig:
         return any(self.loss.vf_weight if weight is None else weight for weight in own)
 
     def use_bf16(self, device):
-        return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+        return self.precision == "bf16" or (self.precision == "auto" and bool(bf16_units(device)))
 
     def autoencoder_arguments(self):
         """Keyword arguments of AutoencoderKL."""

@@ -163,6 +163,23 @@ def pick_device(name):
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
+def bf16_units(device):
+    """What multiplies bf16 on a device, by name: "CUDA", "AMX" or "AVX512-BF16"; "" where bf16 is emulated, and slower than fp32."""
+    if device.type == "cuda":
+        return "CUDA"
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "AMX" if units.get("amx_bf16") else "AVX512-BF16" if units.get("avx512_bf16") else ""
+
+
+def on_every_rank(condition):
+    """Whether a condition holds on every process. All of them must call this."""
+    if not dist.is_initialized():
+        return condition
+    holds = torch.tensor(int(condition), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(holds, dist.ReduceOp.MIN)
+    return bool(holds)
+
+
 def check_compiler(device):
     """ValueError where torch.compile cannot work for want of a host compiler: Inductor builds C++ on CPUs, Triton a C stub on GPUs."""
     names = (os.environ.get("CXX"), "g++", "clang++") if device.type == "cpu" else (os.environ.get("CC"), "gcc", "clang")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from . import checkpoint
 from .config import ConfigError, DiTConfig, differences, load, require, save
-from .distributed import wait_for_all
+from .distributed import bf16_units, on_every_rank, wait_for_all
 from .guard import reason
 from .log import write_environment
 from .tokenizer.vavae import Tokenizer
@@ -22,7 +22,34 @@ MAY_CHANGE = (
     "sample_num", "validate_every", "final_samples", "sample", "score", "guard", "deterministic", "data.path", "data.cache", "data.workers",
     "data.decoder", "data.num_images", "data.resident", "tokenizer.path",
     "model.use_checkpoint", "model.checkpoint_policy",
+    "precision",  # settle_precision has compared it
 )
+
+
+def settle_precision(config, device):
+    """Replaces precision "auto": by what the run at config.run was begun with, else by bf16 where every device multiplies it in hardware.
+
+    Returns: the precision and the reason for it, a line.
+    Raises: ConfigError for another precision than that of the run.
+    """
+    before, units = Path(config.run) / "config.yaml", bf16_units(device)
+    everywhere = on_every_rank(bool(units))
+    if before.is_file():
+        begun = load(type(config), before).precision
+        if begun == "auto":  # the run is older than this function: auto was bf16 on CUDA only
+            begun = "bf16" if device.type == "cuda" else "fp32"
+        require(config.precision in ("auto", begun), "precision", config.precision, f"auto or {begun}, with which {config.run} was begun")
+        why = f"{config.run} was begun with it"
+        if begun != "fp32" and not everywhere:
+            why += "; without AMX or AVX512-BF16 it is emulated, and takes longer than fp32"
+        config.precision = begun
+    elif config.precision == "auto":
+        config.precision = "bf16" if everywhere else "fp32"
+        missing = "auto, and not every process has AMX or AVX512-BF16 for bf16"
+        why = f"auto, and {units} multiplies bf16 in hardware" if everywhere else missing
+    else:
+        why = "as configured"
+    return f"precision {config.precision}: {why}"
 
 
 def open_run(config, tokenizer, device):

@@ -39,6 +39,8 @@ def load_run(path, recipe=None, tokenizer=None, device="cpu"):
     if trained_on is not None and decoder.sha256 != trained_on:
         raise ConfigError(f"tokenizer: {tokenizer} has SHA-256 {decoder.sha256}, but the model was trained on latents of "
                                         f"{trained_on}")
+    if settings.precision != "fp32":
+        settings.precision = "auto"  # a run trained in bf16 may be used on a device that lacks it
     model = LightningDiT(**settings.model_arguments()).to(device).eval()
     model.load_weights(load_weights(path, "ema"))
     return settings, model, decoder, names

@@ -34,12 +34,13 @@ def weights(digits_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def painter(weights):
     settings, model, decoder, _ = load_run(weights[1], weights[3], weights[5])
+    settings.precision = "fp32"
     return Painter(settings, model, decoder, [f"digit {i}" for i in range(10)], torch.device("cpu"))
 
 
 def sampled(weights, out, *options):
     """The picture that `lightningdit sample` makes."""
-    assert cli.main(["sample", *weights, "--num", "1", "--out", str(out), *options]) == 0
+    assert cli.main(["sample", *weights, "--num", "1", "--precision", "fp32", "--out", str(out), *options]) == 0
     return np.asarray(Image.open(out))
 
 

@@ -380,7 +380,7 @@ def test_a_killed_job_goes_on(weights, tmp_path):
 
 def test_options_reach_the_sampler(weights, tmp_path):
     def images(name, *options):
-        assert cli.main(["sample", *weights, "--num", "8", "--out", str(tmp_path / f"{name}.npz"), *options]) == 0
+        assert cli.main(["sample", *weights, "--num", "8", "--precision", "fp32", "--out", str(tmp_path / f"{name}.npz"), *options]) == 0
         return np.load(tmp_path / f"{name}.npz")
 
     plain = images("plain")

@@ -75,8 +75,11 @@ def test_impossible_combinations(argv, message):
     assert message in str(problem.value)
 
 
-def test_what_the_device_cannot_do_is_said_before_any_work(script, tmp_path):
-    message = "model.bf16_residual: got True, expected false, or precision = bf16: precision = auto is fp32 on cpu"
+def test_what_the_device_cannot_do_is_said_before_any_work(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    parse("--model.bf16-residual").check_device(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    message = "model.bf16_residual: got True, expected false, or precision = bf16: precision = auto is fp32 on this cpu"
     with pytest.raises(ConfigError, match=message):
         parse("--model.bf16-residual").check_device(torch.device("cpu"))
     result = script(ROOT / "train" / "dit.py", "--run", tmp_path / "run", "--device", "cpu", "--precision", "fp8", check=False)

@@ -15,7 +15,10 @@ import torch
 from PIL import Image
 
 from lightningdit import checkpoint, cli
+from lightningdit import config as configuration
+from lightningdit.config import ConfigError, DiTConfig
 from lightningdit.log import read_log
+from lightningdit.run import settle_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 12 --optim.warmup 2 --log-every 3 "
@@ -59,22 +62,53 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert grid.std() > 10
 
 
-@pytest.mark.parametrize("steps_of_life, threads", [(5, 1), (8, 2)])
-def test_interrupted_and_resumed_is_bitwise_the_same(train, undisturbed, tmp_path, steps_of_life, threads):
+@pytest.mark.parametrize("steps_of_life, threads, precision", [(5, 1, "auto"), (8, 2, "auto"), (5, 1, "fp32"), (8, 2, "bf16")])
+def test_interrupted_and_resumed_is_bitwise_the_same(train, undisturbed, tmp_path, steps_of_life, threads, precision):
     """Stops after some steps (between two checkpoints, and on one), goes on, and compares every loss, weight and average."""
-    run, whole = tmp_path / "run", undisturbed if threads == 1 else tmp_path / "whole"
-    if threads > 1:
-        train(whole, OMP_NUM_THREADS=threads)
-    train(run, "--steps", steps_of_life, "--checkpoint-every", 4, OMP_NUM_THREADS=threads)
+    run, whole = tmp_path / "run", undisturbed if (threads, precision) == (1, "auto") else tmp_path / "whole"
+    if whole != undisturbed:
+        train(whole, "--precision", precision, OMP_NUM_THREADS=threads)
+    train(run, "--steps", steps_of_life, "--checkpoint-every", 4, "--precision", precision, OMP_NUM_THREADS=threads)
     newest = max((run / "checkpoints").iterdir())
     if steps_of_life == 5:
         shutil.rmtree(newest)  # as if killed after step 5 with nothing saved since step 4
-    result = train(run, OMP_NUM_THREADS=threads)
+    result = train(run, OMP_NUM_THREADS=threads)  # with precision auto: that of the run
     assert "resuming at step " + ("4" if steps_of_life == 5 else "8") in result.stdout
     assert losses(run) == losses(whole)
     for name in ("model", "ema", "trainer"):
         ours, theirs = (checkpoint.load_tensors(r / "checkpoints" / "step_0000012", name) for r in (run, whole))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("units, begun, asked, settled", [
+    ({"amx_bf16": True}, None, "auto", "bf16"), ({"avx512_bf16": True}, None, "auto", "bf16"), ({"avx512_f": True}, None, "auto", "fp32"),
+    ({"avx512_f": True}, None, "bf16", "bf16"), ({"amx_bf16": True}, None, "fp32", "fp32"),
+    ({"amx_bf16": True}, "fp32", "auto", "fp32"), ({"avx512_f": True}, "bf16", "auto", "bf16"),
+    ({"avx512_f": True}, "bf16", "bf16", "bf16"),
+    ({"amx_bf16": True}, "auto", "auto", "fp32"),  # as auto was meant when that run was begun
+])
+def test_the_precision_is_settled_once(tmp_path, monkeypatch, units, begun, asked, settled):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    config = configuration.load(DiTConfig, ROOT / "train" / "configs" / "digits.yaml")
+    config.run = str(tmp_path)
+    if begun:
+        config.precision = begun
+        configuration.save(config, tmp_path / "config.yaml")
+    config.precision = asked
+    line = settle_precision(config, torch.device("cpu"))
+    assert config.precision == settled
+    assert line.startswith(f"precision {settled}: ")
+    assert "\n" not in line
+    assert ("emulated" in line) == ((units, begun) == ({"avx512_f": True}, "bf16"))
+
+
+def test_another_precision_is_another_run(tmp_path):
+    config = configuration.load(DiTConfig, ROOT / "train" / "configs" / "digits.yaml")
+    config.run, config.precision = str(tmp_path), "bf16"
+    configuration.save(config, tmp_path / "config.yaml")
+    config.precision = "fp32"
+    with pytest.raises(ConfigError, match=r"precision: got 'fp32', expected auto or bf16, with which .* was begun"):
+        settle_precision(config, torch.device("cpu"))
 
 
 def test_scores_leave_the_training_as_it_is_and_outlive_a_resume(train, undisturbed, tmp_path):
@@ -91,9 +125,10 @@ def test_scores_leave_the_training_as_it_is_and_outlive_a_resume(train, undistur
     assert (run / "score.png").is_file()
 
 
-def test_micro_batches_change_nothing_but_rounding(train, undisturbed, tmp_path):
-    train(tmp_path / "run", "--micro-batch", 4)
-    torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(undisturbed)), rtol=1e-4, atol=1e-5)
+def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
+    train(tmp_path / "whole", "--precision", "fp32")
+    train(tmp_path / "parts", "--precision", "fp32", "--micro-batch", 4)
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "parts")), torch.tensor(losses(tmp_path / "whole")), rtol=1e-4, atol=1e-5)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(train, undisturbed, tmp_path):

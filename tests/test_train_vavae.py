@@ -137,6 +137,7 @@ def test_without_alignment_there_is_no_encoder(tmp_path):
 
 # Three stages on the digits, a discriminator of one layer, a running average: 5 + 4 + 3 steps.
 STAGED = """
+precision: fp32
 batch_size: 16
 threads: 1
 log_every: 4

@@ -1,5 +1,6 @@
 """`lightningdit tune-guidance`: a model with a known optimum, what is measured again, and what the files say."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -60,7 +61,7 @@ class Decoder:
 def tune(monkeypatch, tmp_path):
     """tune(*options) -> tuning.json of a search with the model above; the reference is what scale 3 over all times would give."""
     settings, model = constant_model()
-    monkeypatch.setattr(tuning, "load_run", lambda *a: (settings, model, Decoder(), None))
+    monkeypatch.setattr(tuning, "load_run", lambda *a: (settings, copy.deepcopy(model), Decoder(), None))
     monkeypatch.setitem(features.BUILDERS, "pixels", Pixels)
     shape = settings.sampling_arguments()["latent_shape"]
     noise = torch.randn(400, *shape, generator=torch.Generator().manual_seed(9))

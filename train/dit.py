@@ -42,7 +42,7 @@ from lightningdit.guard import Guard
 from lightningdit.log import RunLog, plot_losses
 from lightningdit.model import LightningDiT, forward_flops, to_float8
 from lightningdit.plan import choose_micro_batch, out_of_memory_advice, print_plan, training_memory
-from lightningdit.run import Incidents, Rollback, note_configuration, open_run, resume, trainer_state
+from lightningdit.run import Incidents, Rollback, note_configuration, open_run, resume, settle_precision, trainer_state
 from lightningdit.scoring import open_scorer
 from lightningdit.training import (
     draw_batch,
@@ -70,7 +70,10 @@ def main(argv):
     with process_group(pick_device(config.device)) as device:
         if dry_run:
             return print_plan(config, device)
+        precision = settle_precision(config, device)
         config.check_device(device)
+        if world()[0] == 0:
+            print(precision)
         if config.compile:
             check_compiler(device)
         if config.deterministic:

@@ -39,6 +39,7 @@ from lightningdit.distributed import (
 from lightningdit.images import digits, open_images, to_pixels
 from lightningdit.log import RunLog, image_grid, principal_colours, save_png, write_environment
 from lightningdit.optim import EMA, lr_at
+from lightningdit.run import settle_precision
 from lightningdit.tokenizer.autoencoder import AutoencoderKL
 from lightningdit.tokenizer.data import TokenizerImages
 from lightningdit.tokenizer.foundation import SmallEncoder, load_encoder
@@ -52,6 +53,7 @@ MAY_CHANGE = (
     "run", "tokenizer_out", "encoder_out", "steps", "compile", "device", "log_every", "checkpoint_every", "keep_checkpoints",
     "sample_every", "sample_num", "statistics_images", "data.path", "data.val_path", "data.in_memory", "data.workers", "data.num_images",
     "encoder.weights", "encoder.cache", "loss.perceptual_weights",
+    "precision",  # settle_precision has compared it
 )
 
 
@@ -65,6 +67,9 @@ def main(argv):
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with process_group(device) as device:
+        precision = settle_precision(config, device)
+        if world()[0] == 0:
+            print(precision)
         return train(config, device)
 
 
