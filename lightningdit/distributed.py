@@ -19,9 +19,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 SAVING = "checkpoint"  # the name of the thread that saves
@@ -272,7 +269,9 @@ def parallelise(model, mode, device, *, bf16=False):
     if mode == "hsdp" and size % local:
         raise ValueError(f"parallel: got 'hsdp' with {size} processes, {local} on this node, expected as many on every node")
     shape, names = ((size // local, local), ("replicate", "shard")) if mode == "hsdp" else ((size,), ("shard",))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) if bf16 else None
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **({} if policy is None else dict(mp_policy=policy)))
@@ -286,7 +285,7 @@ def parallelise(model, mode, device, *, bf16=False):
 @contextlib.contextmanager
 def gradient_sync(model, wanted):
     """Inside, backward passes reduce gradients over the processes only if wanted: once for each global batch, after its last part."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(wanted)
         yield
     elif isinstance(model, DistributedDataParallel) and not wanted:
@@ -296,11 +295,17 @@ def gradient_sync(model, wanted):
         yield
 
 
+def is_sharded(tensor):
+    """Whether it is a DTensor. Before their module is imported, which takes as long as torch itself, none is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return isinstance(tensor, getattr(module, "DTensor", ()))
+
+
 def whole(tensor):
     """The tensor itself, gathered if it is sharded or a partial sum."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor):
     """This process's part of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor

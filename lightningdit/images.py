@@ -12,6 +12,7 @@ unpacked: an index of byte ranges is made once, and the names in it are labels, 
 import contextlib
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -54,11 +55,12 @@ def digits():
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
     with optional("the images of digits"):
-        from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    return torch.from_numpy(images)[..., None], torch.from_numpy(data.target.astype(np.int64))
+        if (package := importlib.util.find_spec("sklearn")) is None:
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    # The file that sklearn.datasets.load_digits reads; importing scikit-learn and SciPy for that takes longer than to encode the digits.
+    rows = np.loadtxt(Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.int64)
+    images = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return torch.from_numpy(images)[..., None], torch.from_numpy(rows[:, -1].copy())
 
 
 class TensorBatches:

@@ -63,6 +63,9 @@ def _naming(method):
     return write
 
 
+PLOT_EVERY_S = 120.0  # a second or less each, and one more for the first, which imports matplotlib
+
+
 class RunLog:
     """One JSON line a step in run/log.jsonl, fetched from the device every `every` steps so that no step waits for the device.
 
@@ -82,14 +85,14 @@ class RunLog:
             kept = [line for line in read_log(run) if line["step"] <= start]
             self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            plot_scores(run)
         self.file = self.path.open("a") if self.writes else _Silent()
         self.tensorboard = _tensorboard(Path(run) / "tensorboard", start) if self.writes else _Silent()
         interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file gets few lines
         self.bar = progress_bar(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval,
                         disable=not self.writes)
         self.every, self.images_per_step, self.flops_per_image = every, images_per_step, flops_per_image
-        self.pending, self.not_finite, self.since = [], None, time.perf_counter()
+        self.pending, self.not_finite = [], None
+        self.since = self.plotted = time.perf_counter()
 
     def step(self, step, lr, values):
         """Records update number `step` (the first is 1); the scalar tensors `values` are read from the device every `every` steps only."""
@@ -144,12 +147,18 @@ class RunLog:
 
     @_naming
     def score(self, step, values):
-        """An event with what scoring.Scorer measured, beside the images seen and the seconds of training so far; draws run/score.png."""
+        """An event with what scoring.Scorer measured, beside the images seen and the seconds of training so far."""
         self.flush()
         self.event(step, images=step * self.images_per_step, seconds=round(self.seconds, 3), **values)
-        if self.writes:
-            plot_scores(self.path.parent)
         self.since = time.perf_counter()
+
+    @_naming
+    def plot(self, last=False):
+        """Draws run/loss.png, and run/score.png where there are scores: every PLOT_EVERY_S at most, and the `last` time in any case."""
+        if self.writes and (last or time.perf_counter() - self.plotted > PLOT_EVERY_S):
+            plot_losses(self.path.parent)
+            plot_scores(self.path.parent)
+            self.since = self.plotted = time.perf_counter()
 
     @_naming
     def image(self, step, name, picture):

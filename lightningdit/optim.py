@@ -1,12 +1,12 @@
 """Optimizer, learning-rate schedule and the exponential moving average of the weights."""
+import collections
 import copy
 import math
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from .distributed import local
+from .distributed import is_sharded, local
 
 
 def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, state="fp32", name="adamw", muon_momentum=0.95):
@@ -28,7 +28,49 @@ def build_optimizer(model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, st
         return MuonAdamW(matrices, groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=muon_momentum)
     if state == "8bit":
         return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    return (OffloadedAdamW if state == "cpu" else torch.optim.AdamW)(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if state == "cpu":
+        return OffloadedAdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+class AdamW:
+    """The kernel of torch.optim.AdamW(fused=True) without the class around it, which imports the compiler when it is first made.
+
+    Same numbers, and the same names and shapes of the state, on CPU and CUDA, of whole and of sharded parameters. Where `found_inf` (a
+    scalar on the device) is not 0, the update is left out.
+
+    Args: groups: [dict(params=[...], weight_decay=...), ...].
+    """
+
+    knows_found_inf = True
+
+    def __init__(self, groups, lr, betas, eps):
+        self.param_groups = [dict(lr=lr, betas=betas, eps=eps) | group for group in groups]
+        self.state, self.found_inf = collections.defaultdict(dict), None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            if not params:
+                continue
+            states = [self.state[p] for p in params]
+            averages, squares = ([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_([local(p) for p in params], [local(p.grad) for p in params], averages, squares, [], steps, lr=group["lr"],
+                                beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                                amsgrad=False, maximize=False, found_inf=self.found_inf)
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+
+    def zero_grad(self, set_to_none=True):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p.grad)
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -113,7 +155,7 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ImportError(f"optim.state = 8bit needs `pip install torchao`: {error}") from error
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         every = [p for group in self.param_groups for p in group["params"]]
-        if any(isinstance(p, DTensor) for p in every):
+        if any(is_sharded(p) for p in every):
             raise ValueError("optim.state: got '8bit' with sharded parameters, expected fp32, or parallel = ddp")
         self._quantised, self._tables, self.found_inf = OptimState8bit, {}, None
         # Dozens of small kernels a parameter without fusion; on CPU, where that costs nothing, it needs no compiler.
@@ -195,7 +237,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, matrices, groups, lr, betas, eps, weight_decay, momentum):
         if not matrices:
             raise ValueError("optim.name: got 'muon' for a model without blocks, expected adamw")
-        if any(isinstance(p, DTensor) for p in matrices):
+        if any(is_sharded(p) for p in matrices):
             raise ValueError("optim.name: got 'muon' with sharded parameters, expected adamw, or parallel = ddp")
         muon = dict(params=list(matrices), momentum=momentum, weight_decay=weight_decay)
         super().__init__([muon, *groups], dict(lr=lr, weight_decay=0.0))

@@ -8,8 +8,6 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-import fsspec
-
 from . import latents
 from .checkpoint import sha256
 from .optional import progress_bar
@@ -65,6 +63,8 @@ def fetch_store(url, cache, progress=True):
 
 
 def _connect(url):
+    import fsspec
+
     try:
         files, root = fsspec.core.url_to_fs(str(url))
     except ImportError as error:

@@ -180,7 +180,7 @@ def save_samples(config, model, tokenizer, path, autocast, device):
 
 
 def score_digits(config, model, tokenizer, autocast, device):
-    """Part of generated digits that an SVC trained on the real ones takes for the digit that was asked for."""
+    """Part of generated digits that a classifier trained on the real ones takes for the digit that was asked for."""
     labels = torch.arange(config.final_samples) % 10
     generated = draw_images(config, model, tokenizer, labels, range(10_000, 10_000 + config.final_samples), autocast, device)
     return metrics.classifier_accuracy(generated, labels, *images.digits())

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent; damage is named; nothing untrusted is unpickled."""
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -7,10 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from lightningdit import checkpoint
 from lightningdit.checkpoint import CheckpointError
@@ -33,6 +36,30 @@ def test_save_load_and_keep(tmp_path):
     assert torch.equal(checkpoint.load_weights(tmp_path)["w"], torch.full((1000,), 15.0))  # a run
     assert torch.equal(checkpoint.load_weights(path, "model")["b"], torch.arange(3))  # a checkpoint of it
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_0000010", "step_0000015"]
+
+
+def parts_of(file):
+    """(header, the bytes after it) of a safetensors file, whose metadata is in no order."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def test_one_process_writes_what_torch_distributed_checkpoint_would(tmp_path):
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(4), "step": torch.zeros(()), "half": torch.ones(2, 3, dtype=torch.bfloat16).T,
+               "empty": torch.zeros(0, 3), "rng": torch.get_rng_state()}
+    path = checkpoint.save_checkpoint(tmp_path, 1, dict(model=tensors), {}) / "model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()}, no_dist=True,
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path / "theirs"), save_distributed=True))
+    (ours,), (theirs,) = path.iterdir(), (tmp_path / "theirs").iterdir()
+    assert ours.name == theirs.name
+    (header, data), (their_header, their_data) = map(parts_of, (ours, theirs))
+    assert header == their_header
+    assert data == their_data
+    loaded = checkpoint.load_tensors(path.parent, "model")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state", "bad state", "changed state"])
@@ -72,15 +99,15 @@ def test_a_damaged_later_one_does_not_count_among_those_that_stay(tmp_path):
 
 def test_a_failed_save_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
     write(tmp_path, 1, 1.0)
-    save, calls = checkpoint.dcp.save, []
+    serialised, calls = checkpoint.serialised, []
 
     def full_disk(*args, **kwargs):
         calls.append(args)
-        save(*args, **kwargs)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
+        return serialised(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full_disk)
+    monkeypatch.setattr(checkpoint, "serialised", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 2, 2.0)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
@@ -89,13 +116,13 @@ def test_a_failed_save_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatc
 
 def test_saving_in_the_background_keeps_what_was_there_when_it_began(tmp_path, monkeypatch):
     """The writer waits for a lock while the tensors change; the error of a failed save comes with the next call."""
-    lock, save = threading.Lock(), checkpoint.dcp.save
+    lock, serialised = threading.Lock(), checkpoint.serialised
 
     def slow(*args, **kwargs):
         with lock:
-            save(*args, **kwargs)
+            return serialised(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    monkeypatch.setattr(checkpoint, "serialised", slow)
     weight, saver = torch.zeros(3), checkpoint.Saver(tmp_path)
     with lock:
         saver.start(1, {"model": {"w": weight}}, {})

@@ -22,6 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from bench.fuzz import examples, tally
 from lightningdit import images, images_dali
@@ -88,6 +89,9 @@ def test_center_crop_is_bit_exact(golden):
 
 def test_digits():
     pictures, labels = digits()
+    theirs = load_digits()
+    assert np.array_equal(pictures[..., 0].numpy(), np.rint(theirs.images * 255 / 16))
+    assert np.array_equal(labels.numpy(), theirs.target)
     assert pictures.shape == (1797, 8, 8, 1) and pictures.dtype == torch.uint8 and labels.dtype == torch.int64
     assert pictures.min() == 0 and pictures.max() == 255 and len(pictures.unique()) == 17
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

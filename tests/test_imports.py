@@ -215,6 +215,26 @@ def test_a_process_that_compiles_nothing_imports_no_compiler(blocked):
 
 
 @needs_kernels
+def test_training_imports_nothing_that_takes_seconds(tmp_path):
+    """The compiler, SymPy, PyTorch's sharded tensors, scikit-learn and pandas: each costs as much as dozens of steps of the digits."""
+    code = (
+        "import runpy, sys\n"
+        "try:\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "slow = ('torch._dynamo', 'sympy', 'torch.distributed.tensor', 'torch.distributed.checkpoint', 'sklearn', 'scipy', 'pandas')\n"
+        "print('imported:', [name for name in slow if name in sys.modules])\n"
+    )
+    short = "--steps 3 --optim.warmup 1 --batch-size 16 --sample-num 10 --score.every 3 --score.num 20 --final-samples 10".split()
+    script = [str(ROOT / "train" / "dit.py"), "--run", str(tmp_path / "run"), *short]
+    command = [sys.executable, "-c", f"import sys; sys.argv[:] = {script!r}\n{code}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("imported: []\n")
+
+
+@needs_kernels
 def test_the_first_step_of_a_process(blocked):
     options = ("--shapes", "tiny", "--device", "cpu", "--contestant", "ours eager")
     result = blocked("bench/step.py", *options)

@@ -39,7 +39,7 @@ from lightningdit.distributed import (
     world,
 )
 from lightningdit.guard import Guard
-from lightningdit.log import RunLog, plot_losses
+from lightningdit.log import RunLog
 from lightningdit.model import LightningDiT, forward_flops, to_float8
 from lightningdit.plan import choose_micro_batch, out_of_memory_advice, print_plan, training_memory
 from lightningdit.run import Incidents, Rollback, note_configuration, open_run, resume, settle_precision, trainer_state
@@ -158,7 +158,8 @@ def train(config, device):
 
             end, stopped_by = done == config.steps, interrupted(done)
             stop = end or bool(stopped_by)
-            if stop or any(done % every == 0 for every in pauses):  # before what takes time of its own
+            pause = stop or any(done % every == 0 for every in pauses)
+            if pause:  # before what takes time of its own
                 log.flush()
                 if log.bad:
                     incidents.handle(log.take_bad(), log, lambda step: redraw_batch(config, tokenizer, train_set, step - 1, device), run)
@@ -167,9 +168,9 @@ def train(config, device):
             if scorer is not None and (done % config.score.every == 0 or end):
                 log.score(done, scorer(average.model, autocast))
             if done % config.sample_every == 0 or end:
-                if rank == 0:
-                    plot_losses(run)
                 log.image(done, "samples", save_samples(config, average.model, tokenizer, grid_path(run, done), autocast, device))
+            if pause:
+                log.plot(last=stop)
             if done % config.checkpoint_every == 0 or stop:
                 log.checkpoint(done, trainer_state(model, average.model, optimizer, guard), facts, last=stop)
             if stop and not end:
@@ -183,7 +184,7 @@ def train(config, device):
               + (f"\nscore curve       {run / 'score.png'}" if scorer else ""))
         if digits:
             print(f"digits recognised {score:.1%} of {config.final_samples} generated digits are classified as the digit asked for "
-                  "(SVC trained on the real ones)")
+                  "(by kernel regression on the real ones)")
     return 0
 
 

@@ -262,7 +262,7 @@ def evaluate(config, tokenizer, encoder, data, device):
         with torch.no_grad():
             predicted = torch.cat([encoder(to_pixels(batch).to(device)).argmax(1).cpu() for batch in images.split(eval_batch(config))])
         report["encoder_accuracy"] = round((predicted == labels).float().mean().item(), 4)
-    if config.data.path is None:  # a support vector machine on pixels suits digits only
+    if config.data.path is None:  # kernel regression on pixels suits digits only
         noise = torch.randn(normalised.shape, generator=generator_for(config.seed, "noise"))
         for name, pictures in dict(originals=images, reconstructions=reconstructions,
                                    latent_noise_03=decode(config, tokenizer, normalised + 0.3 * noise, device)).items():
