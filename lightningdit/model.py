@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightningdit_kernels import gated_residual_rms_norm_modulate, rms_norm_modulate, rope_attention, swiglu
+from lightningdit_kernels import gated_residual_rms_norm_modulate, linear, rms_norm_modulate, rope_attention, swiglu
 from lightningdit_kernels.library import result_dtype
 
 # Depth, hidden size, heads. Sources: DiT for S, B, L and XL, the official code for 1p0B and 1p6B.
@@ -36,7 +36,8 @@ PRESETS = {
 
 # Checkpointing "selective" keeps what these compute, matrix products and attention, and recomputes the rest: norms with modulation and
 # SwiGLU, 10 FLOP or so a value. "full" keeps what goes into a block.
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default,
+            torch.ops.lightningdit.onednn_linear.default}
 # Attention is an operator of many names: ours, PyTorch's for flash, memory-efficient and cuDNN's attention, one for CPUs and one for each
 # new device, flash_attn::_flash_attn_forward, xformers_flash::flash_fwd, xformers::efficient_attention_forward_cutlass.
 ATTENTION, BACKWARD = re.compile("attention|attn|flash"), re.compile("backward|bwd")
@@ -62,16 +63,16 @@ class Branch(NamedTuple):
     gate: torch.Tensor | None = None  # (B, D)
 
 
-def linear(layer, x):
+def without_bias(layer, x):
     """(layer(x) without its bias, the bias), for the op that follows: it adds the bias, and sums its gradient on the way.
 
     A layer that was replaced (LoRA, float8) or is watched by hooks is called as it is, and keeps its bias. One with `split_k` > 1 may have
     its weight's gradient summed from that many parts.
     """
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if type(layer) is nn.Linear and not hooks:
+    if type(layer) in (Linear, nn.Linear) and not hooks:
         parts = gradient_parts(x.shape[:-1].numel(), layer.weight.shape, getattr(layer, "split_k", 1)) if torch.is_grad_enabled() else 1
-        product = F.linear(x, layer.weight) if parts == 1 else SplitLinear.apply(x.to(result_dtype(x)), layer.weight, parts)
+        product = linear(x, layer.weight) if parts == 1 else SplitLinear.apply(x.to(result_dtype(x)), layer.weight, parts)
         return product, layer.bias
     return layer(x), None
 
@@ -154,6 +155,13 @@ def add_and_norm(norm, x, branch, scale, shift):
     return gated_residual_rms_norm_modulate(x, branch.y, branch.gate, scale, shift, bias=branch.bias, **rest)
 
 
+class Linear(nn.Linear):
+    """nn.Linear whose fp32 products on a CPU are computed by the library that is faster there."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """Holds the learnable weight (D,) and eps of an RMS norm; the norm itself is computed inside the fused ops."""
 
@@ -182,7 +190,7 @@ class PatchEmbed(nn.Module):
         B, C, S, _ = x.shape
         P, n = self.patch_size, S // self.patch_size
         patches = x.reshape(B, C, n, P, n, P).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * P * P)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # the convolution as one matrix product
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # the convolution as one matrix product
 
 
 class TimestepEmbedder(nn.Module):
@@ -190,7 +198,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size, num_features=256, max_period=10_000):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(num_features, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
         self.num_features, self.max_period = num_features, max_period
 
     def forward(self, t):
@@ -243,16 +251,16 @@ class Attention(nn.Module):
         super().__init__()
         head_dim = hidden_size // num_heads
         self.num_heads, self.use_qknorm = num_heads, use_qknorm
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         norm = RMSNorm if use_rmsnorm else LayerNorm  # LayerNorm's default eps of 1e-5 is the official value here
         self.q_norm = norm(head_dim) if use_qknorm else nn.Identity()
         self.k_norm = norm(head_dim) if use_qknorm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x, rope=None):
         B, N, D = x.shape
         heads = 3, self.num_heads, D // self.num_heads
-        qkv, bias = linear(self.qkv, x)
+        qkv, bias = without_bias(self.qkv, x)
         qk_norm = {}
         if self.use_qknorm:
             qk_norm = dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, q_bias=self.q_norm.bias, k_bias=self.k_norm.bias,
@@ -260,7 +268,7 @@ class Attention(nn.Module):
         if rope is not None:
             qk_norm.update(positions=rope.positions, freqs=rope.freqs)
         out = rope_attention(qkv.view(B, N, *heads), bias=None if bias is None else bias.view(heads), **qk_norm)
-        return linear(self.proj, out)
+        return without_bias(self.proj, out)
 
 
 class SwiGLU(nn.Module):
@@ -268,11 +276,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size, width):
         super().__init__()
-        self.w12 = nn.Linear(hidden_size, 2 * width)
-        self.w3 = nn.Linear(width, hidden_size)
+        self.w12 = Linear(hidden_size, 2 * width)
+        self.w3 = Linear(width, hidden_size)
 
     def forward(self, x):
-        return linear(self.w3, swiglu(*linear(self.w12, x)))
+        return without_bias(self.w3, swiglu(*without_bias(self.w12, x)))
 
 
 class Mlp(nn.Module):
@@ -280,11 +288,11 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size, width):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, width)
-        self.fc2 = nn.Linear(width, hidden_size)
+        self.fc1 = Linear(hidden_size, width)
+        self.fc2 = Linear(width, hidden_size)
 
     def forward(self, x):
-        return linear(self.fc2, F.gelu(self.fc1(x), approximate="tanh"))
+        return without_bias(self.fc2, F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class LightningDiTBlock(nn.Module):
@@ -301,7 +309,7 @@ class LightningDiTBlock(nn.Module):
         self.attn = Attention(hidden_size, num_heads, use_qknorm, use_rmsnorm)
         width = int(hidden_size * mlp_ratio)
         self.mlp = SwiGLU(hidden_size, int(2 / 3 * width)) if use_swiglu else Mlp(hidden_size, width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
         self.wo_shift, self.checkpointing = wo_shift, checkpointing
 
     def forward(self, x, branch, c, rope=None, modulation=None):
@@ -333,8 +341,8 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size, patch_size, out_channels, use_rmsnorm):
         super().__init__()
         self.norm_final = RMSNorm(hidden_size) if use_rmsnorm else LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x, branch, c, modulation=None):
         shift, scale = (self.adaLN_modulation(c) if modulation is None else modulation).chunk(2, dim=1)
@@ -421,7 +429,7 @@ class LightningDiT(nn.Module):
         layers = [block.adaLN_modulation[-1] for block in self.blocks]
         dtype = result_dtype(layers[0].weight)
         weight, bias = (torch.cat([getattr(layer, name).to(dtype) for layer in layers]) for name in ("weight", "bias"))
-        return F.linear(F.silu(c), weight, bias).chunk(len(layers), dim=1)
+        return linear(F.silu(c), weight, bias).chunk(len(layers), dim=1)
 
     def forward(self, x, t, y, drop_labels=None, modulations=None):
         """

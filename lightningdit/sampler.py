@@ -449,7 +449,7 @@ class Prepared:
             self._choose(distinct)
         if autocast is not None:
             for module in model.modules():
-                if type(module) is torch.nn.Linear:
+                if isinstance(module, torch.nn.Linear):
                     module.weight.data = module.weight.data.to(autocast)
         if compile:
             for block in model.blocks:

@@ -5,6 +5,7 @@ from lightningdit_kernels.alignment import alignment_losses, marginal_cosine_los
 from lightningdit_kernels.attention import MEASURED, rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
 from lightningdit_kernels.library import triton_available
+from lightningdit_kernels.linear import LIBRARIES, linear
 from lightningdit_kernels.norm import TRITON_MAX_WIDTH, gated_residual_rms_norm_modulate, rms_norm_modulate
 from lightningdit_kernels.swiglu import swiglu
 
@@ -13,6 +14,7 @@ __all__ = [
     "backends",
     "gated_residual_rms_norm_modulate",
     "group_norm_silu",
+    "linear",
     "marginal_cosine_loss",
     "marginal_distance_matrix_loss",
     "rms_norm_modulate",
@@ -34,6 +36,9 @@ def backends() -> dict[str, dict[str, str]]:
         rows[op] = serves | dict(why=f"{cpu}. {cuda}" + (f", as are rows wider than {TRITON_MAX_WIDTH}" if "rms_norm" in op else ""))
     for op in ("alignment_losses", "marginal_cosine_loss", "marginal_distance_matrix_loss"):
         rows[op] = serves | dict(why=f"{cpu}. {cuda}; neither has an N x N matrix in memory")
+    measured = sorted({entry["choice"] for entry in tuning.choices_here() if entry["op"] == "linear"})
+    rows["linear"] = dict(cpu=" and ".join(measured) or " or ".join(LIBRARIES), cuda="cuBLAS",
+                          why="CPU: fp32 by the faster of MKL and oneDNN, timed at the first call; else as torch.nn.functional.linear")
     named = "backend='triton' (fp32, bf16, fp16), 'flash_attn' and 'xformers' serve when named"
     if not triton_available:
         auto, how = "sdpa", "triton is not installed"

@@ -28,7 +28,7 @@ def main() -> None:
     here, all_kept = tuning.choices_here(), tuning.choices()
     if here:
         print(f"Chosen by measurement, for {tuning.versions()}:")
-        show([("op", "gpu", "choice", "ms", "date", "next best", "shape"), *map(measured, here)])
+        show([("op", "device", "choice", "ms", "date", "next best", "shape"), *map(measured, here)])
     reason = tuning.unmeasured()
     print("" if here else "Nothing was chosen by measurement here yet. ", end="")
     print(f"Nothing is timed now: {reason}. " if reason else "", end="")

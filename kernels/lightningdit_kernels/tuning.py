@@ -1,10 +1,11 @@
-"""What is chosen by measurement, on the GPU and for the shape at hand: tiles of the Triton kernels, and who computes attention.
+"""What is chosen by measurement, on the device and for the shape at hand: tiles of the Triton kernels, who computes attention, and
+whose fp32 products a CPU takes.
 
 The candidates of a choice are ordered; the first is the starting guess. On the first call for a shape all are timed, and the choice is
-kept below ~/.cache for this GPU, these versions of torch and triton and these kernels: one file a choice. Choices may differ from machine
-to machine, and with them the last bits of results: a run that resumes on another card, or without that folder, may differ in them from one
-that was never interrupted. With LIGHTNINGDIT_AUTOTUNE=0, and under torch.use_deterministic_algorithms(True), nothing is timed and the
-starting guess is used, which depends on the code and the card alone. A process never changes a choice that it has used.
+kept below ~/.cache for this device, these versions of torch and triton and these kernels: one file a choice. Choices may differ from
+machine to machine, and with them the last bits of results: a run that resumes on another card, or without that folder, may differ in them
+from one that was never interrupted. With LIGHTNINGDIT_AUTOTUNE=0, and under torch.use_deterministic_algorithms(True), nothing is timed
+and the starting guess is used, which depends on the code and the device alone. A process never changes a choice that it has used.
 
 A graph that torch.compile keeps on disk has the choices of the process that compiled it, whatever the files say later. Processes whose
 graphs are on disk take no part in an agreement: others, whose are not, wait once for GRACE_S.
@@ -18,6 +19,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import platform
 import re
 import statistics
 import tempfile
@@ -143,6 +145,7 @@ def choose(
     key: tuple[Hashable, ...],
     times_ms: Callable[[], dict[str, float]],
     untimed: str = "",
+    draw: float | None = None,
 ) -> T:
     """The candidate that is fastest on `device`: as this process has chosen, or the file on disk says, or by measuring now.
 
@@ -156,30 +159,31 @@ def choose(
         times_ms: milliseconds by name. A candidate that it leaves out is not chosen; {}: nothing can be said, and the starting guess is
             used, which is not kept on disk.
         untimed: where nothing can be timed now, as in a capture; "" where something can.
+        draw: the starting guess is kept unless another candidate takes this share less; None: DRAW.
     """
     place = op, key, device, id(process_group())
     if place in _chosen:
         return _chosen[place]
     names = [str(candidate) for candidate in candidates]
-    where = dict(op=op, gpu=_gpu(device), shape=" ".join(map(str, key)), versions=versions())
+    where = dict(op=op, gpu=device_name(device), shape=" ".join(map(str, key)), versions=versions())
     if reason := unmeasured():
         name = names[0]
         warn_once(f"{op}: nothing is timed ({reason}); it uses the starting guess, {name}")
-    elif untimed := untimed or _untimed():
+    elif untimed := untimed or _untimed(device):
         name = _stored(where, names) or names[0]
         warn_once(f"{op}: nothing can be timed inside {untimed}; it uses {name}")
         return candidates[names.index(name)]
     else:
-        name = _agreed(where, names[0], lambda: _fastest(where, names, times_ms))
+        name = _agreed(where, names[0], lambda: _fastest(where, names, times_ms, DRAW if draw is None else draw))
     _chosen[place] = candidates[names.index(name) if name in names else 0]
     return _chosen[place]
 
 
-def _untimed() -> str:
+def _untimed(device: torch.device) -> str:
     """Where nothing can be timed, or ""."""
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None:
         return "a trace of torch.compile"
-    return "a CUDA graph capture" if torch.cuda.is_current_stream_capturing() else ""
+    return "a CUDA graph capture" if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else ""
 
 
 def unmeasured() -> str:
@@ -195,7 +199,7 @@ def unmeasured() -> str:
     return ""
 
 
-def _fastest(where: dict[str, str], names: Sequence[str], times_ms: Callable[[], dict[str, float]]) -> str:
+def _fastest(where: dict[str, str], names: Sequence[str], times_ms: Callable[[], dict[str, float]], draw: float) -> str:
     if kept := _stored(where, names):
         return kept
     begin = time.perf_counter()
@@ -203,11 +207,13 @@ def _fastest(where: dict[str, str], names: Sequence[str], times_ms: Callable[[],
     if not times:
         return names[0]
     best = min(times, key=times.__getitem__)
-    if times.get(names[0], float("inf")) * (1 - DRAW) <= times[best]:
+    if times.get(names[0], float("inf")) * (1 - draw) <= times[best]:
         best = names[0]
     listed = ", ".join(f"{name} {time_ms:.4g} ms" for name, time_ms in times.items())
-    # A warning is the lowest level that Python shows where nobody configured logging, and these are seconds of somebody's first step.
-    _log.warning("%s, %s: %s is used; timed in %.1f s: %s", where["op"], where["shape"], best, time.perf_counter() - begin, listed)
+    seconds = time.perf_counter() - begin
+    # A warning is the lowest level that Python shows where nobody configured logging, and these may be seconds of somebody's first step.
+    level = logging.WARNING if seconds > 1 else logging.INFO
+    _log.log(level, "%s, %s: %s is used; timed in %.1f s: %s", where["op"], where["shape"], best, seconds, listed)
     return _store(where | dict(choice=best, times_ms=times, date=time.strftime("%Y-%m-%d")), names)
 
 
@@ -380,14 +386,19 @@ def sources_hash(pattern: str = "") -> str:
 @functools.cache
 def versions() -> str:
     """For which a choice holds: torch, triton, and a hash of the sources that are measured."""
-    measured, triton = sources_hash(r".*_triton|attention|tuning"), "absent"
+    measured, triton = sources_hash(r".*_triton|attention|linear|tuning"), "absent"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         triton = importlib.metadata.version("triton")
     return f"torch {torch.__version__}, triton {triton}, kernels {measured[:8]}"
 
 
 @functools.cache
-def _gpu(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Of a GPU with its architecture; of a CPU as the system knows it."""
+    if device.type == "cpu":
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.processor() or platform.machine()
     return f"{torch.cuda.get_device_name(device)} (sm_{architecture(device)})"
 
 
@@ -398,9 +409,10 @@ def choices() -> list[dict[str, Any]]:
 
 
 def choices_here() -> list[dict[str, Any]]:
-    """Those of choices() that hold for a GPU and the versions of this machine."""
-    gpus = {_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
-    return [entry for entry in choices() if entry["gpu"] in gpus and entry["versions"] == versions()]
+    """Those of choices() that hold for a device and the versions of this machine."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    names = {device_name(device) for device in devices}
+    return [entry for entry in choices() if entry["gpu"] in names and entry["versions"] == versions()]
 
 
 _WHERE = ("op", "gpu", "shape", "versions")
