@@ -78,7 +78,8 @@ class Contestant:
         """A copy of lightningdit.model that computes so."""
         functions = {op: DEFINITIONS[op] for kernel in self.off for op in KERNELS[kernel]}
         if self.off == ALL:  # as the official code writes it, which rounds and stores as it does in eager mode
-            functions |= dict(gated_residual_rms_norm_modulate=_gated, swiglu=EAGER["swiglu"], linear=_linear_with_bias)
+            functions |= dict(gated_residual_rms_norm_modulate=_gated, swiglu=EAGER["swiglu"])
+            functions |= dict(linear=torch.nn.functional.linear, without_bias=_with_bias)
         if self.attention != "auto":
             functions["rope_attention"] = functools.partial(rope_attention, backend=self.attention)
         return copy_of(lightningdit.model, re.sub(r"\W+", "_", self.name), **functions)
@@ -100,7 +101,7 @@ def _gated(x, y, gate, scale, shift=None, *, bias=None, **norm):
     return x, DEFINITIONS["rms_norm_modulate"](x, scale, shift, **norm)
 
 
-def _linear_with_bias(layer, x):
+def _with_bias(layer, x):
     return layer(x), None
 
 

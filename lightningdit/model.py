@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightningdit_kernels import gated_residual_rms_norm_modulate, linear, rms_norm_modulate, rope_attention, swiglu
+from lightningdit_kernels import gated_residual_rms_norm_modulate, rms_norm_modulate, rope_attention, swiglu
 from lightningdit_kernels.library import result_dtype
+from lightningdit_kernels.linear import linear
 
 # Depth, hidden size, heads. Sources: DiT for S, B, L and XL, the official code for 1p0B and 1p6B.
 SIZES = {

@@ -5,7 +5,7 @@ from lightningdit_kernels.alignment import alignment_losses, marginal_cosine_los
 from lightningdit_kernels.attention import MEASURED, rope_attention
 from lightningdit_kernels.groupnorm import group_norm_silu
 from lightningdit_kernels.library import triton_available
-from lightningdit_kernels.linear import LIBRARIES, linear
+from lightningdit_kernels.linear import LIBRARIES
 from lightningdit_kernels.norm import TRITON_MAX_WIDTH, gated_residual_rms_norm_modulate, rms_norm_modulate
 from lightningdit_kernels.swiglu import swiglu
 
@@ -14,7 +14,6 @@ __all__ = [
     "backends",
     "gated_residual_rms_norm_modulate",
     "group_norm_silu",
-    "linear",
     "marginal_cosine_loss",
     "marginal_distance_matrix_loss",
     "rms_norm_modulate",

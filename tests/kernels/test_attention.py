@@ -322,7 +322,7 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.setattr(attention, "MEASURED_TOKENS", 24)
     monkeypatch.setattr(tuning, "event_ms", fake.event_ms)
     monkeypatch.setattr(tuning, "cycles_to_enqueue", lambda run: 1)
-    monkeypatch.setattr(tuning, "_gpu", lambda device: "card (sm_90)")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "card (sm_90)")
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

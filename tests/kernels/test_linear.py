@@ -1,15 +1,15 @@
 """Linear layers in fp32 on a CPU: both libraries compute the same layer, the faster one is chosen, and a row does not see its company."""
 
 import logging
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lightningdit_kernels import linear, tuning
+from lightningdit_kernels import linear as module
+from lightningdit_kernels import tuning
+from lightningdit_kernels.linear import linear
 
-module = sys.modules["lightningdit_kernels.linear"]  # the package's name `linear` is the function
 pytestmark = pytest.mark.skipif(not module.AVAILABLE, reason="PyTorch has MKL and oneDNN only on x86")
 ALL_ONEDNN, ALL_MKL = ("oneDNN",) * 3, ("MKL",) * 3
 

@@ -61,7 +61,7 @@ def gpu(monkeypatch, tmp_path):
     """A FakeGPU, an empty folder, and nothing chosen yet."""
     fake = FakeGPU()
     monkeypatch.setattr(tuning, "_capability", lambda index: 90)
-    monkeypatch.setattr(tuning, "_gpu", lambda device: "card (sm_90)")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "card (sm_90)")
     monkeypatch.setattr(tuning, "event_ms", fake.event_ms)
     monkeypatch.setattr(tuning, "cycles_to_enqueue", lambda run: 1)
     monkeypatch.setattr(tuning, "_chosen", {})
@@ -228,7 +228,7 @@ def test_what_is_kept(gpu):
     assert torch.__version__ in entry["versions"] and "triton" in entry["versions"] and "kernels" in entry["versions"]
 
 
-@pytest.mark.parametrize("what", ["versions", "_gpu"])
+@pytest.mark.parametrize("what", ["versions", "device_name"])
 def test_a_choice_holds_for_its_versions_and_its_gpu(gpu, monkeypatch, what):
     gpu.pick()
     new_process()
@@ -394,7 +394,7 @@ def test_inside_a_cuda_graph_the_starting_guess_is_used_and_not_kept(gpu, monkey
 def test_the_command_shows_what_was_chosen_and_by_how_much(gpu, capsys, monkeypatch):
     gpu.pick(1152)
     with monkeypatch.context() as others:
-        others.setattr(tuning, "_gpu", lambda device: "another card")
+        others.setattr(tuning, "device_name", lambda device: "another card")
         choose("rope_attention", ("sdpa", "triton"), CUDA, ("shape",), gpu.times_of(sdpa=2, triton=1))
     new_process()
     choose("rope_attention", ("sdpa", "triton"), CUDA, ("shape",), gpu.times_of(sdpa=3.0, triton=2.0))
@@ -422,7 +422,7 @@ PROCESS = """
 import os, pathlib, sys, time, torch, torch.distributed as dist
 from lightningdit_kernels import tuning
 rank, (mode, folder) = int(os.environ["RANK"]), sys.argv[1:]
-tuning._gpu = lambda device: "card"
+tuning.device_name = lambda device: "card"
 torch.cuda.is_current_stream_capturing = lambda: False
 folder = pathlib.Path(folder)
 
