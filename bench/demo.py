@@ -46,7 +46,8 @@ def run_demo(run, cache, flags, note):
     records = read_log(run)
     rates = sorted(record["images_per_second"] for record in records if "loss" in record)
     validation = [record for record in records if "val_mse" in record][-1]
-    return dict(command=" ".join(["python train/dit.py", *flags, note]).strip(), wall_s=round(wall_s, 1), images_per_second_median=rates[len(rates) // 2],
+    command = " ".join(["python train/dit.py", *flags, note]).strip()
+    return dict(command=command, wall_s=round(wall_s, 1), images_per_second_median=rates[len(rates) // 2],
                 recognised=float(re.search(r"digits recognised ([\d.]+)%", result.stdout)[1]) / 100, steps=validation["step"],
                 val_mse=validation["val_mse"], val_cos=validation["val_cos"])
 
