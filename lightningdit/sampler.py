@@ -230,7 +230,8 @@ def filled_rows(n, device, *models):
     4, not 8. MKL rounds rows alike for all multiples of 16 rows from 16 to 2,304 in fp32 with AVX-512 (widths 36 to 768), and rounded 8
     rows otherwise. With several threads it may split the sums of a product with long rows and few of them (1,024 inputs, 128 rows and
     2 threads; 2,048 and 256): there, and with kernels whose tiles have other heights (MKL's for AVX2 on Intel's processors: 24 rows),
-    batches of different shapes agree to fp32 rounding.
+    batches of different shapes agree to fp32 rounding. In bf16, with AMX, oneDNN rounds a row alike beside any number of rows where it has
+    up to 768 inputs; of more inputs it may cut the sums otherwise, and batches of different shapes agree to bf16 rounding.
     """
     tokens = [model.pos_embed.shape[1] for model in map(_transformer, models) if model is not None]
     if device.type != "cpu" or len(tokens) < sum(model is not None for model in models):

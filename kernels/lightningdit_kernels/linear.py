@@ -37,7 +37,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         x: (..., I). weight: (O, I). bias: (O,) or None.
     Returns: (..., O), in x.dtype or the autocast dtype. Differentiable once where oneDNN serves, as the fused ops are.
     """
-    if not _is_ours(x, weight) or (chosen := libraries(*weight.shape, torch.get_num_threads())) == (LIBRARIES[0],) * 3:
+    if not _is_ours(x, weight) or (chosen := libraries(*weight.shape)) == (LIBRARIES[0],) * 3:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias, chosen)
 
@@ -74,9 +74,9 @@ def _multiply(library: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor
     return F.linear(a, b, bias) if library == LIBRARIES[0] else torch.ops.lightningdit.onednn_linear(a, b, bias)
 
 
-def libraries(outputs: int, inputs: int, threads: int) -> tuple[str, ...]:
+def libraries(outputs: int, inputs: int) -> tuple[str, ...]:
     """Who computes each of PRODUCTS for a weight of this shape. torch.compile takes the answer for a constant."""
-    return _of_class("large" if outputs * inputs >= LARGE else "small", threads)
+    return _of_class("large" if outputs * inputs >= LARGE else "small", torch.get_num_threads())
 
 
 # As torch.compiler.assume_constant_result does, which imports the compiler.

@@ -84,14 +84,14 @@ def test_the_choice(fresh, monkeypatch, caplog, name, mkl_ms, onednn_ms, chosen)
     measured = []
     monkeypatch.setattr(module, "_measure", lambda *what: measured.append(what) or {"MKL": mkl_ms, "oneDNN": onednn_ms})
     with caplog.at_level(logging.INFO, "lightningdit_kernels"):
-        assert module.libraries(64, 64, 1) == (chosen,) * 3
+        assert module.libraries(64, 64) == (chosen,) * 3
     assert [what for what, _ in measured] == list(module.PRODUCTS)
     assert all(record.levelno == logging.INFO for record in caplog.records)  # a moment is not worth a warning
     tuning._chosen.clear()
     module._of_class.cache_clear()
-    assert module.libraries(96, 32, 1) == (chosen,) * 3  # of the same class
+    assert module.libraries(96, 32) == (chosen,) * 3  # of the same class
     assert len(measured) == 3
-    module.libraries(1024, 1024, 1)
+    module.libraries(1024, 1024)
     assert [size for _, size in measured[3:]] == ["large"] * 3
 
 
@@ -104,9 +104,10 @@ def test_the_measurement(fresh):
 
 def test_choices_are_shown(fresh, monkeypatch):
     monkeypatch.setattr(module, "_measure", lambda *_: {"MKL": 2.0, "oneDNN": 1.0})
-    module.libraries(64, 64, 2)
-    rows = [entry for entry in tuning.choices_here() if entry["op"] == "linear"]
-    assert [entry["shape"] for entry in rows] == [f"{product.replace(' ', '_')} small 2_threads" for product in module.PRODUCTS]
+    module.libraries(64, 64)
+    shapes = [entry["shape"] for entry in tuning.choices_here() if entry["op"] == "linear"]
+    threads = torch.get_num_threads()
+    assert shapes == [f"{product.replace(' ', '_')} small {threads}_threads" for product in module.PRODUCTS]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
