@@ -1,10 +1,10 @@
 """Checkpoints that are complete or absent, and weights in the official layout.
 
 A checkpoint is a folder `checkpoints/step_XXXXXXX` with a folder of safetensors files for each group of tensors (model, ema, trainer) and
-state.json, which lists the size and SHA-256 of every file, and its own. torch.distributed.checkpoint writes and reads the tensors: each
-process writes what it holds, and any number of processes, sharded in any way, reads it back. Everything goes under a temporary name, is
-flushed to the disk, and renamed: a killed or failed save leaves the previous checkpoint whole. Nothing is ever unpickled except official
-.pt files, and those with weights_only=True. With several processes the folder must be one that all of them see.
+state.json, which lists the size and SHA-256 of every file, and its own. The tensors lie as torch.distributed.checkpoint writes and reads
+them: each process writes what it holds, and any number of processes, sharded in any way, reads it back. Everything goes under a temporary
+name, is flushed to the disk, and renamed: a killed or failed save leaves the previous checkpoint whole. Nothing is ever unpickled except
+official .pt files, and those with weights_only=True. With several processes the folder must be one that all of them see.
 """
 import hashlib
 import json

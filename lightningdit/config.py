@@ -298,7 +298,7 @@ class DiTConfig:
     def check_device(self, device):
         """ConfigError where this device cannot do what the configuration asks for."""
         require(not self.model.bf16_residual or self.use_bf16(device), "model.bf16_residual", True,
-                f"false, or precision = bf16: precision = {self.precision} is fp32 on this {device.type}")
+                f"false, or precision = bf16: on this {device.type} it is fp32")
         capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
         require(self.precision != "fp8" or capable, "precision", "fp8", f"bf16 or fp32 on this {device.type} device: float8 products need "
                 "CUDA of compute capability 8.9 or higher (Ada, Hopper, Blackwell)")
@@ -626,6 +626,13 @@ class VAVAEConfig:
                 "data.crop = center and data.flip = false: each random crop has features of its own")
         for i, stage in enumerate(self.stages):
             stage.validate(f"stages[{i}]")
+
+
+def begun_precision(config, device):
+    """In which precision a saved run was begun. "auto" is of a run that is older than precision settled once: bf16 on CUDA, else fp32."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def from_dict(cls, values, name=""):

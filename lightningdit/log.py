@@ -63,7 +63,8 @@ def _naming(method):
     return write
 
 
-PLOT_EVERY_S = 120.0  # a second or less each, and one more for the first, which imports matplotlib
+PLOT_EVERY_S = 120.0  # a plot of a short log takes half a second, the first one more, for importing matplotlib
+PLOT_SHARE = 0.005  # of the time of a long run, at most, goes into plots: their time grows with the log
 
 
 class RunLog:
@@ -93,6 +94,7 @@ class RunLog:
         self.every, self.images_per_step, self.flops_per_image = every, images_per_step, flops_per_image
         self.pending, self.not_finite = [], None
         self.since = self.plotted = time.perf_counter()
+        self.plot_wait_s = PLOT_EVERY_S
 
     def step(self, step, lr, values):
         """Records update number `step` (the first is 1); the scalar tensors `values` are read from the device every `every` steps only."""
@@ -152,13 +154,21 @@ class RunLog:
         self.event(step, images=step * self.images_per_step, seconds=round(self.seconds, 3), **values)
         self.since = time.perf_counter()
 
-    @_naming
     def plot(self, last=False):
-        """Draws run/loss.png, and run/score.png where there are scores: every PLOT_EVERY_S at most, and the `last` time in any case."""
-        if self.writes and (last or time.perf_counter() - self.plotted > PLOT_EVERY_S):
+        """Draws run/loss.png, and run/score.png where there are scores: every PLOT_EVERY_S at most, and the `last` time in any case.
+
+        A plot that cannot be written is logged, and training continues.
+        """
+        begin = time.perf_counter()
+        if not self.writes or not last and begin - self.plotted < self.plot_wait_s:
+            return
+        try:
             plot_losses(self.path.parent)
             plot_scores(self.path.parent)
-            self.since = self.plotted = time.perf_counter()
+        except OSError as error:
+            self.say(f"warning: could not draw the curves of {self.path.parent}: {error}; training continues")
+        self.since = self.plotted = time.perf_counter()
+        self.plot_wait_s = max(PLOT_EVERY_S, (self.plotted - begin) / PLOT_SHARE)
 
     @_naming
     def image(self, step, name, picture):

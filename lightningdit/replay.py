@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import checkpoint, optim
-from .config import ConfigError, DiTConfig, load
+from .config import ConfigError, DiTConfig, begun_precision, load
 from .distributed import pick_device
 from .model import LightningDiT
 from .training import losses
@@ -47,7 +47,7 @@ def replay(incident: Path, checkpoint_step: int | None = None, device: str = "au
     if config.flow.guides(step - 1):
         guide = optim.frozen_copy(model)
         guide.load_weights(checkpoint.load_tensors(steps[checkpoint_step], "ema"))
-    bf16 = config.use_bf16(device) if precision == "run" else precision == "bf16"
+    bf16 = (begun_precision(config, device) if precision == "run" else precision) != "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     rows, parameters = [], [p for p in model.parameters() if p.requires_grad]

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from . import checkpoint
-from .config import ConfigError, DiTConfig, differences, load, require, save
-from .distributed import bf16_units, on_every_rank, wait_for_all
+from .config import ConfigError, DiTConfig, begun_precision, differences, load, require, save
+from .distributed import bf16_units, on_every_rank, wait_for_all, world
 from .guard import reason
 from .log import write_environment
 from .tokenizer.vavae import Tokenizer
@@ -34,21 +34,18 @@ def settle_precision(config, device):
     """
     before, units = Path(config.run) / "config.yaml", bf16_units(device)
     everywhere = on_every_rank(bool(units))
+    who = "a process" if world()[1] > 1 else "this CPU"
     if before.is_file():
-        begun = load(type(config), before).precision
-        if begun == "auto":  # the run is older than this function: auto was bf16 on CUDA only
-            begun = "bf16" if device.type == "cuda" else "fp32"
+        begun = begun_precision(load(type(config), before), device)
         require(config.precision in ("auto", begun), "precision", config.precision, f"auto or {begun}, with which {config.run} was begun")
-        why = f"{config.run} was begun with it"
-        if begun != "fp32" and not everywhere:
-            why += "; without AMX or AVX512-BF16 it is emulated, and takes longer than fp32"
-        config.precision = begun
+        config.precision, why = begun, f"{config.run} was begun with it"
     elif config.precision == "auto":
         config.precision = "bf16" if everywhere else "fp32"
-        missing = "auto, and not every process has AMX or AVX512-BF16 for bf16"
-        why = f"auto, and {units} multiplies bf16 in hardware" if everywhere else missing
+        why = f"{units} multiplies bf16 in hardware" if everywhere else f"{who} has neither AMX nor AVX512-BF16 for bf16"
     else:
         why = "as configured"
+    if config.precision != "fp32" and not everywhere:
+        why += f"; {who} has neither AMX nor AVX512-BF16 and emulates bf16, which takes longer than fp32"
     return f"precision {config.precision}: {why}"
 
 

@@ -3,8 +3,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from .checkpoint import NAME, CheckpointError, latest_checkpoint, load_weights
-from .config import ConfigError, DiTConfig, load, require
+from .config import ConfigError, DiTConfig, begun_precision, load, require
+from .distributed import bf16_units
 from .model import LightningDiT
 from .tokenizer.vavae import Tokenizer
 
@@ -14,7 +17,7 @@ def load_run(path, recipe=None, tokenizer=None, device="cpu"):
 
     Raises: ValueError or FileNotFoundError that says what is missing; ValueError when the tokenizer is not the one of the training.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     run = path.parent.parent if path.is_dir() and NAME.match(path.name) else path
     trained_on = names = None
     if run.is_dir():
@@ -39,8 +42,11 @@ def load_run(path, recipe=None, tokenizer=None, device="cpu"):
     if trained_on is not None and decoder.sha256 != trained_on:
         raise ConfigError(f"tokenizer: {tokenizer} has SHA-256 {decoder.sha256}, but the model was trained on latents of "
                                         f"{trained_on}")
-    if settings.precision != "fp32":
-        settings.precision = "auto"  # a run trained in bf16 may be used on a device that lacks it
+    if run.is_dir():
+        settings.precision = begun_precision(settings, device)
+    if settings.precision in ("bf16", "fp8") and not bf16_units(device):
+        settings.precision = "fp32"
+        print(f"{path}: fp32 here, since this {device.type} would emulate bf16; --precision bf16 does", file=sys.stderr)
     model = LightningDiT(**settings.model_arguments()).to(device).eval()
     model.load_weights(load_weights(path, "ema"))
     return settings, model, decoder, names

@@ -79,7 +79,7 @@ def test_what_the_device_cannot_do_is_said_before_any_work(script, tmp_path, mon
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     parse("--model.bf16-residual").check_device(torch.device("cpu"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
-    message = "model.bf16_residual: got True, expected false, or precision = bf16: precision = auto is fp32 on this cpu"
+    message = "model.bf16_residual: got True, expected false, or precision = bf16: on this cpu it is fp32"
     with pytest.raises(ConfigError, match=message):
         parse("--model.bf16-residual").check_device(torch.device("cpu"))
     result = script(ROOT / "train" / "dit.py", "--run", tmp_path / "run", "--device", "cpu", "--precision", "fp8", check=False)

@@ -89,6 +89,19 @@ def test_loss_plot_shows_both_terms(tmp_path):
     assert len(blue) > 50 and blue.max() < width / 2 and len(orange) > 50 and orange.min() > width / 2
 
 
+def test_a_plot_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, 4, 2, images_per_step=8, flops_per_image=1e6)
+    (tmp_path / "loss.png").mkdir()
+    log.step(1, 1e-3, dict(loss=torch.tensor(1.0)))
+    log.plot()
+    assert "could not draw" not in capsys.readouterr().out, "not yet due"
+    log.plot(last=True)
+    assert "warning: could not draw the curves of" in capsys.readouterr().out
+    log.step(2, 1e-3, dict(loss=torch.tensor(1.0)))
+    log.close()
+    assert len(read_log(tmp_path)) == 2
+
+
 def test_loss_plot_leaves_out_what_the_guard_left_out(tmp_path):
     log = RunLog(tmp_path, 0, 20, 4, images_per_step=8, flops_per_image=1e6)
     for step in range(1, 9):

@@ -19,6 +19,7 @@ from lightningdit import config as configuration
 from lightningdit.config import ConfigError, DiTConfig
 from lightningdit.log import read_log
 from lightningdit.run import settle_precision
+from lightningdit.trained import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16 --steps 12 --optim.warmup 2 --log-every 3 "
@@ -99,7 +100,21 @@ def test_the_precision_is_settled_once(tmp_path, monkeypatch, units, begun, aske
     assert config.precision == settled
     assert line.startswith(f"precision {settled}: ")
     assert "\n" not in line
-    assert ("emulated" in line) == ((units, begun) == ({"avx512_f": True}, "bf16"))
+    assert ("emulates" in line) == (settled == "bf16" and units == {"avx512_f": True})
+
+
+@pytest.mark.parametrize("units, begun, used", [
+    ({"amx_bf16": True}, "bf16", "bf16"), ({"avx512_f": True}, "bf16", "fp32"), ({"amx_bf16": True}, "fp32", "fp32"),
+    ({"amx_bf16": True}, "auto", "fp32"),  # begun before precision was settled once, in fp32 then
+])
+def test_a_run_is_used_in_its_precision_where_that_pays(undisturbed, tmp_path, monkeypatch, capsys, units, begun, used):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    settings = configuration.load(DiTConfig, run / "config.yaml")
+    settings.precision = begun
+    configuration.save(settings, run / "config.yaml")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert load_run(run)[0].precision == used
+    assert ("would emulate bf16" in capsys.readouterr().err) == (begun == "bf16" and used == "fp32")
 
 
 def test_another_precision_is_another_run(tmp_path):

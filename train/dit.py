@@ -68,9 +68,9 @@ def main(argv):
     config = parse(DiTConfig, [a for a in argv if a != "--dry-run"], recipe=RECIPE, description=__doc__)
     require(config.batch_size % world()[1] == 0, "batch_size", config.batch_size, f"a multiple of the {world()[1]} processes")
     with process_group(pick_device(config.device)) as device:
+        precision = settle_precision(config, device)
         if dry_run:
             return print_plan(config, device)
-        precision = settle_precision(config, device)
         config.check_device(device)
         if world()[0] == 0:
             print(precision)
@@ -169,10 +169,10 @@ def train(config, device):
                 log.score(done, scorer(average.model, autocast))
             if done % config.sample_every == 0 or end:
                 log.image(done, "samples", save_samples(config, average.model, tokenizer, grid_path(run, done), autocast, device))
-            if pause:
-                log.plot(last=stop)
             if done % config.checkpoint_every == 0 or stop:
                 log.checkpoint(done, trainer_state(model, average.model, optimizer, guard), facts, last=stop)
+            if pause and (end or not stop):  # what interrupts may not wait for long
+                log.plot(last=end)
             if stop and not end:
                 log.say(f"interrupted: step {done} is saved in {run}; the same command goes on from there")
                 return exit_code(stopped_by)

@@ -35,7 +35,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
-    Returns: (..., O), in x.dtype or the autocast dtype. Differentiable once where oneDNN serves, as the fused ops are.
+    Returns: (..., O), in x.dtype or the autocast dtype. Where oneDNN serves it is differentiable once, and unknown to torch.func, as the
+        fused ops are.
     """
     if not _is_ours(x, weight) or (chosen := libraries(*weight.shape)) == (LIBRARIES[0],) * 3:
         return F.linear(x, weight, bias)
@@ -53,17 +54,17 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, chosen):
         ctx.save_for_backward(x, weight)
         ctx.chosen, ctx.biased = chosen, bias is not None
-        return _multiply(chosen[0], x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return _multiply(chosen[0], x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, dx, dw, db = grad.flatten(0, -2), None, None, None
+        rows, dx, dw, db = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
             dx = _multiply(ctx.chosen[1], rows, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = _multiply(ctx.chosen[2], rows.t(), x.flatten(0, -2).t())
+            dw = _multiply(ctx.chosen[2], rows.t(), x.reshape(-1, x.shape[-1]).t())
         if ctx.biased and ctx.needs_input_grad[2]:
             db = rows.sum(0)
         return dx, dw, db, None
@@ -76,7 +77,8 @@ def _multiply(library: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor
 
 def libraries(outputs: int, inputs: int) -> tuple[str, ...]:
     """Who computes each of PRODUCTS for a weight of this shape. torch.compile takes the answer for a constant."""
-    return _of_class("large" if outputs * inputs >= LARGE else "small", torch.get_num_threads())
+    size = "large" if outputs * inputs >= LARGE else "small"
+    return _of_class(size, torch.get_num_threads(), id(tuning.process_group()), tuning.unmeasured())
 
 
 # As torch.compiler.assume_constant_result does, which imports the compiler.
@@ -84,7 +86,8 @@ libraries._dynamo_marked_constant = True
 
 
 @functools.cache
-def _of_class(size: str, threads: int) -> tuple[str, ...]:
+def _of_class(size: str, threads: int, group: int, unmeasured: str) -> tuple[str, ...]:
+    """The group and why nothing is measured are there for the cache: tuning.choose looks at them itself."""
     return tuple(_choose(product, size, threads) for product in PRODUCTS)
 
 

@@ -32,7 +32,7 @@ def gradients(function, x, weight, bias):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("shape", [(7, 5), (1, 36), (2, 63, 96), (3, 0, 8), (4, 2, 16, 768)])
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (1, 36), (2, 63, 96), (3, 0, 8), (4, 2, 16, 768)])
 @pytest.mark.parametrize("chosen", [ALL_ONEDNN, ("MKL", "oneDNN", "MKL"), ("oneDNN", "MKL", "oneDNN")])
 def test_every_library_computes_the_same_layer(monkeypatch, chosen, shape, biased):
     monkeypatch.setattr(module, "libraries", lambda *_: chosen)
