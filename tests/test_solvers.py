@@ -23,7 +23,7 @@ def test_table_marks_the_best():
 
 def test_measured_on_a_small_model(monkeypatch, tmp_path):
     settings = configuration.load(DiTConfig, solvers.ROOT / "train" / "configs" / "digits.yaml")
-    settings.data.num_classes, settings.model.depth, settings.model.hidden_size = 10, 1, 32
+    settings.data.num_classes, settings.model.depth, settings.model.hidden_size, settings.model.num_heads = 10, 1, 32, 4
     torch.manual_seed(0)
     model = LightningDiT(**settings.model_arguments()).eval()
     for parameter in model.parameters():

@@ -364,7 +364,8 @@ def test_a_gpu_is_never_waited_for_between_two_lines_of_the_log(tmp_path, reside
     for package in ("matplotlib", "PIL", "sklearn", "tensorboard"):
         pytest.importorskip(package)
     arguments = [*TINY, "--log-every", 10, "--steps", 10, "--micro-batch", 4, "--checkpoint-every", 100, "--optim.clip-grad-norm", 1.0,
-                 "--model.hidden-size", 64, "--data.resident", resident, "--device", "cuda", "--run", tmp_path / "run"]
+                 "--model.hidden-size", 64, "--data.resident", resident, "--device", "cuda", "--precision", "bf16",
+                 "--run", tmp_path / "run"]
     recipe = recipe_of(arguments, tmp_path / "recipe.yaml")
     command = [sys.executable, "-c", COUNTED, ROOT / "train" / "dit.py", "--config", recipe]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=live_environment())
