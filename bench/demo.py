@@ -22,15 +22,9 @@ from pathlib import Path
 import torch
 
 from lightningdit.log import read_log
+from lightningdit_kernels.tuning import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def cpu_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 COMMANDS = {"eager": ((), ""), "compiled": (("--compile",), ""), "compiled again": (("--compile",), "(graphs on disk)"),

@@ -38,7 +38,7 @@ from lightningdit.memory import free_memory, is_out_of_memory, largest_by_trial
 from lightningdit.model import LightningDiT
 from lightningdit_kernels import library, native
 from lightningdit_kernels.testing import FROZEN, OPS, assert_within, example_inputs, random_tensor, truth_and_bounds, values_and_gradients
-from lightningdit_kernels.tuning import cycles_to_enqueue, event_ms
+from lightningdit_kernels.tuning import cpu_name, cycles_to_enqueue, event_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "kernels/1"
@@ -783,14 +783,6 @@ class Settings:
     @functools.cached_property
     def about(self) -> dict:
         return environment(self.device)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

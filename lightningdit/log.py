@@ -149,7 +149,7 @@ class RunLog:
 
     @_naming
     def score(self, step, values):
-        """An event with what scoring.Scorer measured, beside the images seen and the seconds of training so far."""
+        """An event with what scoring.Scorer measured, next to the images seen and the seconds of training so far."""
         self.flush()
         self.event(step, images=step * self.images_per_step, seconds=round(self.seconds, 3), **values)
         self.since = time.perf_counter()

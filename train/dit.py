@@ -159,7 +159,7 @@ def train(config, device):
             end, stopped_by = done == config.steps, interrupted(done)
             stop = end or bool(stopped_by)
             pause = stop or any(done % every == 0 for every in pauses)
-            if pause:  # before what takes time of its own
+            if pause:  # before validation, scores and pictures, whose time is not that of training
                 log.flush()
                 if log.bad:
                     incidents.handle(log.take_bad(), log, lambda step: redraw_batch(config, tokenizer, train_set, step - 1, device), run)

@@ -38,15 +38,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns: (..., O), in x.dtype or the autocast dtype. Where oneDNN serves it is differentiable once, and unknown to torch.func, as the
         fused ops are.
     """
-    if not _is_ours(x, weight) or (chosen := libraries(*weight.shape)) == (LIBRARIES[0],) * 3:
+    if not _is_ours(x, weight, bias) or (chosen := libraries(*weight.shape)) == (LIBRARIES[0],) * 3:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias, chosen)
 
 
-def _is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _is_ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and x.device.type == weight.device.type == "cpu"
     fp32 = plain and result_dtype(x) is torch.float32 and x.dtype is weight.dtype is torch.float32
-    return fp32 and x.numel() > 0 and AVAILABLE and not torch.compiler.is_exporting()
+    # What does not fit gets F.linear's error: oneDNN would read past the end.
+    fits = fp32 and weight.ndim == 2 and x.ndim > 0 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    return fits and x.numel() > 0 and AVAILABLE and not torch.compiler.is_exporting()
 
 
 class _Linear(torch.autograd.Function):

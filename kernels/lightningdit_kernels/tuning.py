@@ -392,13 +392,19 @@ def versions() -> str:
     return f"torch {torch.__version__}, triton {triton}, kernels {measured[:8]}"
 
 
+def cpu_name() -> str:
+    """Of the processor, as the system knows it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 @functools.cache
 def device_name(device: torch.device) -> str:
     """Of a GPU with its architecture; of a CPU as the system knows it."""
     if device.type == "cpu":
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return names[0] if names else platform.processor() or platform.machine()
+        return cpu_name()
     return f"{torch.cuda.get_device_name(device)} (sm_{architecture(device)})"
 
 

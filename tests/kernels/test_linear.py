@@ -48,6 +48,18 @@ def test_every_library_computes_the_same_layer(monkeypatch, chosen, shape, biase
 
 
 @pytest.mark.parametrize("chosen", [ALL_ONEDNN, ALL_MKL])
+@pytest.mark.parametrize("x, weight, bias", [((4, 5), (6, 8), None), ((4, 8), (6, 8), (5,)), ((), (6, 8), None), ((4, 8), (2, 6, 8), None)])
+def test_what_does_not_fit_is_refused_as_pytorch_refuses_it(monkeypatch, chosen, x, weight, bias):
+    monkeypatch.setattr(module, "libraries", lambda *_: chosen)
+    arguments = [None if shape is None else torch.ones(shape) for shape in (x, weight, bias)]
+    with pytest.raises((RuntimeError, IndexError)) as ours:
+        linear(*arguments)
+    with pytest.raises((RuntimeError, IndexError)) as theirs:
+        F.linear(*arguments)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("chosen", [ALL_ONEDNN, ALL_MKL])
 def test_in_a_compiled_graph(monkeypatch, chosen):
     monkeypatch.setattr(module, "_of_class", lambda *_: chosen)
     torch._dynamo.reset()
